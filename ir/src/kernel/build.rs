@@ -1,0 +1,421 @@
+//! The builder of kernels: each method appends one statement and gives its result.
+
+use super::{KOp, KParam, KType, Kernel, Pred, Region, Space, Stmt, Val};
+use crate::dtype::DType;
+use crate::schedule::Extent;
+use crate::shape::Sym;
+
+/// Builds one kernel, statement by statement. Loops and conditions take closures for their regions.
+#[derive(Debug)]
+pub struct KernelBuilder {
+    kernel: Kernel,
+    /// Open regions, innermost last.
+    open: Vec<Region>,
+}
+
+impl KernelBuilder {
+    /// A kernel with these pointer parameters (name, is it written).
+    pub fn new(name: &str, params: &[(&str, bool)], grid: Extent) -> Self {
+        let mut types = vec![KType::scalar(DType::I64); Kernel::FIRST_PARAM as usize];
+        types.extend(params.iter().map(|_| KType::Ptr(Space::Global)));
+        let params = params.iter().map(|&(name, written)| KParam { name: name.to_owned(), written }).collect();
+        let kernel = Kernel {
+            name: name.to_owned(),
+            doc: String::new(),
+            params,
+            grid,
+            body: Region::default(),
+            tail: None,
+            types,
+        };
+        Self { kernel, open: vec![Region::default()] }
+    }
+
+    /// Says what was fused into the kernel.
+    pub fn doc(&mut self, doc: impl Into<String>) {
+        self.kernel.doc = doc.into();
+    }
+
+    /// A dimension of the step.
+    pub const fn dim(&self, sym: Sym) -> Val {
+        Val(sym.index() as u32)
+    }
+
+    /// The task.
+    pub const fn task(&self) -> Val {
+        Kernel::TASK
+    }
+
+    /// Pointer parameter `i`.
+    pub const fn param(&self, i: usize) -> Val {
+        Val(Kernel::FIRST_PARAM + i as u32)
+    }
+
+    /// The type of a value.
+    pub fn ty(&self, v: Val) -> KType {
+        self.kernel.ty(v)
+    }
+
+    /// The finished kernel, without a tail.
+    pub fn finish(mut self) -> Kernel {
+        self.kernel.body = self.open.pop().expect("the body is open");
+        assert!(self.open.is_empty(), "regions close with their closures");
+        self.kernel
+    }
+
+    /// The finished kernel with a tail, which `build` writes.
+    pub fn finish_with_tail(mut self, build: impl FnOnce(&mut Self)) -> Kernel {
+        self.kernel.body = self.open.pop().expect("the body is open");
+        self.open.push(Region::default());
+        build(&mut self);
+        self.kernel.tail = self.open.pop();
+        self.kernel
+    }
+
+    fn value(&mut self, ty: KType) -> Val {
+        self.kernel.types.push(ty);
+        Val(self.kernel.types.len() as u32 - 1)
+    }
+
+    fn push(&mut self, op: KOp, args: &[Val], results: Vec<Val>, regions: Vec<Region>) {
+        let stmt = Stmt { op, args: args.to_vec(), results, regions };
+        self.open.last_mut().expect("a region is open").stmts.push(stmt);
+    }
+
+    /// Appends an op with one result of type `ty`.
+    pub fn emit(&mut self, op: KOp, args: &[Val], ty: KType) -> Val {
+        let v = self.value(ty);
+        self.push(op, args, vec![v], Vec::new());
+        v
+    }
+
+    fn like(&mut self, op: KOp, args: &[Val]) -> Val {
+        let ty = self.ty(args[0]);
+        self.emit(op, args, ty)
+    }
+
+    // ---- constants
+    /// An i64.
+    pub fn const_i64(&mut self, x: i64) -> Val {
+        self.emit(KOp::Const { dtype: DType::I64, bits: x }, &[], KType::scalar(DType::I64))
+    }
+    /// An index: a `u64` that fits in an i64.
+    pub fn index(&mut self, x: u64) -> Val {
+        self.const_i64(i64::try_from(x).expect("an index fits in 63 bits"))
+    }
+    /// An i32.
+    pub fn const_i32(&mut self, x: i32) -> Val {
+        self.emit(KOp::Const { dtype: DType::I32, bits: i64::from(x) }, &[], KType::scalar(DType::I32))
+    }
+    /// An f32.
+    pub fn const_f32(&mut self, x: f32) -> Val {
+        self.emit(KOp::Const { dtype: DType::F32, bits: i64::from(x.to_bits()) }, &[], KType::scalar(DType::F32))
+    }
+    /// An f32 constant with as many lanes as `like` has.
+    pub fn f32_like(&mut self, like: Val, x: f32) -> Val {
+        let lanes = self.ty(like).lanes();
+        self.splat_f32(lanes, x)
+    }
+    /// An i32 constant with as many lanes as `like` has.
+    pub fn i32_like(&mut self, like: Val, x: i32) -> Val {
+        let lanes = self.ty(like).lanes();
+        self.splat_i32(lanes, x)
+    }
+    /// `lanes` times the same f32 (a scalar for 1).
+    pub fn splat_f32(&mut self, lanes: u32, x: f32) -> Val {
+        let s = self.const_f32(x);
+        self.splat(s, lanes)
+    }
+    /// `lanes` times the same i32 (a scalar for 1).
+    pub fn splat_i32(&mut self, lanes: u32, x: i32) -> Val {
+        let s = self.const_i32(x);
+        self.splat(s, lanes)
+    }
+    /// A scalar in every one of `lanes` lanes; the scalar itself for 1.
+    pub fn splat(&mut self, x: Val, lanes: u32) -> Val {
+        if lanes == 1 {
+            return x;
+        }
+        let dtype = self.ty(x).dtype().expect("only values are splat");
+        self.emit(KOp::Splat { lanes }, &[x], KType::vector(dtype, lanes))
+    }
+    /// Lane `lane` of a vector.
+    pub fn extract(&mut self, x: Val, lane: u32) -> Val {
+        let dtype = self.ty(x).dtype().expect("only vectors have lanes");
+        self.emit(KOp::Extract { lane }, &[x], KType::scalar(dtype))
+    }
+
+    // ---- integers
+    /// `a + b`.
+    pub fn add(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Add, &[a, b])
+    }
+    /// `a - b`.
+    pub fn sub(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Sub, &[a, b])
+    }
+    /// `a * b`.
+    pub fn mul(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Mul, &[a, b])
+    }
+    /// `a / b`, signed, rounded to zero.
+    pub fn div(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Div, &[a, b])
+    }
+    /// `a % b`, signed.
+    pub fn rem(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Rem, &[a, b])
+    }
+    /// `x + n` for an i64 scalar; `x` itself for 0.
+    pub fn add_const(&mut self, x: Val, n: u64) -> Val {
+        if n == 0 {
+            return x;
+        }
+        let n = self.index(n);
+        self.add(x, n)
+    }
+    /// `x * n` for an i64 scalar; `x` itself for 1.
+    pub fn mul_const(&mut self, x: Val, n: u64) -> Val {
+        if n == 1 {
+            return x;
+        }
+        let n = self.index(n);
+        self.mul(x, n)
+    }
+    /// `x / n` for a non-negative i64 scalar.
+    pub fn div_const(&mut self, x: Val, n: u64) -> Val {
+        if n == 1 {
+            return x;
+        }
+        let n = self.index(n);
+        self.div(x, n)
+    }
+    /// `x % n` for a non-negative i64 scalar.
+    pub fn rem_const(&mut self, x: Val, n: u64) -> Val {
+        let n = self.index(n);
+        self.rem(x, n)
+    }
+    /// The smaller of two i64 scalars.
+    pub fn min_i64(&mut self, a: Val, b: Val) -> Val {
+        let less = self.cmp(Pred::Lt, a, b);
+        self.select(less, a, b)
+    }
+    /// Bitwise and.
+    pub fn and(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::And, &[a, b])
+    }
+    /// Bitwise or.
+    pub fn or(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Or, &[a, b])
+    }
+    /// Bitwise exclusive or.
+    pub fn xor(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Xor, &[a, b])
+    }
+    /// Shift left.
+    pub fn shl(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Shl, &[a, b])
+    }
+    /// Logical shift right.
+    pub fn ushr(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Ushr, &[a, b])
+    }
+    /// Arithmetic shift right.
+    pub fn sshr(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Sshr, &[a, b])
+    }
+
+    // ---- floats
+    /// `a + b`.
+    pub fn fadd(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Fadd, &[a, b])
+    }
+    /// `a - b`.
+    pub fn fsub(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Fsub, &[a, b])
+    }
+    /// `a * b`.
+    pub fn fmul(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Fmul, &[a, b])
+    }
+    /// `a / b`.
+    pub fn fdiv(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Fdiv, &[a, b])
+    }
+    /// The smaller.
+    pub fn fmin(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Fmin, &[a, b])
+    }
+    /// The larger.
+    pub fn fmax(&mut self, a: Val, b: Val) -> Val {
+        self.like(KOp::Fmax, &[a, b])
+    }
+    /// `a * b + c` with one rounding.
+    pub fn fma(&mut self, a: Val, b: Val, c: Val) -> Val {
+        self.like(KOp::Fma, &[a, b, c])
+    }
+    /// `-x`.
+    pub fn fneg(&mut self, x: Val) -> Val {
+        self.like(KOp::Fneg, &[x])
+    }
+    /// `|x|`.
+    pub fn fabs(&mut self, x: Val) -> Val {
+        self.like(KOp::Fabs, &[x])
+    }
+    /// `sqrt(x)`.
+    pub fn fsqrt(&mut self, x: Val) -> Val {
+        self.like(KOp::Fsqrt, &[x])
+    }
+    /// Nearest integer as a float.
+    pub fn fround(&mut self, x: Val) -> Val {
+        self.like(KOp::Fround, &[x])
+    }
+
+    // ---- comparing, choosing, converting
+    /// Compares two values of one type.
+    pub fn cmp(&mut self, pred: Pred, a: Val, b: Val) -> Val {
+        let lanes = self.ty(a).lanes();
+        self.emit(KOp::Cmp { pred }, &[a, b], KType::vector(DType::Bool, lanes))
+    }
+    /// `condition ? a : b`.
+    pub fn select(&mut self, condition: Val, a: Val, b: Val) -> Val {
+        let ty = self.ty(a);
+        self.emit(KOp::Select, &[condition, a, b], ty)
+    }
+    /// i32 to f32.
+    pub fn to_float(&mut self, x: Val) -> Val {
+        let lanes = self.ty(x).lanes();
+        self.emit(KOp::ToFloat, &[x], KType::vector(DType::F32, lanes))
+    }
+    /// f32 to i32, rounded to zero.
+    pub fn to_int(&mut self, x: Val) -> Val {
+        let lanes = self.ty(x).lanes();
+        self.emit(KOp::ToInt, &[x], KType::vector(DType::I32, lanes))
+    }
+    /// i32 to i64.
+    pub fn widen(&mut self, x: Val) -> Val {
+        let lanes = self.ty(x).lanes();
+        self.emit(KOp::Widen, &[x], KType::vector(DType::I64, lanes))
+    }
+    /// i64 to i32.
+    pub fn narrow(&mut self, x: Val) -> Val {
+        let lanes = self.ty(x).lanes();
+        self.emit(KOp::Narrow, &[x], KType::vector(DType::I32, lanes))
+    }
+    /// The same bits as `dtype`.
+    pub fn bitcast(&mut self, x: Val, dtype: DType) -> Val {
+        let lanes = self.ty(x).lanes();
+        self.emit(KOp::Bitcast { dtype }, &[x], KType::vector(dtype, lanes))
+    }
+    /// Sum of all lanes; the scalar itself if there is one lane.
+    pub fn reduce_add(&mut self, x: Val) -> Val {
+        if self.ty(x).lanes() == 1 {
+            return x;
+        }
+        self.emit(KOp::ReduceAdd, &[x], KType::scalar(DType::F32))
+    }
+    /// Largest lane; the scalar itself if there is one lane.
+    pub fn reduce_max(&mut self, x: Val) -> Val {
+        if self.ty(x).lanes() == 1 {
+            return x;
+        }
+        self.emit(KOp::ReduceMax, &[x], KType::scalar(DType::F32))
+    }
+
+    // ---- memory
+    /// Scratch for this task. Call it at the top level of the body or of the tail.
+    pub fn alloc(&mut self, dtype: DType, elems: u64) -> Val {
+        self.emit(KOp::Alloc { dtype, elems }, &[], KType::Ptr(Space::Scratch))
+    }
+    /// `lanes` elements from element `index` on.
+    pub fn load(&mut self, dtype: DType, lanes: u32, ptr: Val, index: Val) -> Val {
+        self.emit(KOp::Load { dtype, lanes }, &[ptr, index], KType::vector(dtype, lanes))
+    }
+    /// 16 floats from element `index` on.
+    pub fn load_f32x16(&mut self, ptr: Val, index: Val) -> Val {
+        self.load(DType::F32, 16, ptr, index)
+    }
+    /// One float.
+    pub fn load_f32(&mut self, ptr: Val, index: Val) -> Val {
+        self.load(DType::F32, 1, ptr, index)
+    }
+    /// One i32, widened to an index.
+    pub fn load_index(&mut self, ptr: Val, index: Val) -> Val {
+        let x = self.load(DType::I32, 1, ptr, index);
+        self.widen(x)
+    }
+    /// Stores `value` from element `index` on.
+    pub fn store(&mut self, ptr: Val, index: Val, value: Val) {
+        self.push(KOp::Store, &[ptr, index, value], Vec::new(), Vec::new());
+    }
+    /// A pointer `bytes` further.
+    pub fn offset(&mut self, ptr: Val, bytes: Val) -> Val {
+        self.like(KOp::Offset, &[ptr, bytes])
+    }
+
+    // ---- control
+    /// A loop with carried values: `body(builder, i, carried)` gives their next values.
+    pub fn for_carry(
+        &mut self,
+        (lo, hi, step): (Val, Val, u64),
+        init: &[Val],
+        body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let step = self.index(step);
+        let i = self.value(KType::scalar(DType::I64));
+        let carried: Vec<Val> = init.iter().map(|&v| self.value(self.ty(v))).collect();
+        self.open
+            .push(Region { params: std::iter::once(i).chain(carried.iter().copied()).collect(), ..Region::default() });
+        let yields = body(self, i, &carried);
+        assert_eq!(yields.len(), init.len(), "a loop yields what it carries");
+        let mut region = self.open.pop().expect("the loop's region is open");
+        region.yields = yields;
+        let results: Vec<Val> = init.iter().map(|&v| self.value(self.ty(v))).collect();
+        let args: Vec<Val> = [lo, hi, step].into_iter().chain(init.iter().copied()).collect();
+        self.push(KOp::For, &args, results.clone(), vec![region]);
+        results
+    }
+    /// A loop from `lo` to `hi` by `step` that carries nothing.
+    pub fn for_each(&mut self, (lo, hi, step): (Val, Val, u64), body: impl FnOnce(&mut Self, Val)) {
+        self.for_carry((lo, hi, step), &[], |k, i, _| {
+            body(k, i);
+            Vec::new()
+        });
+    }
+    /// A loop from 0 to `n` by `step`.
+    pub fn for_range(&mut self, n: u64, step: u64, body: impl FnOnce(&mut Self, Val)) {
+        let lo = self.const_i64(0);
+        let hi = self.index(n);
+        self.for_each((lo, hi, step), body);
+    }
+    /// A condition whose regions yield values of one type each.
+    pub fn if_else(
+        &mut self,
+        condition: Val,
+        then: impl FnOnce(&mut Self) -> Vec<Val>,
+        otherwise: impl FnOnce(&mut Self) -> Vec<Val>,
+    ) -> Vec<Val> {
+        self.open.push(Region::default());
+        let yields = then(self);
+        let mut first = self.open.pop().expect("the first region is open");
+        first.yields = yields;
+        self.open.push(Region::default());
+        let yields = otherwise(self);
+        let mut second = self.open.pop().expect("the second region is open");
+        second.yields = yields;
+        let results: Vec<Val> = first.yields.iter().map(|&v| self.value(self.ty(v))).collect();
+        self.push(KOp::If, &[condition], results.clone(), vec![first, second]);
+        results
+    }
+    /// A condition without results and without an else.
+    pub fn if_then(&mut self, condition: Val, then: impl FnOnce(&mut Self)) {
+        self.if_else(
+            condition,
+            |k| {
+                then(k);
+                Vec::new()
+            },
+            |_| Vec::new(),
+        );
+    }
+}

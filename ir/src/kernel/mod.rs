@@ -1,0 +1,183 @@
+//! The kernel IR: a small typed IR near the machine, of structured loops, vectors and pointers.
+//!
+//! A [`Kernel`] is one parallel region: its body runs once for each task of the grid, in any order and on any thread, and
+//! its `tail`, if it has one, runs once after all tasks. Every value is in SSA form and has a [`KType`]; loops carry values and
+//! regions yield them, so there are no variables and no jumps. What a GPU adds (block and lane ids, barriers, shuffles,
+//! atomics, async copies, tile products) joins the op table [`KOp`] as further rows.
+
+pub mod build;
+pub mod eval;
+pub mod math;
+pub mod op;
+pub mod parse;
+pub mod print;
+pub mod verify;
+
+pub use build::KernelBuilder;
+pub use op::{KOp, Pred};
+
+use crate::dtype::DType;
+use crate::schedule::Extent;
+
+/// An SSA value of a kernel; [`Kernel::types`] holds its type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Val(pub u32);
+
+/// Where a pointer points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Space {
+    /// Memory shared by all tasks: weights, states, activations, inputs.
+    Global,
+    /// Memory of one task, undefined when it begins.
+    Scratch,
+}
+
+impl Space {
+    /// The name in IR text.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Global => "global",
+            Self::Scratch => "scratch",
+        }
+    }
+}
+
+/// The type of a kernel value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KType {
+    /// A scalar (`lanes` = 1) or a vector: `i64`, `f32x16`.
+    Value {
+        /// Element type.
+        dtype: DType,
+        /// Number of elements.
+        lanes: u32,
+    },
+    /// A pointer: `ptr<global>`.
+    Ptr(Space),
+}
+
+impl KType {
+    /// A scalar of `dtype`.
+    pub const fn scalar(dtype: DType) -> Self {
+        Self::Value { dtype, lanes: 1 }
+    }
+
+    /// A vector of `lanes` elements (a scalar for 1).
+    pub const fn vector(dtype: DType, lanes: u32) -> Self {
+        Self::Value { dtype, lanes }
+    }
+
+    /// Element type of a value; `None` for a pointer.
+    pub const fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Value { dtype, .. } => Some(dtype),
+            Self::Ptr(_) => None,
+        }
+    }
+
+    /// Lanes of a value, 1 for a pointer.
+    pub const fn lanes(self) -> u32 {
+        match self {
+            Self::Value { lanes, .. } => lanes,
+            Self::Ptr(_) => 1,
+        }
+    }
+}
+
+impl std::fmt::Display for KType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Value { dtype, lanes: 1 } => write!(f, "{dtype}"),
+            Self::Value { dtype, lanes } => write!(f, "{dtype}x{lanes}"),
+            Self::Ptr(space) => write!(f, "ptr<{}>", space.name()),
+        }
+    }
+}
+
+/// One statement: an op, its operands, the constants that are part of it, nested regions, and the values it defines.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stmt {
+    /// The op.
+    pub op: KOp,
+    /// Operands.
+    pub args: Vec<Val>,
+    /// Values that it defines.
+    pub results: Vec<Val>,
+    /// Nested regions: one for a loop, two for a condition.
+    pub regions: Vec<Region>,
+}
+
+/// A list of statements with parameters (a loop's counter and carried values) and the values that it yields.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Region {
+    /// Values that the region's owner defines at its beginning.
+    pub params: Vec<Val>,
+    /// Statements in order.
+    pub stmts: Vec<Stmt>,
+    /// Values that it hands to its owner at its end.
+    pub yields: Vec<Val>,
+}
+
+/// A kernel's pointer parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KParam {
+    /// Its name in text.
+    pub name: String,
+    /// True if the kernel stores through it.
+    pub written: bool,
+}
+
+/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, not to be used in the
+/// tail), and values from 5 on are the parameters, all `ptr<global>`.
+///
+/// Machine code of it is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
+/// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    /// Its name: unique in the module, made of letters, digits, `_` and `.`.
+    pub name: String,
+    /// What was fused into it, for people.
+    pub doc: String,
+    /// Pointer parameters.
+    pub params: Vec<KParam>,
+    /// Number of tasks.
+    pub grid: Extent,
+    /// What each task does.
+    pub body: Region,
+    /// What is done once, after all tasks.
+    pub tail: Option<Region>,
+    /// The type of every value, indexed by [`Val`].
+    pub types: Vec<KType>,
+}
+
+impl Kernel {
+    /// Values that exist before the body: four dimensions and the task.
+    pub const FIRST_PARAM: u32 = 5;
+    /// The task.
+    pub const TASK: Val = Val(4);
+
+    /// The type of a value.
+    pub fn ty(&self, v: Val) -> KType {
+        self.types[v.0 as usize]
+    }
+
+    /// The value of pointer parameter `i`.
+    pub const fn param(&self, i: usize) -> Val {
+        Val(Self::FIRST_PARAM + i as u32)
+    }
+
+    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes.
+    pub fn scratch_bytes(&self) -> u64 {
+        fn of(region: &Region) -> u64 {
+            region
+                .stmts
+                .iter()
+                .map(|s| match s.op {
+                    KOp::Alloc { dtype, elems } => (elems * dtype.bytes()).div_ceil(64) * 64,
+                    _ => s.regions.iter().map(of).sum(),
+                })
+                .sum()
+        }
+        of(&self.body) + self.tail.as_ref().map_or(0, of)
+    }
+}

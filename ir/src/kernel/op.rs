@@ -1,0 +1,179 @@
+//! The op table of the kernel IR. Printer, parser, verifier, interpreter, legalisation and both emitters `match` on it
+//! without a wildcard, so that a new op is a compile error wherever it wants thought.
+
+use crate::dtype::DType;
+
+/// A comparison. Integers compare signed; floats compare ordered (false if either is NaN), `Ne` is unordered-or-unequal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pred {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// Less.
+    Lt,
+    /// Less or equal.
+    Le,
+    /// Greater.
+    Gt,
+    /// Greater or equal.
+    Ge,
+}
+
+impl Pred {
+    /// Every comparison.
+    pub const ALL: [Self; 6] = [Self::Eq, Self::Ne, Self::Lt, Self::Le, Self::Gt, Self::Ge];
+
+    /// The name in IR text.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Eq => "eq",
+            Self::Ne => "ne",
+            Self::Lt => "lt",
+            Self::Le => "le",
+            Self::Gt => "gt",
+            Self::Ge => "ge",
+        }
+    }
+}
+
+/// How many operands of which type, and what comes out: the signature classes that the verifier checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sig {
+    /// `() -> given type`: constants and allocations.
+    Leaf,
+    /// `(a) -> a`, any value type.
+    Unary,
+    /// `(a, a) -> a`, integers.
+    IntBinary,
+    /// `(a) -> a`, f32.
+    FloatUnary,
+    /// `(a, a) -> a`, f32.
+    FloatBinary,
+    /// `(a, a, a) -> a`, f32.
+    FloatTernary,
+    /// `(a, a) -> bool` of the same lanes.
+    Compare,
+    /// `(bool, a, a) -> a`; condition of the same lanes, or one for all.
+    Select,
+    /// A change of type; the row's result type says to what.
+    Convert,
+    /// A vector to a scalar of its element type.
+    Reduce,
+    /// Memory and control: checked op by op.
+    Special,
+}
+
+macro_rules! kops {
+    ($( $(#[doc = $doc:literal])* $op:ident $({ $($field:ident : $fty:ty),* })? = $name:literal $sig:ident; )*) => {
+        /// An op of the kernel IR, with the constants that are part of it.
+        #[derive(Clone, Copy, Debug, PartialEq)]
+        pub enum KOp { $( $(#[doc = $doc])* $op $({ $(#[doc = "See the op."] $field: $fty),* })?, )* }
+
+        impl KOp {
+            /// The op's name in IR text.
+            pub const fn name(&self) -> &'static str {
+                match self { $( KOp::$op $({ $($field: _),* })? => $name, )* }
+            }
+
+            /// Its signature class.
+            pub const fn sig(&self) -> Sig {
+                match self { $( KOp::$op $({ $($field: _),* })? => Sig::$sig, )* }
+            }
+
+            /// Names, signature classes and docs of all ops, for `nextc ops --kernel`.
+            pub const TABLE: &'static [(&'static str, Sig, &'static str)] = &[ $( ($name, Sig::$sig, concat!($($doc, "\n",)*)), )* ];
+        }
+    };
+}
+
+kops! {
+    /// A scalar constant. `bits` is the integer, or the bits of the `f32`.
+    Const { dtype: DType, bits: i64 } = "const" Leaf;
+    /// `elems` elements of scratch, 64-byte aligned; only at the top level of a region, never in a loop.
+    Alloc { dtype: DType, elems: u64 } = "alloc" Leaf;
+    /// A scalar in every lane.
+    Splat { lanes: u32 } = "splat" Special;
+    /// One lane of a vector.
+    Extract { lane: u32 } = "extract" Special;
+
+    /// Wrapping integer sum.
+    Add = "add" IntBinary;
+    /// Wrapping integer difference.
+    Sub = "sub" IntBinary;
+    /// Wrapping integer product.
+    Mul = "mul" IntBinary;
+    /// Signed quotient, rounded to zero; the divisor is not 0. Scalars only.
+    Div = "div" IntBinary;
+    /// Signed remainder of `div`. Scalars only.
+    Rem = "rem" IntBinary;
+    /// Bitwise and.
+    And = "and" IntBinary;
+    /// Bitwise or.
+    Or = "or" IntBinary;
+    /// Bitwise exclusive or.
+    Xor = "xor" IntBinary;
+    /// Shift left; the amount is less than the width.
+    Shl = "shl" IntBinary;
+    /// Logical shift right.
+    Ushr = "ushr" IntBinary;
+    /// Arithmetic shift right.
+    Sshr = "sshr" IntBinary;
+
+    /// `a + b`, IEEE.
+    Fadd = "fadd" FloatBinary;
+    /// `a - b`.
+    Fsub = "fsub" FloatBinary;
+    /// `a * b`.
+    Fmul = "fmul" FloatBinary;
+    /// `a / b`.
+    Fdiv = "fdiv" FloatBinary;
+    /// The smaller: `a < b ? a : b` (so `b` if either is NaN).
+    Fmin = "fmin" FloatBinary;
+    /// The larger: `a > b ? a : b` (so `b` if either is NaN).
+    Fmax = "fmax" FloatBinary;
+    /// `a * b + c` with one rounding.
+    Fma = "fma" FloatTernary;
+    /// `-x`.
+    Fneg = "fneg" FloatUnary;
+    /// `|x|`.
+    Fabs = "fabs" FloatUnary;
+    /// `sqrt(x)`, correctly rounded.
+    Fsqrt = "fsqrt" FloatUnary;
+    /// Nearest integer, ties to even.
+    Fround = "fround" FloatUnary;
+
+    /// Compares two integers or two floats.
+    Cmp { pred: Pred } = "cmp" Compare;
+    /// `condition ? a : b`, lane by lane or all at once.
+    Select = "select" Select;
+
+    /// i32 to f32, rounded to nearest.
+    ToFloat = "to_float" Convert;
+    /// f32 to i32, rounded to zero; the number is in range.
+    ToInt = "to_int" Convert;
+    /// i32 to i64, sign extended.
+    Widen = "widen" Convert;
+    /// i64 to i32, the lower half.
+    Narrow = "narrow" Convert;
+    /// The same bits as another type of the same width, lane by lane (i32 and f32).
+    Bitcast { dtype: DType } = "bitcast" Convert;
+
+    /// Sum of all lanes as a fixed tree: lane `i` with lane `i + n/2`, then the same on the halves.
+    ReduceAdd = "reduce_add" Reduce;
+    /// Largest lane, by the same tree of `fmax`.
+    ReduceMax = "reduce_max" Reduce;
+
+    /// `lanes` neighbouring elements from element `index` (i64) of a pointer: `(ptr, index)`. Needs no alignment beyond an element's.
+    Load { dtype: DType, lanes: u32 } = "load" Special;
+    /// Stores a value at element `index` of a pointer: `(ptr, index, value)`.
+    Store = "store" Special;
+    /// A pointer `bytes` (i64) further: `(ptr, bytes)`.
+    Offset = "offset" Special;
+
+    /// `for i in (lo .. hi).step_by(step)` with carried values: `(lo, hi, step, init...)`; `step` is positive. The region's parameters are `i` and
+    /// the carried values; it yields their next values; the results are the last ones.
+    For = "for" Special;
+    /// Two regions, of which one runs: `(condition)`; the results are what it yields.
+    If = "if" Special;
+}

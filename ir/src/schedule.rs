@@ -1,0 +1,245 @@
+//! The schedule: which kernels an entry point runs, in order, and what their parameters are bound to. Data, apart from the
+//! kernels' code.
+
+use std::fmt;
+
+use crate::graph::{ModelInfo, Placement, WeightDecl};
+use crate::kernel::Kernel;
+use crate::layout::Layout;
+use crate::shape::Sym;
+use crate::types::StateType;
+
+/// A number that depends on the dimensions of a step: the tasks of a grid.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// A constant.
+    Const(u64),
+    /// A dimension of the step.
+    Sym(Sym),
+    /// Sum.
+    Add(Box<Extent>, Box<Extent>),
+    /// Product.
+    Mul(Box<Extent>, Box<Extent>),
+    /// Quotient by a constant, rounded up.
+    CeilDiv(Box<Extent>, u64),
+    /// The smaller.
+    Min(Box<Extent>, Box<Extent>),
+}
+
+impl Extent {
+    /// The number under given dimensions (indexed by [`Sym::index`]).
+    pub fn eval(&self, syms: &[u64; 4]) -> u64 {
+        match self {
+            Self::Const(n) => *n,
+            Self::Sym(s) => syms[s.index()],
+            Self::Add(a, b) => a.eval(syms) + b.eval(syms),
+            Self::Mul(a, b) => a.eval(syms) * b.eval(syms),
+            Self::CeilDiv(a, n) => a.eval(syms).div_ceil(*n),
+            Self::Min(a, b) => a.eval(syms).min(b.eval(syms)),
+        }
+    }
+
+    /// The smaller of two.
+    #[must_use]
+    pub fn min(self, other: Self) -> Self {
+        Self::Min(Box::new(self), Box::new(other))
+    }
+
+    /// Divided by a constant, rounded up.
+    #[must_use]
+    pub fn ceil_div(self, n: u64) -> Self {
+        Self::CeilDiv(Box::new(self), n)
+    }
+}
+
+impl From<u64> for Extent {
+    fn from(n: u64) -> Self {
+        Self::Const(n)
+    }
+}
+impl From<Sym> for Extent {
+    fn from(s: Sym) -> Self {
+        Self::Sym(s)
+    }
+}
+impl std::ops::Add for Extent {
+    type Output = Self;
+    fn add(self, o: Self) -> Self {
+        Self::Add(Box::new(self), Box::new(o))
+    }
+}
+impl std::ops::Mul for Extent {
+    type Output = Self;
+    fn mul(self, o: Self) -> Self {
+        Self::Mul(Box::new(self), Box::new(o))
+    }
+}
+
+impl fmt::Display for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Const(n) => write!(f, "{n}"),
+            Self::Sym(s) => f.write_str(s.name()),
+            Self::Add(a, b) => write!(f, "({a} + {b})"),
+            Self::Mul(a, b) => write!(f, "({a} * {b})"),
+            Self::CeilDiv(a, n) => write!(f, "ceil({a} / {n})"),
+            Self::Min(a, b) => write!(f, "min({a}, {b})"),
+        }
+    }
+}
+
+/// An input of a step, in the order of [`Input::ALL`]. All are `i32` but `Hidden`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// `tokens[T]`.
+    Tokens,
+    /// `positions[T]`.
+    Positions,
+    /// `cu_seqlens[B+1]`.
+    CuSeqlens,
+    /// `slot[B]`, -1 for a padding sequence.
+    Slot,
+    /// `page_table[B, P]`, rows without padding.
+    PageTable,
+    /// `logit_rows[R]`.
+    LogitRows,
+    /// `hidden[T, hidden_size]`, f32, rows padded to 16: what `@draft` continues from.
+    Hidden,
+}
+
+impl Input {
+    /// Every input.
+    pub const ALL: [Self; 7] =
+        [Self::Tokens, Self::Positions, Self::CuSeqlens, Self::Slot, Self::PageTable, Self::LogitRows, Self::Hidden];
+
+    /// The parameter's name in the entry functions.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tokens => "tokens",
+            Self::Positions => "positions",
+            Self::CuSeqlens => "cu_seqlens",
+            Self::Slot => "slot",
+            Self::PageTable => "page_table",
+            Self::LogitRows => "logit_rows",
+            Self::Hidden => "hidden",
+        }
+    }
+}
+
+/// What a kernel's parameter is bound to in one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arg {
+    /// An input of the step.
+    Input(Input),
+    /// A place in the arena.
+    Arena(Placement),
+    /// An entry of the weight table.
+    Weight(u32),
+    /// An entry of the state table.
+    State(u32),
+}
+
+/// One run of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Index of the kernel.
+    pub kernel: u32,
+    /// One argument for each of its parameters.
+    pub args: Vec<Arg>,
+    /// The function of the graph that it came from, and the layer: for `explain` and profiles.
+    pub label: String,
+}
+
+/// A result of an entry point: `rows` rows of `width` floats, stored `stride` apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Its name: `logits`, `hidden`.
+    pub name: String,
+    /// Where it lies.
+    pub at: Placement,
+    /// How many rows it has.
+    pub rows: Sym,
+    /// Floats of one row.
+    pub width: u64,
+    /// Floats from one row to the next.
+    pub stride: u64,
+}
+
+/// An entry point: `step`, or `draft`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// Its name.
+    pub name: String,
+    /// What it runs, in order.
+    pub launches: Vec<Launch>,
+    /// What it gives.
+    pub outputs: Vec<Output>,
+}
+
+/// Bytes of the arena: `bytes[Sym]` for each unit of the symbol, and a fixed part. The regions follow one another: fixed, then T, B, P, R.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArenaPlan {
+    /// Bytes that do not depend on the step.
+    pub fixed_bytes: u64,
+    /// Bytes a unit of each symbol (indexed by [`Sym::index`]); multiples of 64.
+    pub unit_bytes: [u64; 4],
+}
+
+impl ArenaPlan {
+    /// Bytes for a step of these dimensions.
+    pub fn bytes(&self, syms: &[u64; 4]) -> u64 {
+        self.fixed_bytes + self.unit_bytes.iter().zip(syms).map(|(b, n)| b * n).sum::<u64>()
+    }
+}
+
+/// An entry of the weight table, with its layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedWeight {
+    /// Its name.
+    pub name: String,
+    /// What it is and where it comes from.
+    pub decl: WeightDecl,
+    /// Where its elements lie.
+    pub layout: Layout,
+}
+
+impl PackedWeight {
+    /// Bytes as packed (without alignment).
+    pub fn bytes(&self) -> u64 {
+        match self.layout {
+            Layout::Flat => crate::shape::padded_elems(&self.decl.shape) * 4,
+            Layout::Tile16 => {
+                let tiles = crate::layout::tile_shape(self.decl.out_dims(), self.decl.in_dims(), self.decl.format);
+                tiles.tiles * tiles.tile_bytes
+            }
+        }
+    }
+}
+
+/// An entry of the state table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDecl {
+    /// Its name: `layers.3.kv`.
+    pub name: String,
+    /// Its type.
+    pub ty: StateType,
+}
+
+/// Everything that the backends and the linker need: kernels, schedules and tables.
+#[derive(Clone, Debug)]
+pub struct KernelModule {
+    /// Facts of the model.
+    pub info: ModelInfo,
+    /// The kernels, each once per kind of layer.
+    pub kernels: Vec<Kernel>,
+    /// The entry points.
+    pub programs: Vec<Program>,
+    /// The weight table.
+    pub weights: Vec<PackedWeight>,
+    /// The state table.
+    pub states: Vec<StateDecl>,
+    /// The arena.
+    pub arena: ArenaPlan,
+    /// Tokens in a page of KV.
+    pub page_tokens: u64,
+}

@@ -1,0 +1,2 @@
+//! The `nextc` command.
+fn main() {}
