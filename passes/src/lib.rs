@@ -1,1 +1,4 @@
-//! stub
+//! From a model's graph to kernels: graph -> graph passes, then [`lower`] and [`legalise`].
+
+pub mod legalise;
+pub mod lower;

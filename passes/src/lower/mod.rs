@@ -1,0 +1,1 @@
+//! Graph IR to kernel IR: one kernel a fused op.
