@@ -40,7 +40,16 @@ fn run_cargo(root: &Path, target_dir: &Path) {
             cargo.env_remove(name);
         }
     }
-    cargo.args(["build", "--release", "--locked", "--package", "nextc-runtime", "--bin", "nextc-runtime", "--manifest-path"]);
+    cargo.args([
+        "build",
+        "--release",
+        "--locked",
+        "--package",
+        "nextc-runtime",
+        "--bin",
+        "nextc-runtime",
+        "--manifest-path",
+    ]);
     cargo.arg(root.join("Cargo.toml")).arg("--target-dir").arg(target_dir).current_dir(root);
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "true");
     let status = cargo.status().unwrap_or_else(|e| panic!("starting cargo to build the runtime: {e}"));
@@ -52,10 +61,24 @@ fn run_cargo(root: &Path, target_dir: &Path) {
 fn leaks(name: &str) -> bool {
     const KEPT: [&str; 2] = ["CARGO_HOME", "CARGO_NET_OFFLINE"];
     const OTHERS: [&str; 9] = [
-        "RUSTC", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTDOC", "RUSTFLAGS", "RUSTDOCFLAGS", "TARGET", "HOST", "PROFILE",
+        "RUSTC",
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "RUSTDOC",
+        "RUSTFLAGS",
+        "RUSTDOCFLAGS",
+        "TARGET",
+        "HOST",
+        "PROFILE",
     ];
-    let from_cargo = name.starts_with("CARGO") && !KEPT.contains(&name) && !name.starts_with("CARGO_REGISTR") && !name.starts_with("CARGO_HTTP");
-    from_cargo || OTHERS.contains(&name) || name.starts_with("DEP_") || matches!(name, "OPT_LEVEL" | "DEBUG" | "OUT_DIR" | "NUM_JOBS")
+    let from_cargo = name.starts_with("CARGO")
+        && !KEPT.contains(&name)
+        && !name.starts_with("CARGO_REGISTR")
+        && !name.starts_with("CARGO_HTTP");
+    from_cargo
+        || OTHERS.contains(&name)
+        || name.starts_with("DEP_")
+        || matches!(name, "OPT_LEVEL" | "DEBUG" | "OUT_DIR" | "NUM_JOBS")
 }
 
 fn var(name: &str) -> String {

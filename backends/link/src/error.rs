@@ -32,7 +32,9 @@ pub enum LinkError {
         symbol: String,
     },
     /// A relocation that an image without a loader cannot hold.
-    #[error("object {index}, section `{section}` at {offset:#x}: {kind} relocation against `{symbol}`, expected a PC-relative one")]
+    #[error(
+        "object {index}, section `{section}` at {offset:#x}: {kind} relocation against `{symbol}`, expected a PC-relative one"
+    )]
     Relocation {
         /// Which of the objects.
         index: usize,

@@ -115,7 +115,14 @@ impl Linker<'_> {
         Ok(())
     }
 
-    fn apply(&self, image: &mut Image, section: &str, at: u64, offset: u64, r: &object::Relocation) -> Result<(), LinkError> {
+    fn apply(
+        &self,
+        image: &mut Image,
+        section: &str,
+        at: u64,
+        offset: u64,
+        r: &object::Relocation,
+    ) -> Result<(), LinkError> {
         let (symbol, target) = self.target(image, r)?;
         let refuse = |kind: String| LinkError::Relocation {
             index: self.index,
@@ -173,7 +180,10 @@ impl Linker<'_> {
 #[cfg(test)]
 mod tests {
     use object::write::{Object as Out, Relocation, StandardSection, Symbol, SymbolSection};
-    use object::{Architecture, BinaryFormat, Endianness, RelocationEncoding, RelocationFlags, SymbolFlags, SymbolKind, SymbolScope};
+    use object::{
+        Architecture, BinaryFormat, Endianness, RelocationEncoding, RelocationFlags, SymbolFlags, SymbolKind,
+        SymbolScope,
+    };
 
     use super::*;
 
@@ -191,8 +201,18 @@ mod tests {
             (id, at)
         }
 
-        fn refer(&mut self, section: object::write::SectionId, offset: u64, name: &str, kind: RelocationKind, size: u8) {
-            let id = self.0.symbol_id(name.as_bytes()).unwrap_or_else(|| self.0.add_symbol(symbol(name, SymbolSection::Undefined, 0)));
+        fn refer(
+            &mut self,
+            section: object::write::SectionId,
+            offset: u64,
+            name: &str,
+            kind: RelocationKind,
+            size: u8,
+        ) {
+            let id = self
+                .0
+                .symbol_id(name.as_bytes())
+                .unwrap_or_else(|| self.0.add_symbol(symbol(name, SymbolSection::Undefined, 0)));
             let flags = RelocationFlags::Generic { kind, encoding: RelocationEncoding::Generic, size };
             self.0.add_relocation(section, Relocation { offset, symbol: id, addend: -4, flags }).unwrap();
         }
@@ -205,7 +225,16 @@ mod tests {
     fn symbol(name: &str, section: SymbolSection, value: u64) -> Symbol {
         let flags = SymbolFlags::None;
         let name = name.as_bytes().to_vec();
-        Symbol { name, value, size: 4, kind: SymbolKind::Text, scope: SymbolScope::Linkage, weak: false, section, flags }
+        Symbol {
+            name,
+            value,
+            size: 4,
+            kind: SymbolKind::Text,
+            scope: SymbolScope::Linkage,
+            weak: false,
+            section,
+            flags,
+        }
     }
 
     #[test]
@@ -218,7 +247,8 @@ mod tests {
         b.add(StandardSection::ReadOnlyData, "table", &[7; 16]);
         b.refer(text, at + 4, "table", RelocationKind::Relative, 32);
         let image = build(&[a.bytes(), b.bytes()]).unwrap();
-        let read = |at: u64| i64::from(i32::from_le_bytes(image.bytes[at as usize..at as usize + 4].try_into().unwrap()));
+        let read =
+            |at: u64| i64::from(i32::from_le_bytes(image.bytes[at as usize..at as usize + 4].try_into().unwrap()));
         let of = |name: &str| image.symbols[name];
         assert_eq!(read(of("a") + 4), of("b") as i64 - 4 - (of("a") as i64 + 4));
         assert_eq!(read(of("b") + 4), of("table") as i64 - 4 - (of("b") as i64 + 4));
@@ -244,7 +274,9 @@ mod tests {
 
         let mut unit = Unit::new();
         unit.add(StandardSection::Text, "a", &[0; 16]);
-        assert!(matches!(build(&[unit.bytes(), unit.bytes()]), Err(LinkError::Duplicate { symbol, .. }) if symbol == "a"));
+        assert!(
+            matches!(build(&[unit.bytes(), unit.bytes()]), Err(LinkError::Duplicate { symbol, .. }) if symbol == "a")
+        );
         assert!(matches!(build(&[b"no object".to_vec()]), Err(LinkError::Object { index: 0, .. })));
     }
 }

@@ -70,7 +70,8 @@ pub fn link(inputs: &LinkInputs<'_>) -> Result<Report, LinkError> {
     let image = image::build(inputs.objects)?;
     let mut metadata = convert::metadata(inputs, &image)?;
     write::check_output(inputs.output)?;
-    let weights = inputs.source.map(|source| write::Weights::pack(inputs, source, image.bytes.len() as u64, &mut metadata));
+    let weights =
+        inputs.source.map(|source| write::Weights::pack(inputs, source, image.bytes.len() as u64, &mut metadata));
     let weights = weights.transpose()?;
     metadata.fingerprint = convert::fingerprint(&metadata, &image.bytes)?;
     write::executable(inputs, &image, &metadata, weights)
@@ -87,4 +88,3 @@ pub fn weights_path(exe: &Path) -> PathBuf {
 pub fn packed_bytes(module: &KernelModule) -> u64 {
     pack::place(&module.weights).bytes
 }
-

@@ -91,7 +91,8 @@ pub fn pack(
     let placement = place(weights);
     let blocks = blocks(weights, &placement);
     file.set_len(base + placement.bytes).map_err(LinkError::io(path))?;
-    let packer = Packer { weights, source, file, path, base, blocks: &blocks, bar: progress_bar(placement.bytes, progress) };
+    let packer =
+        Packer { weights, source, file, path, base, blocks: &blocks, bar: progress_bar(placement.bytes, progress) };
     let hashes = packer.run()?;
     packer.bar.finish_and_clear();
     let packed = summarise(weights, &blocks, &hashes);
@@ -141,7 +142,8 @@ fn progress_bar(bytes: u64, shown: bool) -> ProgressBar {
     if !shown {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("packing weights {wide_bar} {bytes} / {total_bytes}  {bytes_per_sec}  {eta}");
+    let style =
+        ProgressStyle::with_template("packing weights {wide_bar} {bytes} / {total_bytes}  {bytes_per_sec}  {eta}");
     ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 

@@ -5,14 +5,12 @@ use nextc_ir::source::WeightSource;
 
 use crate::error::LinkError;
 
-/// A weight as a matrix of `rows` rows of `columns` numbers, read from where it comes from.
+/// A weight as a matrix with rows of `columns` numbers, read from where it comes from.
 pub(crate) struct Rows<'a> {
     name: &'a str,
     runs: Vec<Run<'a>>,
     values: &'a [f32],
     source: &'a dyn WeightSource,
-    /// Rows of the weight.
-    pub rows: u64,
     /// Numbers of a row.
     pub columns: u64,
 }
@@ -40,7 +38,9 @@ impl<'a> Rows<'a> {
         let mut opened = Vec::with_capacity(runs.len());
         let mut begins = 0;
         for run in runs {
-            let stored = source.tensor(&run.tensor).ok_or_else(|| error(format!("the checkpoint has no tensor `{}`", run.tensor)))?;
+            let stored = source
+                .tensor(&run.tensor)
+                .ok_or_else(|| error(format!("the checkpoint has no tensor `{}`", run.tensor)))?;
             let stored_columns: u64 = stored.shape.iter().skip(1).product();
             let stored_rows = stored.shape.first().copied().unwrap_or(1);
             // a vector or table takes whole stored rows
@@ -64,7 +64,7 @@ impl<'a> Rows<'a> {
         if found != elems {
             return Err(error(format!("{found} numbers for shape {:?}, expected {elems}", decl.shape)));
         }
-        Ok(Self { name, runs: opened, values, source, rows: elems / columns.max(1), columns })
+        Ok(Self { name, runs: opened, values, source, columns })
     }
 
     /// Reads rows `first ..` into `out`, whole rows; `buffer` is working memory that is kept from call to call.

@@ -135,7 +135,7 @@ fn write_sections(
     sections[SectionKind::Assets as usize] = section(at.assets, &assets);
     sections[SectionKind::Weights as usize] = Section { offset: at.weights, bytes: embedded, hash: [0; 32] };
     let footer_at = (at.metadata + json.len() as u64).next_multiple_of(PAGE_BYTES);
-    let footer = Footer::new(at.code, footer_at + Footer::BYTES, hash::of(RUNTIME), sections);
+    let footer = Footer::new(at.code, footer_at + Footer::BYTES, runtime_hash(at.code), sections);
     for (offset, bytes) in [
         (0, RUNTIME),
         (at.code, &image.bytes),
@@ -146,6 +146,13 @@ fn write_sections(
         file.write_all_at(bytes, offset).map_err(LinkError::io(inputs.output))?;
     }
     Ok(footer.file_bytes)
+}
+
+/// Hash of everything before the payload: the runtime, and zeros up to the page.
+fn runtime_hash(payload_offset: u64) -> hash::Hash {
+    let mut bytes = RUNTIME.to_vec();
+    bytes.resize(payload_offset as usize, 0);
+    hash::of(&bytes)
 }
 
 /// Makes both files durable and renames them into place; if the second fails, the first goes again.

@@ -62,7 +62,7 @@ pub struct Footer {
     pub payload_offset: u64,
     /// Length of the whole file, footer included.
     pub file_bytes: u64,
-    /// Hash of the runtime before the payload.
+    /// Hash of everything before the payload.
     pub runtime_hash: Hash,
     /// The sections, indexed by [`SectionKind`].
     pub sections: [Section; 4],
@@ -176,7 +176,12 @@ mod tests {
 
     fn footer() -> Footer {
         let section = |i: u64| Section { offset: i * PAGE_BYTES, bytes: 100, hash: [i as u8; 32] };
-        Footer::new(PAGE_BYTES, 5 * PAGE_BYTES + Footer::BYTES, [9; 32], [section(1), section(2), section(3), section(4)])
+        Footer::new(
+            PAGE_BYTES,
+            5 * PAGE_BYTES + Footer::BYTES,
+            [9; 32],
+            [section(1), section(2), section(3), section(4)],
+        )
     }
 
     #[test]
