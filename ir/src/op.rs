@@ -159,11 +159,11 @@ ops! {
     /// `log(1 + exp(x))`, linear above 20 as in torch.
     Softplus = "softplus" ("x"; ) Elementwise => math::shape_unary, cost::elementwise, math::eval_softplus;
     /// `x * factor`.
-    Scale = "scale" ("x"; "factor") Elementwise => math::shape_unary, cost::elementwise, math::eval_scale;
+    Scale = "scale" ("x"; "factor") Elementwise => math::shape_scale, cost::elementwise, math::eval_scale;
     /// `1 + x`: the gain of a zero-centred norm from its stored weight.
     PlusOne = "plus_one" ("x"; ) Elementwise => math::shape_unary, cost::elementwise, math::eval_plus_one;
     /// `silu(gate) * up`.
-    Swiglu = "swiglu" ("gate", "up"; ) Elementwise => math::shape_binary, cost::elementwise, math::eval_swiglu;
+    Swiglu = "swiglu" ("gate", "up"; ) Elementwise => math::shape_swiglu, cost::elementwise, math::eval_swiglu;
 
     // ---- matmul
     /// `x · wᵀ`: `x` is `[T, in...]`, `w` is `[out..., in...]`, the result `[T, out...]`.
@@ -185,7 +185,7 @@ ops! {
     /// The same with the sums of squares given: `x * rms_scale(ssq) * (1 + w)`.
     RmsNormSsq = "rms_norm_ssq" ("x", "ssq", "w"; "eps") Elementwise => norm::shape_norm_ssq, cost::elementwise, norm::eval_rms_norm_ssq;
     /// `x / sqrt(sum(x²) + eps)` over the innermost dimension.
-    L2Norm = "l2_norm" ("x"; "eps") RowReduction => norm::shape_keep, cost::elementwise, norm::eval_l2_norm;
+    L2Norm = "l2_norm" ("x"; "eps") RowReduction => norm::shape_l2_norm, cost::elementwise, norm::eval_l2_norm;
     /// `linears(rms_norm_ssq(x, ssq, gain), ws)`: the norm is the matmul's prologue.
     NormLinears = "norm_linears" ("x", "ssq", "gain", "ws"; "eps") Kernel => norm::shape_norm_linears, cost::weights, norm::eval_norm_linears;
     /// `swiglu(linear(h, w_gate), linear(h, w_up))` with `h = rms_norm_ssq(x, ssq, gain)`: the front of a dense FFN.
