@@ -247,7 +247,11 @@ fn read_mlp_only_layers(keys: &mut Reader<'_>, num_layers: u64) -> Vec<u64> {
     let items = value.as_array().map(|a| a.iter().map(|v| v.as_u64().filter(|i| *i < num_layers)).collect());
     let indices: Option<Vec<u64>> = items.flatten();
     indices.unwrap_or_else(|| {
-        keys.reject("mlp_only_layers", value, format!("a list of layer indices below `num_hidden_layers` ({num_layers})"));
+        keys.reject(
+            "mlp_only_layers",
+            value,
+            format!("a list of layer indices below `num_hidden_layers` ({num_layers})"),
+        );
         Vec::new()
     })
 }

@@ -84,7 +84,9 @@ pub enum ConfigProblem {
         expected: String,
     },
     /// The weights are quantised in a format that is known but cannot be compiled.
-    #[error("weights quantised as {method} (`quantization_config`) cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model")]
+    #[error(
+        "weights quantised as {method} (`quantization_config`) cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model"
+    )]
     Format {
         /// The quantisation method.
         method: String,
@@ -220,7 +222,9 @@ pub enum WeightProblem {
         found: String,
     },
     /// The checkpoint holds quantised weights.
-    #[error("tensor `{tensor}` belongs to quantised weights, which cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model")]
+    #[error(
+        "tensor `{tensor}` belongs to quantised weights, which cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model"
+    )]
     Quantised {
         /// One of them.
         tensor: String,

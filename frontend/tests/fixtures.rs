@@ -54,7 +54,11 @@ fn entry_functions_only_call() {
             assert!(entry.graph.node_weights().all(|n| [Call, Param, Sequences, Weight].contains(&n.op)), "{path}");
         }
         for f in &model.module.functions {
-            assert!(f.graph.node_weights().all(|n| n.types.iter().all(|t| !t.to_string().contains("x 0"))), "{}", f.name);
+            assert!(
+                f.graph.node_weights().all(|n| n.types.iter().all(|t| !t.to_string().contains("x 0"))),
+                "{}",
+                f.name
+            );
         }
     }
 }

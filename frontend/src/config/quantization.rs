@@ -100,7 +100,8 @@ pub(crate) fn check(value: &Value) -> Vec<ConfigProblem> {
         let names: Vec<String> = METHODS.iter().map(|m| format!("{:?}", m.name)).collect();
         return vec![problem("quantization_config.quant_method", found, format!("one of {}", names.join(", ")))];
     };
-    let mut problems: Vec<_> = method.keys.iter().filter_map(|&(key, must, kind)| key_problem(object, key, must, kind)).collect();
+    let mut problems: Vec<_> =
+        method.keys.iter().filter_map(|&(key, must, kind)| key_problem(object, key, must, kind)).collect();
     problems.push(ConfigProblem::Format { method: method.name.into() });
     problems
 }
@@ -122,7 +123,9 @@ fn fits(value: &Value, kind: Kind) -> bool {
             value.as_i64().is_some_and(|n| (low..=high).contains(&n) || (minus_one && n == -1))
         }
         Kind::Bool => value.is_boolean(),
-        Kind::Block => value.as_array().is_some_and(|a| a.len() == 2 && a.iter().all(|n| n.as_u64().is_some_and(|n| n > 0))),
+        Kind::Block => {
+            value.as_array().is_some_and(|a| a.len() == 2 && a.iter().all(|n| n.as_u64().is_some_and(|n| n > 0)))
+        }
         Kind::Names => value.as_array().is_some_and(|a| a.iter().all(Value::is_string)),
         Kind::Groups => value.as_object().is_some_and(|o| o.values().all(Value::is_object)),
     }

@@ -14,7 +14,8 @@ pub(super) fn build(w: &Weights, c: &ModelConfig, name: &str, prefix: &str) -> R
     let gain = p.weight("post_norm");
     let router = p.weight("mlp.router");
     let [w_gate, w_up, w_down] = ["experts_gate", "experts_up", "experts_down"].map(|n| p.weight(&format!("mlp.{n}")));
-    let [s_gate, s_up, s_down] = ["shared_gate_proj", "shared_up", "shared_down"].map(|n| p.weight(&format!("mlp.{n}")));
+    let [s_gate, s_up, s_down] =
+        ["shared_gate_proj", "shared_up", "shared_down"].map(|n| p.weight(&format!("mlp.{n}")));
     let shared_gate = p.weight("mlp.shared_gate");
 
     let h = p.op_with(Op::RmsNormSsq, &[x, ssq, gain], eps(c.rms_norm_eps))?;

@@ -68,8 +68,7 @@ pub fn header_bytes(first: [u8; 8], file_bytes: u64) -> Result<u64, Problem> {
 /// # Errors
 /// The first thing that is wrong with the header.
 pub fn parse(header: &[u8], file_bytes: u64) -> Result<IndexMap<String, Tensor>, Problem> {
-    let Entries(mut entries) =
-        serde_json::from_slice(header).map_err(|e| Problem::Header { reason: e.to_string() })?;
+    let Entries(mut entries) = serde_json::from_slice(header).map_err(|e| Problem::Header { reason: e.to_string() })?;
     entries.sort_by(|a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
     let data_begin = 8 + header.len() as u64;
     let mut expected = 0;
@@ -104,7 +103,8 @@ fn check(name: &str, entry: Entry, expected: u64, data_begin: u64) -> Result<(Te
     match (size_bytes, file_begin) {
         (Some(size), Some(begin)) if size == end - expected => Ok((Tensor { dtype, shape, begin }, end)),
         _ => {
-            let expected = size_bytes.map_or("a shape whose size is a number of bytes below 2^61".into(), |n| format!("{n} B"));
+            let expected =
+                size_bytes.map_or("a shape whose size is a number of bytes below 2^61".into(), |n| format!("{n} B"));
             Err(Problem::Size { tensor: name.into(), dtype, shape, found_bytes: end - begin, expected })
         }
     }

@@ -64,7 +64,8 @@ impl Checkpoint {
         checkpoint.check_index(&index)?;
         let unlisted = checkpoint.tensors.keys().filter(|name| !index.contains_key(*name)).count();
         if unlisted > 0 {
-            warnings.push(format!("{INDEX}: the shards hold {unlisted} tensors that it does not list; they are ignored"));
+            warnings
+                .push(format!("{INDEX}: the shards hold {unlisted} tensors that it does not list; they are ignored"));
             checkpoint.tensors.retain(|name, _| index.contains_key(name));
         }
         Ok(Some(checkpoint))
@@ -136,7 +137,8 @@ fn parse_index(bytes: &[u8]) -> Result<IndexMap<String, String>, Error> {
         return Err(reason("`weight_map` is empty"));
     }
     let entry = |(tensor, shard): (&String, &serde_json::Value)| {
-        let shard = shard.as_str().ok_or_else(|| reason(&format!("`weight_map.{tensor}` is not the name of a file")))?;
+        let shard =
+            shard.as_str().ok_or_else(|| reason(&format!("`weight_map.{tensor}` is not the name of a file")))?;
         if !is_file_name(shard) {
             return Err(problem(Problem::ShardName { tensor: tensor.clone(), shard: shard.into() }));
         }
@@ -148,7 +150,8 @@ fn parse_index(bytes: &[u8]) -> Result<IndexMap<String, String>, Error> {
 /// A plain name: no directory, no `..`, no NUL.
 fn is_file_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
-    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name) && !name.contains('\0')
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+        && !name.contains('\0')
 }
 
 /// Rows and elements of one row, as [`Checkpoint`] presents them.

@@ -38,7 +38,8 @@ pub fn build(config: &ModelConfig, checkpoint: Option<&Checkpoint>) -> Result<We
     let mut warnings = Vec::new();
     let mtp = find_mtp(config, checkpoint, &mut warnings);
     let tied = find_tied(config, checkpoint, &mut warnings);
-    let mut binder = Binder { config, checkpoint, weights: IndexMap::new(), used: HashSet::new(), problems: Vec::new() };
+    let mut binder =
+        Binder { config, checkpoint, weights: IndexMap::new(), used: HashSet::new(), problems: Vec::new() };
     binder.globals(tied);
     for (i, layer) in config.layers.iter().enumerate() {
         let to = Names { table: format!("layers.{i}."), checkpoint: format!("model.layers.{i}.") };
@@ -333,7 +334,8 @@ impl Binder<'_> {
     fn check_unused(&mut self) -> Option<String> {
         const SHOWN: usize = 5;
         let names = self.checkpoint?.names();
-        let unused: Vec<&str> = names.filter(|n| !self.used.contains(*n) && !n.ends_with("rotary_emb.inv_freq")).collect();
+        let unused: Vec<&str> =
+            names.filter(|n| !self.used.contains(*n) && !n.ends_with("rotary_emb.inv_freq")).collect();
         let (mtp, other): (Vec<&str>, Vec<&str>) = unused.into_iter().partition(|n| n.starts_with("mtp."));
         self.problems.extend(mtp.into_iter().map(|n| Problem::UnknownMtp { tensor: n.to_owned() }));
         let listed: Vec<String> = other.iter().take(SHOWN).map(|n| format!("`{n}`")).collect();
