@@ -159,11 +159,11 @@ ops! {
     /// `log(1 + exp(x))`, linear above 20 as in torch.
     Softplus = "softplus" ("x"; ) Elementwise => math::shape_unary, cost::elementwise, math::eval_softplus;
     /// `x * factor`.
-    Scale = "scale" ("x"; "factor") Elementwise => math::shape_unary, cost::elementwise, math::eval_scale;
+    Scale = "scale" ("x"; "factor") Elementwise => math::shape_scale, cost::elementwise, math::eval_scale;
     /// `1 + x`: the gain of a zero-centred norm from its stored weight.
     PlusOne = "plus_one" ("x"; ) Elementwise => math::shape_unary, cost::elementwise, math::eval_plus_one;
     /// `silu(gate) * up`.
-    Swiglu = "swiglu" ("gate", "up"; ) Elementwise => math::shape_binary, cost::elementwise, math::eval_swiglu;
+    Swiglu = "swiglu" ("gate", "up"; ) Elementwise => math::shape_swiglu, cost::elementwise, math::eval_swiglu;
 
     // ---- matmul
     /// `x · wᵀ`: `x` is `[T, in...]`, `w` is `[out..., in...]`, the result `[T, out...]`.
@@ -185,7 +185,7 @@ ops! {
     /// The same with the sums of squares given: `x * rms_scale(ssq) * (1 + w)`.
     RmsNormSsq = "rms_norm_ssq" ("x", "ssq", "w"; "eps") Elementwise => norm::shape_norm_ssq, cost::elementwise, norm::eval_rms_norm_ssq;
     /// `x / sqrt(sum(x²) + eps)` over the innermost dimension.
-    L2Norm = "l2_norm" ("x"; "eps") RowReduction => norm::shape_keep, cost::elementwise, norm::eval_l2_norm;
+    L2Norm = "l2_norm" ("x"; "eps") RowReduction => norm::shape_l2_norm, cost::elementwise, norm::eval_l2_norm;
     /// `linears(rms_norm_ssq(x, ssq, gain), ws)`: the norm is the matmul's prologue.
     NormLinears = "norm_linears" ("x", "ssq", "gain", "ws"; "eps") Kernel => norm::shape_norm_linears, cost::weights, norm::eval_norm_linears;
     /// `swiglu(linear(h, w_gate), linear(h, w_up))` with `h = rms_norm_ssq(x, ssq, gain)`: the front of a dense FFN.
@@ -243,7 +243,8 @@ ops! {
     Combine = "combine" ("y", "weights", "ids"; ) Kernel => experts::shape_combine, cost::elementwise, experts::eval_combine;
     /// The router with the norm before it and the dispatch after it, `h = rms_norm_ssq(x, ssq, gain)`: `top_k` of the logits `h · router`,
     /// softmaxed over the chosen (`renormalise` = 1), or `top_k` of the softmax of all (0).
-    /// Gives weights and ids `[T, k]`, `order` and `table` of `dispatch`, and `shared = sigmoid(h · shared_gate)` `[T, 1]`.
+    /// Gives weights and ids `[T, k]`, `order` and `table` of `dispatch`, `shared = sigmoid(h · shared_gate)` `[T, 1]`,
+    /// and the logits `[T, num_experts]`, which a kernel's tasks hand to its tail.
     NormRouter = "norm_router" ("x", "ssq", "gain", "router", "shared_gate"; "eps", "k", "renormalise") Kernel => experts::shape_norm_router, cost::weights, experts::eval_norm_router;
     /// The first half of all experts: `swiglu(expert_linear(h, w_gate), expert_linear(h, w_up))` `[T, k, moe_intermediate_size]` and the shared
     /// expert's `swiglu(linear(h, s_gate), linear(h, s_up))`, with `h = rms_norm_ssq(x, ssq, gain)`.

@@ -12,9 +12,12 @@ pub mod info;
 pub mod memory;
 pub mod pool;
 pub mod random;
+pub mod sample;
 pub mod state;
 mod step;
+pub mod template;
 pub mod tensors;
+pub mod tokenizer;
 pub mod weights;
 
 pub use artifact::Artifact;
