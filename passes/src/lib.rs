@@ -2,3 +2,4 @@
 
 pub mod legalise;
 pub mod lower;
+pub mod memory;
