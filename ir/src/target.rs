@@ -1,4 +1,8 @@
 //! The description of a machine that code is made for. No other file holds a number of one machine.
+//!
+//! [`CPUS`] names the CPUs that `--cpu` takes and says which features each has; [`Target::native`] asks this machine feature by
+//! feature, never by name: a hypervisor may hide features of a CPU whose name promises them. The rates of memory and arithmetic
+//! are assumptions for the cost model ([`RATES`]), not measurements of the machine at hand.
 
 /// A machine and the choices made for it.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,21 +38,192 @@ pub struct MatmulTile {
     pub tokens: u64,
 }
 
+/// Rates that the cost model assumes of every CPU until it is told better: those of two cores of a shared server.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Bytes a second that all threads read from main memory.
+    pub read_bytes_per_s: f64,
+    /// Floating-point operations a second, for each 64 bits of vector register.
+    pub flops_per_s_of_64_bits: f64,
+    /// Nanoseconds to start a kernel on the thread team and wait for it.
+    pub launch_ns: f64,
+}
+
+/// The assumed rates.
+pub const RATES: Rates = Rates { read_bytes_per_s: 27.5e9, flops_per_s_of_64_bits: 50e9, launch_ns: 500.0 };
+
+/// Why there is no target for a CPU.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// No CPU of this name is in the table.
+    #[error("cpu `{name}` is unknown, expected `native` or one of {}", known_names())]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// A CPU whose name is known and that is less than x86-64-v3.
+    #[error(
+        "cpu `{name}` lacks AVX2, FMA or F16C; code for x86-64 needs at least `{MINIMUM}` (Intel Haswell of 2013, AMD Zen of 2017)"
+    )]
+    TooOld {
+        /// The name.
+        name: String,
+    },
+    /// This machine lacks features of x86-64-v3.
+    #[error("this machine lacks {}; code for x86-64 needs at least `{MINIMUM}`; name the machine that will run it with `--cpu`", missing.join(", "))]
+    Lacks {
+        /// The features that it lacks.
+        missing: Vec<&'static str>,
+    },
+    /// This machine is no x86-64.
+    #[error("this machine is {arch}, expected x86_64; name the machine that will run the code with `--cpu`")]
+    Architecture {
+        /// What it is.
+        arch: &'static str,
+    },
+}
+
+/// The least CPU that code is made for.
+pub const MINIMUM: &str = "x86-64-v3";
+
+const V3: &[&str] = &[
+    "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "cx16", "lzcnt", "movbe", "bmi", "bmi2", "avx", "avx2", "fma",
+    "f16c",
+];
+const V4: &[&str] = &["avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"];
+const VNNI: &[&str] = &["avx512vnni"];
+const ICE_LAKE: &[&str] =
+    &["avx512vnni", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq", "avx512ifma", "gfni"];
+const BF16: &[&str] = &["avx512bf16"];
+const AVX_VNNI: &[&str] = &["avxvnni"];
+const AMX: &[&str] = &["avx512fp16", "amx-tile", "amx-int8", "amx-bf16"];
+
+/// A CPU that has a name.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    /// Its name, as LLVM and GCC spell it.
+    pub name: &'static str,
+    /// Its features, in groups. Those that no kernel could use are left out.
+    pub features: &'static [&'static [&'static str]],
+}
+
+/// The CPUs that `--cpu` knows by name.
+pub const CPUS: &[Cpu] = &[
+    Cpu { name: MINIMUM, features: &[V3] },
+    Cpu { name: "haswell", features: &[V3] },
+    Cpu { name: "broadwell", features: &[V3] },
+    Cpu { name: "skylake", features: &[V3] },
+    Cpu { name: "alderlake", features: &[V3, AVX_VNNI] },
+    Cpu { name: "znver1", features: &[V3] },
+    Cpu { name: "znver2", features: &[V3] },
+    Cpu { name: "znver3", features: &[V3] },
+    Cpu { name: "x86-64-v4", features: &[V3, V4] },
+    Cpu { name: "skylake-avx512", features: &[V3, V4] },
+    Cpu { name: "cascadelake", features: &[V3, V4, VNNI] },
+    Cpu { name: "cooperlake", features: &[V3, V4, VNNI, BF16] },
+    Cpu { name: "icelake-server", features: &[V3, V4, ICE_LAKE] },
+    Cpu { name: "sapphirerapids", features: &[V3, V4, ICE_LAKE, BF16, AVX_VNNI, AMX] },
+    Cpu { name: "emeraldrapids", features: &[V3, V4, ICE_LAKE, BF16, AVX_VNNI, AMX] },
+    Cpu { name: "graniterapids", features: &[V3, V4, ICE_LAKE, BF16, AVX_VNNI, AMX] },
+    Cpu { name: "znver4", features: &[V3, V4, ICE_LAKE, BF16] },
+    Cpu { name: "znver5", features: &[V3, V4, ICE_LAKE, BF16, AVX_VNNI] },
+];
+
+/// Names of CPUs that are refused with a reason rather than as unknown.
+const TOO_OLD: &[&str] = &[
+    "x86-64",
+    "x86-64-v2",
+    "core2",
+    "penryn",
+    "nehalem",
+    "westmere",
+    "sandybridge",
+    "ivybridge",
+    "silvermont",
+    "goldmont",
+    "tremont",
+    "k8",
+    "amdfam10",
+    "btver1",
+    "btver2",
+    "bdver1",
+    "bdver2",
+    "bdver3",
+];
+
+fn known_names() -> String {
+    CPUS.iter().map(|c| format!("`{}`", c.name)).collect::<Vec<_>>().join(", ")
+}
+
 impl Target {
-    /// A target with a backend that uses `vector_bits`; measured limits are those of a plain 2-core server.
+    /// A target with a backend that uses `vector_bits`; its rates are the assumed ones.
     pub fn cpu(name: &str, features: &[&str], vector_bits: u32) -> Self {
         Self {
             cpu: name.to_owned(),
             features: features.iter().map(|&s| s.to_owned()).collect(),
             vector_bits,
-            vector_registers: if vector_bits == 512 { 32 } else { 16 },
-            threads: 2,
+            vector_registers: vector_registers(vector_bits),
+            threads: cores(),
             page_tokens: 64,
             max_context: 0,
-            read_bytes_per_s: 27.5e9,
-            flops_per_s: 50e9 * f64::from(vector_bits) / 64.0,
-            launch_ns: 500.0,
+            read_bytes_per_s: RATES.read_bytes_per_s,
+            flops_per_s: RATES.flops_per_s_of_64_bits * f64::from(vector_bits) / 64.0,
+            launch_ns: RATES.launch_ns,
         }
+    }
+
+    /// The CPU called `name`: `native`, or one of [`CPUS`].
+    ///
+    /// # Errors
+    /// [`TargetError`] if there is none of that name, or if it is less than x86-64-v3.
+    pub fn named(name: &str) -> Result<Self, TargetError> {
+        if name == "native" {
+            return Self::native();
+        }
+        if TOO_OLD.contains(&name) {
+            return Err(TargetError::TooOld { name: name.to_owned() });
+        }
+        let cpu = CPUS.iter().find(|c| c.name == name).ok_or_else(|| TargetError::Unknown { name: name.to_owned() })?;
+        Ok(Self::widest(name, &cpu.features.concat()))
+    }
+
+    /// The machine that this program runs on, by the features that it reports.
+    ///
+    /// # Errors
+    /// [`TargetError`] if it is no x86-64, or less than x86-64-v3.
+    pub fn native() -> Result<Self, TargetError> {
+        let features = native_features()?;
+        let missing: Vec<_> = V3.iter().copied().filter(|f| !features.contains(f)).collect();
+        if missing.is_empty() { Ok(Self::widest("native", &features)) } else { Err(TargetError::Lacks { missing }) }
+    }
+
+    /// A target whose vectors are as wide as its features allow.
+    fn widest(name: &str, features: &[&str]) -> Self {
+        let wide = V4.iter().all(|f| features.contains(f));
+        Self::cpu(name, features, if wide { 512 } else { 256 })
+    }
+
+    /// The same machine for the Cranelift backend, whose vectors have 128 bits.
+    #[must_use]
+    pub fn for_cranelift(self) -> Self {
+        Self {
+            vector_bits: 128,
+            vector_registers: vector_registers(128),
+            flops_per_s: self.flops_per_s * 128.0 / f64::from(self.vector_bits),
+            ..self
+        }
+    }
+
+    /// True if the machine has a feature (LLVM's spelling).
+    pub fn has(&self, feature: &str) -> bool {
+        self.features.iter().any(|f| f == feature)
+    }
+
+    /// The features that an executable for this target must find when it starts, in LLVM's spelling: those of the code that
+    /// the backends emit today. Others are known of the target, but no instruction of them is used.
+    pub fn required_features(&self) -> Vec<&str> {
+        let wide = self.vector_bits == 512;
+        self.features.iter().map(String::as_str).filter(|f| V3.contains(f) || (wide && V4.contains(f))).collect()
     }
 
     /// The micro-kernel that fits the registers: two accumulators for each 16 rows and token, and room for weights.
@@ -58,5 +233,97 @@ impl Target {
             256 => MatmulTile { row_tiles: 1, tokens: 2 },
             _ => MatmulTile { row_tiles: 1, tokens: 1 },
         }
+    }
+}
+
+const fn vector_registers(vector_bits: u32) -> u32 {
+    if vector_bits == 512 { 32 } else { 16 }
+}
+
+/// Cores that this process may use.
+fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+}
+
+/// Asks the CPU for each feature: LLVM's name, and the standard library's where it differs.
+#[cfg(target_arch = "x86_64")]
+fn native_features() -> Result<Vec<&'static str>, TargetError> {
+    macro_rules! detect {
+        ($($llvm:tt $(as $std:tt)?),* $(,)?) => {{
+            let mut found = Vec::new();
+            $( if detect!(@one $llvm $($std)?) { found.push($llvm); } )*
+            found
+        }};
+        (@one $llvm:tt) => { std::arch::is_x86_feature_detected!($llvm) };
+        (@one $llvm:tt $std:tt) => { std::arch::is_x86_feature_detected!($std) };
+    }
+    Ok(detect![
+        "sse3",
+        "ssse3",
+        "sse4.1",
+        "sse4.2",
+        "popcnt",
+        "cx16" as "cmpxchg16b",
+        "lzcnt",
+        "movbe",
+        "bmi" as "bmi1",
+        "bmi2",
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512cd",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512vnni",
+        "avx512vbmi",
+        "avx512vbmi2",
+        "avx512bitalg",
+        "avx512vpopcntdq",
+        "avx512ifma",
+        "gfni",
+        "avx512bf16",
+        "avx512fp16",
+        "avxvnni",
+    ])
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn native_features() -> Result<Vec<&'static str>, TargetError> {
+    Err(TargetError::Architecture { arch: std::env::consts::ARCH })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_named_cpu_is_at_least_the_minimum_and_as_wide_as_its_features() {
+        for cpu in CPUS {
+            let target = Target::named(cpu.name).expect("it is in the table");
+            assert!(V3.iter().all(|f| target.has(f)), "{}", cpu.name);
+            assert_eq!(target.vector_bits, if target.has("avx512vl") { 512 } else { 256 }, "{}", cpu.name);
+            assert!(target.required_features().iter().all(|f| target.has(f)));
+        }
+    }
+
+    #[test]
+    fn old_and_unknown_cpus_are_told_apart() {
+        let old = Target::named("ivybridge").expect_err("it has no AVX2").to_string();
+        assert!(old.contains("`ivybridge` lacks AVX2") && old.contains("x86-64-v3"), "{old}");
+        let unknown = Target::named("pentium-mmx-2").expect_err("there is none").to_string();
+        assert!(unknown.contains("`sapphirerapids`") && unknown.contains("`native`"), "{unknown}");
+    }
+
+    #[test]
+    fn this_machine_is_named_native_and_cranelift_narrows_it() {
+        let native = Target::named("native").expect("tests run on x86-64-v3 or better");
+        assert_eq!(native.cpu, "native");
+        let narrow = native.clone().for_cranelift();
+        assert_eq!((narrow.vector_bits, narrow.vector_registers), (128, 16));
+        assert_eq!(narrow.features, native.features);
+        assert!(!narrow.required_features().contains(&"avx512f"));
     }
 }
