@@ -160,16 +160,16 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let rotation = Rotation::compute(&mut k, inv_freq, frequencies, factor, position);
     let (q, q_norm, out) = (k.param(q), k.param(q_norm), k.param(out));
     let (q_row, out_row) = (row_ptr(&mut k, q, t, heads * head_elems), row_ptr(&mut k, out, t, heads * head_elems));
-    k.for_range(heads, 1, |k, h| {
-        let (x, y) = (row_ptr(k, q_row, h, head_elems), row_ptr(k, out_row, h, head_elems));
-        norm_head(k, (x, q_norm, y), width, eps);
-        rotation.apply(k, y);
-    });
     let b = pages.sequence(&mut k, t);
     let slot = pages.slot(&mut k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, slot, zero);
-    k.if_then(live, |k| {
+    let append = |k: &mut KernelBuilder| {
+        k.for_range(heads, 1, |k, h| {
+            let (x, y) = (row_ptr(k, q_row, h, head_elems), row_ptr(k, out_row, h, head_elems));
+            norm_head(k, (x, q_norm, y), width, eps);
+            rotation.apply(k, y);
+        });
         let (page, place) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
         let (key, v, k_norm) = (k.param(key), k.param(v), k.param(k_norm));
         let key_row = row_ptr(k, key, t, pages.heads * head_elems);
@@ -185,6 +185,12 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
                 k.store(v_out, c, value);
             });
         });
+        Vec::new()
+    };
+    k.if_else(live, append, |k| {
+        let nothing = k.splat_f32(16, 0.0);
+        k.for_range(heads * head_elems, LANES, |k, c| k.store(out_row, c, nothing));
+        Vec::new()
     });
     Ok(ports.finish(k.finish()))
 }

@@ -139,7 +139,10 @@ fn lower_function(f: &Function, target: &Target, kernels: &mut Vec<Kernel>) -> R
     Ok(out)
 }
 
-fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Result<Lowered, LowerError> {
+/// The kernel of one group of nodes: a node with a skeleton of its own, or elementwise nodes in order.
+/// # Errors
+/// [`LowerError::Unsupported`] if no skeleton covers it.
+pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Result<Lowered, LowerError> {
     let site = Site { function, node: group[0], target };
     if group.iter().all(|&n| function.node(n).op.def().class == Class::Elementwise) {
         return elementwise::lower_chain(&Site { node: group[group.len() - 1], ..site }, group);
