@@ -1,8 +1,10 @@
 //! Gated DeltaNet: the causal convolution, the decay and the delta rule, and their fused forms.
 
 use super::check::{Operand, float, operands};
+use super::math::{log1p_exp, logistic, map, zip};
+use super::norm::{l2_norm, rms_norm};
 use crate::attr::Attrs;
-use crate::eval::{Cx, Datum, EvalError};
+use crate::eval::{self, Array, Cx, Datum, EvalError, Real, Sequences, State, attr_float};
 use crate::op::ShapeError;
 use crate::shape::{Dim, Shape};
 use crate::types::{StateKind, Type};
@@ -138,37 +140,224 @@ pub fn shape_gated_delta_net(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>
     Ok(results)
 }
 
-/// stub
-pub fn eval_conv1d<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Depthwise causal convolution of each sequence's tokens, and the new window.
+/// # Errors
+/// [`EvalError`] if the operands do not fit.
+pub fn conv1d<F: Real>(
+    x: &Array<F>,
+    w: &Array<F>,
+    conv: &State<F>,
+    seqs: &Sequences,
+) -> Result<(Array<F>, State<F>), EvalError> {
+    let [tokens, heads, width] = x.rank()?;
+    let [_, _, taps] = w.rank()?;
+    w.is(&[heads, width, taps.max(1)])?;
+    conv.is(&[heads, width, taps - 1])?;
+    x.is(&[seqs.positions().len().max(tokens), heads, width])?;
+    let channels = heads * width;
+    let (mut data, mut conv) = (vec![F::default(); x.data().len()], conv.clone());
+    for run in seqs.runs() {
+        let mut window = vec![F::default(); (taps - 1) * channels];
+        if let Some(unit) = conv.unit(run.slot).filter(|_| !seqs.begins(run)) {
+            window.copy_from_slice(unit);
+        }
+        window.extend_from_slice(&x.data()[run.tokens.start * channels..run.tokens.end * channels]);
+        for (i, t) in run.tokens.clone().enumerate() {
+            for c in 0..channels {
+                let products = (0..taps).map(|j| w.data()[c * taps + j].get() * window[(i + j) * channels + c].get());
+                data[t * channels + c] = F::of(products.sum());
+            }
+        }
+        conv.unit_mut(run.slot).copy_from_slice(&window[run.tokens.len() * channels..]);
+    }
+    Ok((Array::new(x.dims(), data)?, conv))
 }
 
-/// stub
-pub fn eval_conv1d_silu<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `silu` of [`conv1d`]'s output, as a datum, and the new window.
+fn conv1d_silu<F: Real>(
+    x: &Datum<F>,
+    w: &Datum<F>,
+    conv: &Datum<F>,
+    seqs: &Datum<F>,
+) -> Result<[Datum<F>; 2], EvalError> {
+    let (y, conv) = conv1d(x.float()?, w.float()?, conv.state(StateKind::Conv)?, seqs.sequences()?)?;
+    Ok([map(&y, |x| x * logistic(x)).into(), Datum::State(conv)])
 }
 
-/// stub
-pub fn eval_decay_gate<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `-exp(a_log) · softplus(a + dt_bias)`.
+/// # Errors
+/// [`EvalError::Dims`] if the operands do not fit.
+pub fn decay_gate<F: Real>(a: &Array<F>, a_log: &Array<F>, dt_bias: &Array<F>) -> Result<Array<F>, EvalError> {
+    let [tokens, heads] = a.rank()?;
+    a_log.is(&[heads])?;
+    dt_bias.is(&[heads])?;
+    let gate = |i: usize, a: f64| -a_log.data()[i].get().exp() * log1p_exp(a + dt_bias.data()[i].get());
+    let data = (0..tokens * heads).map(|i| F::of(gate(i % heads, a.data()[i].get())));
+    Array::new(a.dims(), data.collect())
 }
 
-/// stub
-pub fn eval_delta_rule<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// What one value head sees of one token.
+struct DeltaToken<'a, F> {
+    q: &'a [F],
+    k: &'a [F],
+    v: &'a [F],
+    g: f64,
+    beta: f64,
 }
 
-/// stub
-pub fn eval_delta_rule_gated<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+impl<F: Real> DeltaToken<'_, F> {
+    /// `S ← exp(g)·S;  d = beta·(v − Sᵀk);  S ← S + k dᵀ;  out = Sᵀq`, with `state` = `S` `[head_k_dim][head_v_dim]`.
+    fn step(&self, state: &mut [F], out: &mut [F]) {
+        let (width, decay) = (self.v.len(), self.g.exp());
+        let mut read = vec![0.0; width];
+        for (row, k) in state.chunks_exact(width).zip(self.k) {
+            let k = decay * k.get();
+            read.iter_mut().zip(row).for_each(|(r, s)| *r += s.get() * k);
+        }
+        let change: Vec<f64> = read.iter().zip(self.v).map(|(r, v)| self.beta * (v.get() - r)).collect();
+        let mut mixed = vec![0.0; width];
+        for ((row, k), q) in state.chunks_exact_mut(width).zip(self.k).zip(self.q) {
+            for ((s, d), m) in row.iter_mut().zip(&change).zip(&mut mixed) {
+                *s = F::of(decay * s.get() + k.get() * d);
+                *m += s.get() * q.get();
+            }
+        }
+        out.iter_mut().zip(&mixed).for_each(|(o, m)| *o = F::of(*m));
+    }
 }
 
-/// stub
-pub fn eval_delta_rule_normed<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// The operands of the delta rule, as arrays.
+struct DeltaInputs<'a, F> {
+    q: &'a Array<F>,
+    k: &'a Array<F>,
+    v: &'a Array<F>,
+    g: &'a Array<F>,
+    beta: &'a Array<F>,
 }
 
-/// stub
-pub fn eval_gated_delta_net<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+impl<F: Real> DeltaInputs<'_, F> {
+    /// Heads and widths `[num_k_heads, head_k_dim, num_v_heads, head_v_dim]`, if all operands agree.
+    fn dims(&self, delta: &State<F>, seqs: &Sequences) -> Result<[usize; 4], EvalError> {
+        let [tokens, num_k_heads, head_k_dim] = self.q.rank()?;
+        let [_, num_v_heads, head_v_dim] = self.v.rank()?;
+        self.q.is(&[seqs.positions().len().max(tokens), num_k_heads, head_k_dim])?;
+        self.k.is(self.q.dims())?;
+        self.v.is(&[tokens, num_v_heads, head_v_dim])?;
+        self.g.is(&[tokens, num_v_heads])?;
+        self.beta.is(&[tokens, num_v_heads])?;
+        delta.is(&[num_v_heads, head_k_dim, head_v_dim])?;
+        if num_k_heads == 0 || num_v_heads % num_k_heads != 0 || head_k_dim * head_v_dim == 0 {
+            let expected = format!("a multiple of {num_k_heads} heads, none empty");
+            return Err(EvalError::Dims { found: self.v.dims().to_vec(), expected });
+        }
+        Ok([num_k_heads, head_k_dim, num_v_heads, head_v_dim])
+    }
+
+    /// The recurrence over each sequence's tokens: the output and the new state.
+    fn run(&self, delta: &State<F>, seqs: &Sequences) -> Result<Vec<Datum<F>>, EvalError> {
+        let [num_k_heads, dk, num_v_heads, dv] = self.dims(delta, seqs)?;
+        let (mut data, mut delta) = (vec![F::default(); self.v.data().len()], delta.clone());
+        for run in seqs.runs() {
+            let state = delta.unit_mut(run.slot);
+            if seqs.begins(run) {
+                state.fill(F::default());
+            }
+            for t in run.tokens.clone() {
+                for (head, state) in state.chunks_exact_mut(dk * dv).enumerate() {
+                    let at = t * num_v_heads + head;
+                    let key = t * num_k_heads + head / (num_v_heads / num_k_heads);
+                    let token = DeltaToken {
+                        q: &self.q.data()[key * dk..(key + 1) * dk],
+                        k: &self.k.data()[key * dk..(key + 1) * dk],
+                        v: &self.v.data()[at * dv..(at + 1) * dv],
+                        g: self.g.data()[at].get(),
+                        beta: self.beta.data()[at].get(),
+                    };
+                    token.step(state, &mut data[at * dv..(at + 1) * dv]);
+                }
+            }
+        }
+        Ok(vec![Datum::floats(self.v.dims(), data)?, Datum::State(delta)])
+    }
+}
+
+/// [`conv1d`] as an op.
+/// # Errors
+/// [`EvalError`]; so for the functions below.
+pub fn eval_conv1d<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w, conv, seqs] = eval::operands(args)?;
+    let (y, conv) = conv1d(x.float()?, w.float()?, conv.state(StateKind::Conv)?, seqs.sequences()?)?;
+    Ok(vec![y.into(), Datum::State(conv)])
+}
+
+/// `silu` of the convolution.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_conv1d_silu<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w, conv, seqs] = eval::operands(args)?;
+    Ok(conv1d_silu(x, w, conv, seqs)?.into())
+}
+
+/// [`decay_gate`] as an op.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_decay_gate<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [a, a_log, dt_bias] = eval::operands(args)?;
+    Ok(vec![decay_gate(a.float()?, a_log.float()?, dt_bias.float()?)?.into()])
+}
+
+/// The recurrence over each sequence's tokens.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_delta_rule<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [q, k, v, g, beta, delta, seqs] = eval::operands(args)?;
+    let inputs = DeltaInputs { q: q.float()?, k: k.float()?, v: v.float()?, g: g.float()?, beta: beta.float()? };
+    inputs.run(delta.state(StateKind::Delta)?, seqs.sequences()?)
+}
+
+/// `delta_rule` of `scale · l2_norm(q)`, `l2_norm(k)`, `v`, `decay_gate(a, ..)` and `sigmoid(b)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_delta_rule_gated<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [q, k, v, a, b, a_log, dt_bias, delta, seqs] = eval::operands(args)?;
+    let (eps, scale) = (attr_float(attrs, "eps")?, attr_float(attrs, "scale")?);
+    let inputs = DeltaInputs {
+        q: &map(&l2_norm(q.float()?, eps)?, |x| x * scale),
+        k: &l2_norm(k.float()?, eps)?,
+        v: v.float()?,
+        g: &decay_gate(a.float()?, a_log.float()?, dt_bias.float()?)?,
+        beta: &map(b.float()?, logistic),
+    };
+    inputs.run(delta.state(StateKind::Delta)?, seqs.sequences()?)
+}
+
+/// `rms_norm(out, norm) · silu(z)` of the output of `delta_rule_gated`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_delta_rule_normed<F: Real>(
+    cx: &Cx<F>,
+    args: &[Datum<F>],
+    attrs: &Attrs,
+) -> Result<Vec<Datum<F>>, EvalError> {
+    let [q, k, v, z, a, b, a_log, dt_bias, norm, delta, seqs] = eval::operands(args)?;
+    let gated = [q, k, v, a, b, a_log, dt_bias, delta, seqs].map(Clone::clone);
+    let mut results = eval_delta_rule_gated(cx, &gated, attrs)?;
+    let normed = rms_norm(results[0].float()?, norm.float()?, attr_float(attrs, "norm_eps")?, |w| w)?;
+    results[0] = zip(&normed, &map(z.float()?, |z| z * logistic(z)), |o, z| o * z)?.into();
+    Ok(results)
+}
+
+/// `delta_rule_normed` of the `conv1d_silu` of q, k and v.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_gated_delta_net<F: Real>(cx: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [q, k, v, z, a, b, w_q, w_k, w_v, a_log, dt_bias, norm, conv_q, conv_k, conv_v, delta, seqs] =
+        eval::operands(args)?;
+    let [q, conv_q] = conv1d_silu(q, w_q, conv_q, seqs)?;
+    let [k, conv_k] = conv1d_silu(k, w_k, conv_k, seqs)?;
+    let [v, conv_v] = conv1d_silu(v, w_v, conv_v, seqs)?;
+    let rest = [z, a, b, a_log, dt_bias, norm, delta, seqs].map(Clone::clone);
+    let mut results = eval_delta_rule_normed(cx, &[&[q, k, v], rest.as_slice()].concat(), attrs)?;
+    results.splice(1..1, [conv_q, conv_k, conv_v]);
+    Ok(results)
 }

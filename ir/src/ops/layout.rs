@@ -2,7 +2,7 @@
 
 use super::check::operands;
 use crate::attr::Attrs;
-use crate::eval::{Cx, Datum, EvalError};
+use crate::eval::{self, Array, Cx, Datum, EvalError, Real};
 use crate::op::ShapeError;
 use crate::shape::{Dim, Shape};
 use crate::types::Type;
@@ -30,12 +30,33 @@ pub fn shape_gather_rows(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeE
     Ok(vec![Type::f32(Shape(std::iter::once(first).chain(inner.iter().copied()).collect()))])
 }
 
-/// stub
-pub fn eval_embed<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Copies the rows `rows` of `x`; `what` they are called if one is out of range.
+fn gather<F: Real>(x: &Array<F>, rows: &Array<i32>, what: &'static str) -> Result<Array<F>, EvalError> {
+    let [count] = rows.rank()?;
+    let (limit, elems) = x.rows();
+    let mut data = Vec::with_capacity(count * elems);
+    for &row in rows.data() {
+        match usize::try_from(row) {
+            Ok(i) if i < limit => data.extend_from_slice(x.row(i)),
+            _ => return Err(EvalError::OutOfRange { what, value: row.into(), limit }),
+        }
+    }
+    let inner = x.dims().get(1..).unwrap_or_default();
+    Array::new(&[&[count], inner].concat(), data)
 }
 
-/// stub
-pub fn eval_gather_rows<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Rows of the embedding table.
+/// # Errors
+/// [`EvalError::OutOfRange`] if a token id has no row.
+pub fn eval_embed<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [tokens, w] = eval::operands(args)?;
+    Ok(vec![gather(w.float()?, tokens.int()?, "token id")?.into()])
+}
+
+/// Rows of an activation.
+/// # Errors
+/// [`EvalError::OutOfRange`] if there is no such row.
+pub fn eval_gather_rows<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, rows] = eval::operands(args)?;
+    Ok(vec![gather(x.float()?, rows.int()?, "row")?.into()])
 }

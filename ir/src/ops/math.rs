@@ -1,9 +1,9 @@
 //! Elementwise mathematics and matrix products.
 
 use super::check::{Operand, float, operands};
-use super::norm::blocks;
+use super::norm::{blocks, sum_squares};
 use crate::attr::Attrs;
-use crate::eval::{Cx, Datum, EvalError};
+use crate::eval::{self, Array, Cx, Datum, EvalError, Real, attr_float};
 use crate::op::ShapeError;
 use crate::shape::{Dim, Shape};
 use crate::types::Type;
@@ -99,67 +99,200 @@ pub fn linear(x: Operand, w: Operand) -> Result<Type, ShapeError> {
     }
 }
 
-/// stub
-pub fn eval_add<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `1 / (1 + exp(-x))`.
+pub fn logistic(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
 }
 
-/// stub
-pub fn eval_exp<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `log(1 + exp(x))`, linear above 20 as in torch.
+pub fn log1p_exp(x: f64) -> f64 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// stub
-pub fn eval_linear<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `f` of every element.
+pub fn map<F: Real>(x: &Array<F>, f: impl Fn(f64) -> f64) -> Array<F> {
+    let data = x.data().iter().map(|&x| F::of(f(x.get()))).collect();
+    Array::new(x.dims(), data).expect("as many elements as before")
 }
 
-/// stub
-pub fn eval_linear_residual<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `f` of the elements at each place, the operands broadcast to one shape.
+/// # Errors
+/// [`EvalError::Dims`] if they do not broadcast.
+pub fn zip<F: Real>(a: &Array<F>, b: &Array<F>, f: impl Fn(f64, f64) -> f64) -> Result<Array<F>, EvalError> {
+    let dims = |x: &Array<F>| Shape::new(x.dims().iter().map(|&d| d as u64));
+    let shape = broadcast_shapes(&dims(a), &dims(b));
+    let mismatch = || EvalError::Dims { found: b.dims().to_vec(), expected: format!("broadcast with {:?}", a.dims()) };
+    let dims = shape.ok_or_else(mismatch)?.eval(&[0; 4]);
+    let (left, right) = (places(a.dims(), &dims), places(b.dims(), &dims));
+    let data = left.iter().zip(&right).map(|(&i, &j)| F::of(f(a.data()[i].get(), b.data()[j].get())));
+    Array::new(&dims, data.collect())
 }
 
-/// stub
-pub fn eval_linears<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// For each element of a result of `dims`, in order, the index of the element of an operand of `from` that meets it.
+fn places(from: &[usize], dims: &[usize]) -> Vec<usize> {
+    let mut places = vec![0];
+    let missing = dims.len() - from.len();
+    for (axis, &n) in dims.iter().enumerate() {
+        let own = axis.checked_sub(missing).map_or(1, |axis| from[axis]);
+        let step = |place: usize, i: usize| place * own + if own == 1 { 0 } else { i };
+        places = places.iter().flat_map(|&place| (0..n).map(move |i| step(place, i))).collect();
+    }
+    places
 }
 
-/// stub
-pub fn eval_mul<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+fn unary<F: Real>(args: &[Datum<F>], f: impl Fn(f64) -> f64) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x] = eval::operands(args)?;
+    Ok(vec![map(x.float()?, f).into()])
 }
 
-/// stub
-pub fn eval_neg<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `-x`.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_neg<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    unary(args, |x| -x)
 }
 
-/// stub
-pub fn eval_plus_one<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `exp(x)`.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_exp<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    unary(args, f64::exp)
 }
 
-/// stub
-pub fn eval_scale<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `1 / (1 + exp(-x))`.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_sigmoid<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    unary(args, logistic)
 }
 
-/// stub
-pub fn eval_sigmoid<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `x · sigmoid(x)`.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_silu<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    unary(args, |x| x * logistic(x))
 }
 
-/// stub
-pub fn eval_silu<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `log(1 + exp(x))`, linear above 20.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_softplus<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    unary(args, log1p_exp)
 }
 
-/// stub
-pub fn eval_softplus<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `1 + x`.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_plus_one<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    unary(args, |x| 1.0 + x)
 }
 
-/// stub
-pub fn eval_swiglu<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `x · factor`.
+/// # Errors
+/// [`EvalError`] if the operand is no array of floats.
+pub fn eval_scale<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let factor = attr_float(attrs, "factor")?;
+    unary(args, |x| x * factor)
+}
+
+/// `a + b`.
+/// # Errors
+/// [`EvalError`] if the operands do not broadcast.
+pub fn eval_add<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [a, b] = eval::operands(args)?;
+    Ok(vec![zip(a.float()?, b.float()?, |a, b| a + b)?.into()])
+}
+
+/// `a · b`.
+/// # Errors
+/// [`EvalError`] if the operands do not broadcast.
+pub fn eval_mul<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [a, b] = eval::operands(args)?;
+    Ok(vec![zip(a.float()?, b.float()?, |a, b| a * b)?.into()])
+}
+
+/// `silu(gate) · up`.
+/// # Errors
+/// [`EvalError`] if the operands do not broadcast.
+pub fn eval_swiglu<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [gate, up] = eval::operands(args)?;
+    Ok(vec![swiglu(gate.float()?, up.float()?)?.into()])
+}
+
+/// `silu(gate) · up`.
+/// # Errors
+/// [`EvalError::Dims`] if they do not broadcast.
+pub fn swiglu<F: Real>(gate: &Array<F>, up: &Array<F>) -> Result<Array<F>, EvalError> {
+    zip(gate, up, |gate, up| gate * logistic(gate) * up)
+}
+
+/// `Σ a·b` in f64.
+pub fn dot<F: Real>(a: &[F], b: &[F]) -> f64 {
+    let mut sums = [0.0; 4];
+    let (left, right) = (a.chunks_exact(4), b.chunks_exact(4));
+    let rest = left.remainder().iter().zip(right.remainder());
+    let rest: f64 = rest.map(|(x, y)| x.get() * y.get()).sum();
+    for (x, y) in left.zip(right) {
+        sums[0] += x[0].get() * y[0].get();
+        sums[1] += x[1].get() * y[1].get();
+        sums[2] += x[2].get() * y[2].get();
+        sums[3] += x[3].get() * y[3].get();
+    }
+    sums[0] + sums[1] + (sums[2] + sums[3]) + rest
+}
+
+/// `x · wᵀ`: contracts all dimensions of `x` but the first.
+/// # Errors
+/// [`EvalError::Dims`] if `w` does not end in those.
+pub fn product<F: Real>(x: &Array<F>, w: &Array<F>) -> Result<Array<F>, EvalError> {
+    let inner = x.dims().get(1..).unwrap_or_default();
+    let mismatch = || EvalError::Dims { found: w.dims().to_vec(), expected: format!("what ends in {inner:?}") };
+    let out = w.dims().strip_suffix(inner).filter(|out| !out.is_empty()).ok_or_else(mismatch)?;
+    let (tokens, width) = x.rows();
+    let mut data = Vec::with_capacity(tokens * out.iter().product::<usize>());
+    for t in 0..tokens {
+        data.extend(w.data().chunks_exact(width.max(1)).map(|row| F::of(dot(x.row(t), row))));
+    }
+    Array::new(&[&[tokens], out].concat(), data)
+}
+
+/// `x · wᵀ` for each weight.
+/// # Errors
+/// As [`product`].
+pub fn products<F: Real>(x: &Array<F>, ws: &Datum<F>) -> Result<Vec<Datum<F>>, EvalError> {
+    ws.bundle()?.iter().map(|w| Ok(product(x, w.float()?)?.into())).collect()
+}
+
+/// `x · wᵀ`.
+/// # Errors
+/// [`EvalError`] if the operands do not fit.
+pub fn eval_linear<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w] = eval::operands(args)?;
+    Ok(vec![product(x.float()?, w.float()?)?.into()])
+}
+
+/// `x · wᵀ` for each weight of the bundle.
+/// # Errors
+/// [`EvalError`] if the operands do not fit.
+pub fn eval_linears<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, ws] = eval::operands(args)?;
+    products(x.float()?, ws)
+}
+
+/// `residual + x · wᵀ` and its sums of squares.
+/// # Errors
+/// [`EvalError`] if the operands do not fit.
+pub fn eval_linear_residual<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w, residual] = eval::operands(args)?;
+    add_residual(residual.float()?, &product(x.float()?, w.float()?)?)
+}
+
+/// `residual + y` and its sums of squares.
+/// # Errors
+/// [`EvalError::Dims`] if they differ in shape.
+pub fn add_residual<F: Real>(residual: &Array<F>, y: &Array<F>) -> Result<Vec<Datum<F>>, EvalError> {
+    residual.is(y.dims())?;
+    let out = zip(residual, y, |a, b| a + b)?;
+    let ssq = sum_squares(&out)?;
+    Ok(vec![out.into(), ssq.into()])
 }

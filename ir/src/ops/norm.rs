@@ -1,9 +1,9 @@
 //! Norms, alone and as the prologue of the projections that follow them.
 
 use super::check::{Operand, float, operands, positive};
-use super::math::linear;
+use super::math::{dot, linear, product, products, swiglu};
 use crate::attr::Attrs;
-use crate::eval::{Cx, Datum, EvalError};
+use crate::eval::{self, Array, Cx, Datum, EvalError, Real, attr_float, attr_int};
 use crate::op::ShapeError;
 use crate::shape::{Dim, LANES, Shape};
 use crate::types::Type;
@@ -112,42 +112,144 @@ pub fn shape_norm_swiglu(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>, Sh
     Ok(vec![out])
 }
 
-/// stub
-pub fn eval_l2_norm<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `f` of each row of the innermost dimension, which it turns into a row of `width`.
+pub fn map_rows<F: Real>(x: &Array<F>, width: usize, f: impl Fn(&[F], &mut Vec<F>)) -> Result<Array<F>, EvalError> {
+    let mut dims = x.dims().to_vec();
+    let narrow = EvalError::Dims { found: dims.clone(), expected: "a row of at least one element".to_owned() };
+    let Some(last @ 1..) = dims.last_mut() else { return Err(narrow) };
+    let from = std::mem::replace(last, width);
+    let mut data = Vec::with_capacity(x.data().len() / from * width);
+    x.data().chunks_exact(from).for_each(|row| f(row, &mut data));
+    Array::new(&dims, data)
 }
 
-/// stub
-pub fn eval_norm_linears<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Sums of squares of each 16 neighbours.
+/// # Errors
+/// [`EvalError::Dims`] if `x` has no elements in a row.
+pub fn sum_squares<F: Real>(x: &Array<F>) -> Result<Array<F>, EvalError> {
+    map_rows(x, x.width().div_ceil(LANES as usize), |row, out| {
+        out.extend(row.chunks(LANES as usize).map(|block| F::of(dot(block, block))));
+    })
 }
 
-/// stub
-pub fn eval_norm_swiglu<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `rsqrt(mean + eps)` of rows of `width` whose sums of squares are `sums`.
+fn rms_factor<F: Real>(sums: &[F], width: usize, eps: f64) -> f64 {
+    1.0 / (sums.iter().map(|s| s.get()).sum::<f64>() / width as f64 + eps).sqrt()
 }
 
-/// stub
-pub fn eval_rms_norm<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `x · rsqrt(mean(x²) + eps) · gain(w)` over the innermost dimension.
+pub fn rms_norm<F: Real>(
+    x: &Array<F>,
+    w: &Array<F>,
+    eps: f64,
+    gain: impl Fn(f64) -> f64,
+) -> Result<Array<F>, EvalError> {
+    w.is(&[x.width()])?;
+    map_rows(x, x.width(), |row, out| {
+        let factor = 1.0 / (dot(row, row) / row.len() as f64 + eps).sqrt();
+        out.extend(row.iter().zip(w.data()).map(|(x, w)| F::of(x.get() * factor * gain(w.get()))));
+    })
 }
 
-/// stub
-pub fn eval_rms_norm_plus_one<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `x · rsqrt(mean(x²) + eps) · (1 + w)`.
+/// # Errors
+/// [`EvalError::Dims`] if `w` has another width.
+pub fn rms_norm_plus_one<F: Real>(x: &Array<F>, w: &Array<F>, eps: f64) -> Result<Array<F>, EvalError> {
+    rms_norm(x, w, eps, |w| 1.0 + w)
 }
 
-/// stub
-pub fn eval_rms_norm_ssq<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// [`rms_norm_plus_one`] with the sums of squares given.
+/// # Errors
+/// [`EvalError`] if the operands do not fit.
+pub fn rms_norm_ssq<F: Real>(x: &Datum<F>, ssq: &Datum<F>, w: &Datum<F>, attrs: &Attrs) -> Result<Array<F>, EvalError> {
+    let (x, ssq, w, eps) = (x.float()?, ssq.float()?, w.float()?, attr_float(attrs, "eps")?);
+    let [rows, width] = x.rank()?;
+    ssq.is(&[rows, width.div_ceil(LANES as usize)])?;
+    w.is(&[width])?;
+    let mut data = Vec::with_capacity(rows * width);
+    for t in 0..rows {
+        let factor = rms_factor(ssq.row(t), width, eps);
+        data.extend(x.row(t).iter().zip(w.data()).map(|(x, w)| F::of(x.get() * factor * (1.0 + w.get()))));
+    }
+    Array::new(x.dims(), data)
 }
 
-/// stub
-pub fn eval_rms_scale<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// `x / sqrt(sum(x²) + eps)`.
+/// # Errors
+/// [`EvalError::Dims`] if `x` has no elements in a row.
+pub fn l2_norm<F: Real>(x: &Array<F>, eps: f64) -> Result<Array<F>, EvalError> {
+    map_rows(x, x.width(), |row, out| {
+        let norm = (dot(row, row) + eps).sqrt();
+        out.extend(row.iter().map(|x| F::of(x.get() / norm)));
+    })
 }
 
-/// stub
-pub fn eval_sum_squares<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Sums of squares of each 16 neighbours.
+/// # Errors
+/// [`EvalError`] if the operand does not fit; so for the functions below.
+pub fn eval_sum_squares<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x] = eval::operands(args)?;
+    Ok(vec![sum_squares(x.float()?)?.into()])
+}
+
+/// `rsqrt(sum(ssq) / width + eps)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_rms_scale<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [ssq] = eval::operands(args)?;
+    let (width, eps) = (attr_int(attrs, "width")?, attr_float(attrs, "eps")?);
+    Ok(vec![map_rows(ssq.float()?, 1, |row, out| out.push(F::of(rms_factor(row, width, eps))))?.into()])
+}
+
+/// `x · rsqrt(mean(x²) + eps) · w`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_rms_norm<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w] = eval::operands(args)?;
+    Ok(vec![rms_norm(x.float()?, w.float()?, attr_float(attrs, "eps")?, |w| w)?.into()])
+}
+
+/// `x · rsqrt(mean(x²) + eps) · (1 + w)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_rms_norm_plus_one<F: Real>(
+    _: &Cx<F>,
+    args: &[Datum<F>],
+    attrs: &Attrs,
+) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w] = eval::operands(args)?;
+    Ok(vec![rms_norm_plus_one(x.float()?, w.float()?, attr_float(attrs, "eps")?)?.into()])
+}
+
+/// [`rms_norm_ssq`].
+/// # Errors
+/// [`EvalError`].
+pub fn eval_rms_norm_ssq<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, ssq, w] = eval::operands(args)?;
+    Ok(vec![rms_norm_ssq(x, ssq, w, attrs)?.into()])
+}
+
+/// `x / sqrt(sum(x²) + eps)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_l2_norm<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x] = eval::operands(args)?;
+    Ok(vec![l2_norm(x.float()?, attr_float(attrs, "eps")?)?.into()])
+}
+
+/// `linears(rms_norm_ssq(x, ssq, gain), ws)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_norm_linears<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, ssq, gain, ws] = eval::operands(args)?;
+    products(&rms_norm_ssq(x, ssq, gain, attrs)?, ws)
+}
+
+/// `swiglu(linear(h, w_gate), linear(h, w_up))` with `h = rms_norm_ssq(x, ssq, gain)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_norm_swiglu<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, ssq, gain, w_gate, w_up] = eval::operands(args)?;
+    let h = rms_norm_ssq(x, ssq, gain, attrs)?;
+    Ok(vec![swiglu(&product(&h, w_gate.float()?)?, &product(&h, w_up.float()?)?)?.into()])
 }

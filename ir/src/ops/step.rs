@@ -1,9 +1,11 @@
 //! Structure: parameters, bundles, projections and the sequences of a step.
 
+use std::sync::Arc;
+
 use super::check::operands;
 use crate::attr::Attrs;
-use crate::eval::{Cx, Datum, EvalError};
-use crate::op::ShapeError;
+use crate::eval::{self, Cx, Datum, EvalError, Real, Sequences, attr_int};
+use crate::op::{Op, ShapeError};
 use crate::shape::{Dim, Shape, Sym};
 use crate::types::Type;
 
@@ -49,22 +51,35 @@ pub fn shape_sequences(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeErr
     Ok(vec![Type::Sequences])
 }
 
-/// stub
-pub fn eval_bundle<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Parameters, weights and calls have no meaning outside a function.
+/// # Errors
+/// Always.
+pub fn eval_declared<F: Real>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    Err(EvalError::Structure(Op::Call))
 }
 
-/// stub
-pub fn eval_declared<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// Item `index` of a bundle.
+/// # Errors
+/// [`EvalError`] if there is no such item.
+pub fn eval_proj<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [tuple] = eval::operands(args)?;
+    let (items, index) = (tuple.bundle()?, attr_int(attrs, "index")?);
+    let missing = EvalError::OutOfRange { what: "item", value: index as i64, limit: items.len() };
+    items.get(index).map(|item| vec![item.clone()]).ok_or(missing)
 }
 
-/// stub
-pub fn eval_proj<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// The bundle of all operands.
+/// # Errors
+/// None.
+pub fn eval_bundle<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    Ok(vec![Datum::Bundle(args.to_vec())])
 }
 
-/// stub
-pub fn eval_sequences<F>(_: &Cx<F>, _: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    todo!()
+/// The sequences of the step, checked.
+/// # Errors
+/// [`EvalError::Sequences`] if they contradict each other.
+pub fn eval_sequences<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [positions, cu_seqlens, slot, page_table] = eval::operands(args)?;
+    let sequences = Sequences::new(positions.int()?, cu_seqlens.int()?, slot.int()?, page_table.int()?)?;
+    Ok(vec![Datum::Sequences(Arc::new(sequences))])
 }

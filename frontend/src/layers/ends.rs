@@ -1,0 +1,32 @@
+//! What stands before and after the layers: embedding and head.
+
+use nextc_ir::build::BuildError;
+use nextc_ir::{Op, Shape, Sym, Type};
+
+use super::part::{Part, PartBuilder};
+use super::{Weights, eps, stream_types};
+use crate::config::ModelConfig;
+
+/// `@embed(tokens, w) -> (x, ssq)`.
+pub(super) fn embed(w: &Weights) -> Result<Part, BuildError> {
+    let mut p = PartBuilder::new(w, "embed", "");
+    let tokens = p.input("tokens", Type::i32(Shape::new([Sym::T])));
+    let table = p.weight_as("w", "embed".into());
+    let x = p.op(Op::Embed, &[tokens, table])?;
+    let ssq = p.op(Op::SumSquares, &[x])?;
+    Ok(p.finish(vec![x, ssq]))
+}
+
+/// `@head(x, ssq, rows, gain, w) -> (logits, hidden)`: norm and head of the rows asked for.
+pub(super) fn head(w: &Weights, c: &ModelConfig, name: &str, gain: &str, head: &str) -> Result<Part, BuildError> {
+    let mut p = PartBuilder::new(w, name, "");
+    let [x, ssq] = p.stream(stream_types(c));
+    let rows = p.input("rows", Type::i32(Shape::new([Sym::R])));
+    let gain = p.weight_as("gain", gain.into());
+    let head = p.weight_as("w", head.into());
+    let x = p.op(Op::GatherRows, &[x, rows])?;
+    let ssq = p.op(Op::GatherRows, &[ssq, rows])?;
+    let hidden = p.op_with(Op::RmsNormSsq, &[x, ssq, gain], eps(c.rms_norm_eps))?;
+    let logits = p.op(Op::Linear, &[hidden, head])?;
+    Ok(p.finish(vec![logits, hidden]))
+}

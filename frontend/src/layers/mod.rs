@@ -1,0 +1,164 @@
+//! The graph of a model: one function a mixer and FFN of each layer, and the entry functions that call them.
+//!
+//! Everything is in plain ops; the passes merge functions that are equal and fuse what stands in them. An entry function
+//! holds nothing but parameters, weights, the sequences of the step and calls:
+//!
+//! - `@step(tokens, positions, cu_seqlens, slot, page_table, logit_rows, states...) -> (logits, hidden, states...)`
+//! - `@draft(the same six, hidden, mtp.kv) -> (logits, hidden, mtp.kv)`, where there is an MTP module
+
+mod attention;
+mod delta;
+mod ends;
+mod experts;
+mod mlp;
+mod mtp;
+mod part;
+
+use indexmap::IndexMap;
+use nextc_ir::build::{BuildError, FunctionBuilder};
+use nextc_ir::graph::{Function, ModelInfo, WeightDecl};
+use nextc_ir::{Attrs, Dim, Module, Op, Shape, Sym, Type, Value};
+
+use self::part::{Part, PartBuilder};
+use crate::config::{Ffn, LayerKind, Mixer, ModelConfig};
+use crate::weights::table::WeightTable;
+
+type Weights = IndexMap<String, WeightDecl>;
+
+/// Builds the module of a model.
+/// # Errors
+/// [`BuildError`] if an op refuses its operands, which a checked configuration does not lead to.
+pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -> Result<Module, BuildError> {
+    let weights = &table.weights;
+    let head = if table.tied { "embed" } else { "head" };
+    let mut parts = vec![ends::embed(weights)?];
+    for (i, layer) in config.layers.iter().enumerate() {
+        parts.extend(layer_parts(weights, config, *layer, &i.to_string(), &format!("layers.{i}."))?);
+    }
+    parts.push(ends::head(weights, config, "head", "final_norm", head)?);
+    let mut functions = vec![step(&parts)?];
+    if let Some(ffn) = table.mtp {
+        let kind = LayerKind { mixer: Mixer::FullAttention, ffn };
+        let mut draft_parts = vec![mtp::fuse(weights, config)?];
+        draft_parts.extend(layer_parts(weights, config, kind, "mtp", "mtp.")?);
+        draft_parts.push(ends::head(weights, config, "head.mtp", "mtp.norm", head)?);
+        functions.push(draft(&draft_parts, config.hidden_size)?);
+        parts.append(&mut draft_parts);
+    }
+    let functions = parts.into_iter().map(|p| p.function).chain(functions).collect();
+    Ok(Module { info, functions, weights: table.weights })
+}
+
+/// The mixer and the FFN of a layer; `id` is what its functions' names end in.
+fn layer_parts(w: &Weights, c: &ModelConfig, kind: LayerKind, id: &str, prefix: &str) -> Result<[Part; 2], BuildError> {
+    let mixer = match kind.mixer {
+        Mixer::LinearAttention => delta::build(w, c, &format!("delta.{id}"), prefix)?,
+        Mixer::FullAttention => attention::build(w, c, &format!("attention.{id}"), prefix)?,
+    };
+    let ffn = match kind.ffn {
+        Ffn::Moe => experts::build(w, c, &format!("moe.{id}"), prefix)?,
+        Ffn::Dense => mlp::build(w, c, &format!("mlp.{id}"), prefix)?,
+    };
+    Ok([mixer, ffn])
+}
+
+/// The residual stream, and its sums of squares.
+fn stream_types(c: &ModelConfig) -> [Type; 2] {
+    let tensor = |width: u64| Type::f32(Shape::rows(Sym::T, &[width]));
+    [tensor(c.hidden_size), tensor(c.hidden_size.div_ceil(16))]
+}
+
+/// The residual stream after a block: `x + y`, with its sums of squares.
+fn add_residual(p: &mut PartBuilder<'_>, x: Value, y: Value) -> Result<[Value; 2], BuildError> {
+    let x = p.op(Op::Add, &[x, y])?;
+    Ok([x, p.op(Op::SumSquares, &[x])?])
+}
+
+fn eps(eps: f64) -> Attrs {
+    Attrs::none().with("eps", eps)
+}
+
+/// What an entry function begins with.
+struct Entry {
+    f: FunctionBuilder,
+    tokens: Value,
+    logit_rows: Value,
+    seqs: [Value; 4],
+    weights: IndexMap<String, Value>,
+    states: IndexMap<String, Value>,
+}
+
+impl Entry {
+    fn new(name: &str) -> Self {
+        let mut f = FunctionBuilder::new(name);
+        let mut input = |name: &str, dims: Vec<Dim>| f.param(name, Type::i32(Shape(dims)));
+        let tokens = input("tokens", vec![Sym::T.into()]);
+        let seqs = [
+            input("positions", vec![Sym::T.into()]),
+            input("cu_seqlens", vec![Dim::SymPlus(Sym::B, 1)]),
+            input("slot", vec![Sym::B.into()]),
+            input("page_table", vec![Sym::B.into(), Sym::P.into()]),
+        ];
+        let logit_rows = input("logit_rows", vec![Sym::R.into()]);
+        Self { f, tokens, logit_rows, seqs, weights: IndexMap::new(), states: IndexMap::new() }
+    }
+
+    /// Adds the states of `parts` as parameters.
+    fn add_states(&mut self, parts: &[Part]) {
+        for (name, ty) in parts.iter().flat_map(|p| &p.states) {
+            let state = self.f.param(name, ty.clone());
+            self.states.insert(name.clone(), state);
+        }
+    }
+
+    /// Calls `part`: its inputs, its states in their newest versions, its weights. Gives its results without the states.
+    fn call(&mut self, part: &Part, inputs: &[Value]) -> Vec<Value> {
+        let mut args = inputs.to_vec();
+        args.extend(part.states.iter().map(|(name, _)| self.states[name]));
+        for (name, ty) in &part.weights {
+            let f = &mut self.f;
+            args.push(*self.weights.entry(name.clone()).or_insert_with(|| f.weight(name, ty.clone())));
+        }
+        let mut results = self.f.call(&part.function, &args);
+        let states = results.split_off(results.len() - part.states.len());
+        for ((name, _), state) in part.states.iter().zip(states) {
+            self.states.insert(name.clone(), state);
+        }
+        results
+    }
+
+    /// Runs the layers between the first part, whose results are given, and the last one, the head.
+    fn finish(mut self, layers: &[Part], head: &Part, mut stream: Vec<Value>) -> Result<Function, BuildError> {
+        let seqs = self.f.op(Op::Sequences, &self.seqs)?;
+        for part in layers {
+            let mut inputs = stream;
+            if part.mixer {
+                inputs.push(seqs);
+            }
+            stream = self.call(part, &inputs);
+        }
+        stream.push(self.logit_rows);
+        let mut results = self.call(head, &stream);
+        results.extend(self.states.values());
+        Ok(self.f.finish(results))
+    }
+}
+
+/// `@step`: `parts` are the embedding, the layers, and the head.
+fn step(parts: &[Part]) -> Result<Function, BuildError> {
+    let [embed, layers @ .., head] = parts else { unreachable!("a model has an embedding and a head") };
+    let mut entry = Entry::new("step");
+    entry.add_states(parts);
+    let stream = entry.call(embed, &[entry.tokens]);
+    entry.finish(layers, head, stream)
+}
+
+/// `@draft`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
+fn draft(parts: &[Part], hidden_size: u64) -> Result<Function, BuildError> {
+    let [fuse, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
+    let mut entry = Entry::new("draft");
+    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[hidden_size])));
+    entry.add_states(parts);
+    let stream = entry.call(fuse, &[entry.tokens, hidden]);
+    entry.finish(layers, head, stream)
+}

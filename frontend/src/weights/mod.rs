@@ -1,0 +1,8 @@
+//! Weights: the files that hold them, and the table that says which rows of which tensor each weight of the graph is.
+
+pub mod header;
+pub mod rows;
+pub mod safetensors;
+pub mod table;
+
+pub use safetensors::Checkpoint;

@@ -1,0 +1,220 @@
+//! A checkpoint in safetensors files, read a block of rows at a time.
+//!
+//! Rows go from the file straight into the caller's buffer by positional reads, so streaming a checkpoint of any size keeps
+//! a few kilobytes of memory, and any number of threads may read at once.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path};
+
+use indexmap::IndexMap;
+use nextc_ir::DType;
+use nextc_ir::WeightSource;
+use nextc_ir::source::{SourceError, StoredTensor};
+
+use super::header::{self, Tensor};
+use crate::error::{Error, SafetensorsProblem as Problem};
+use crate::json::{file_name, open_file, parse_object, present, read_limited};
+
+/// The file that holds all weights of a small checkpoint.
+pub const SINGLE: &str = "model.safetensors";
+/// The file that names the shards of a large one.
+pub const INDEX: &str = "model.safetensors.index.json";
+const INDEX_LIMIT_BYTES: u64 = 256 << 20;
+
+/// The tensors of a model directory.
+///
+/// As a [`WeightSource`] it presents every tensor of two or more dimensions as a matrix whose row is the innermost
+/// dimension: experts stacked as `[E, 2I, H]` are `E · 2I` rows of `H`, convolution weights `[C, 1, K]` are `C` rows of
+/// `K`. Row runs count in these rows.
+#[derive(Debug)]
+pub struct Checkpoint {
+    shards: Vec<Shard>,
+    tensors: IndexMap<String, (usize, Tensor)>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    name: String,
+    file: File,
+}
+
+impl Checkpoint {
+    /// Opens the weights of `directory`: `model.safetensors`, or else exactly the shards that
+    /// `model.safetensors.index.json` names. `None` if it has neither. Warnings go to `warnings`.
+    /// # Errors
+    /// [`Error::Safetensors`] with what is wrong with which file, [`Error::Io`] if one cannot be read.
+    pub fn open(directory: &Path, warnings: &mut Vec<String>) -> Result<Option<Self>, Error> {
+        let mut checkpoint = Self { shards: Vec::new(), tensors: IndexMap::new() };
+        if present(&directory.join(SINGLE)) {
+            checkpoint.add_shard(directory, SINGLE)?;
+            if present(&directory.join(INDEX)) {
+                warnings.push(format!("{INDEX} is ignored since there is {SINGLE}"));
+            }
+            return Ok(Some(checkpoint));
+        }
+        let Some(bytes) = read_limited(&directory.join(INDEX), INDEX_LIMIT_BYTES)? else { return Ok(None) };
+        let index = parse_index(&bytes)?;
+        let mut shards: Vec<&str> = index.values().map(String::as_str).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for shard in shards {
+            checkpoint.add_shard(directory, shard)?;
+        }
+        checkpoint.check_index(&index)?;
+        let unlisted = checkpoint.tensors.keys().filter(|name| !index.contains_key(*name)).count();
+        if unlisted > 0 {
+            warnings
+                .push(format!("{INDEX}: the shards hold {unlisted} tensors that it does not list; they are ignored"));
+            checkpoint.tensors.retain(|name, _| index.contains_key(name));
+        }
+        Ok(Some(checkpoint))
+    }
+
+    fn add_shard(&mut self, directory: &Path, name: &str) -> Result<(), Error> {
+        let io_error = |reason| Error::Io { file: name.to_owned(), reason };
+        let problem = |problem| Error::Safetensors { file: name.to_owned(), problem };
+        let (file, file_bytes) = open_file(&directory.join(name))?;
+        if file_bytes < 8 {
+            return Err(problem(Problem::NoHeader { found_bytes: file_bytes }));
+        }
+        let mut first = [0; 8];
+        file.read_exact_at(&mut first, 0).map_err(io_error)?;
+        let header_bytes = header::header_bytes(first, file_bytes).map_err(problem)?;
+        let mut text = vec![0; header_bytes as usize];
+        file.read_exact_at(&mut text, 8).map_err(io_error)?;
+        let shard = self.shards.len();
+        for (tensor, stored) in header::parse(&text, file_bytes).map_err(problem)? {
+            if let Some((other, _)) = self.tensors.get(&tensor) {
+                let other = self.shards[*other].name.clone();
+                return Err(problem(Problem::Duplicate { tensor, other }));
+            }
+            self.tensors.insert(tensor, (shard, stored));
+        }
+        self.shards.push(Shard { name: name.to_owned(), file });
+        Ok(())
+    }
+
+    /// Every tensor of the index lies in the shard that it names.
+    fn check_index(&self, index: &IndexMap<String, String>) -> Result<(), Error> {
+        for (tensor, shard) in index {
+            let found = match self.tensors.get(tensor) {
+                Some((i, _)) if self.shards[*i].name == *shard => continue,
+                Some((i, _)) => format!("but lies in {}", self.shards[*i].name),
+                None => "which does not have it".to_owned(),
+            };
+            let problem = Problem::NotInShard { tensor: tensor.clone(), shard: shard.clone(), found };
+            return Err(Error::Safetensors { file: INDEX.into(), problem });
+        }
+        Ok(())
+    }
+
+    /// The tensor called `name`: element type and shape as stored.
+    pub fn stored(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name).map(|(_, tensor)| tensor)
+    }
+
+    /// The names of all tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+}
+
+/// The shard of each tensor.
+fn parse_index(bytes: &[u8]) -> Result<IndexMap<String, String>, Error> {
+    let problem = |problem| Error::Safetensors { file: INDEX.into(), problem };
+    let reason = |reason: &str| problem(Problem::Index { reason: reason.into() });
+    let object = parse_object(INDEX, bytes)?;
+    let map = object.get("weight_map").ok_or_else(|| reason("`weight_map` is missing"))?;
+    let map = map.as_object().ok_or_else(|| reason("`weight_map` is not an object"))?;
+    if map.is_empty() {
+        return Err(reason("`weight_map` is empty"));
+    }
+    let entry = |(tensor, shard): (&String, &serde_json::Value)| {
+        let shard =
+            shard.as_str().ok_or_else(|| reason(&format!("`weight_map.{tensor}` is not the name of a file")))?;
+        if !is_file_name(shard) {
+            return Err(problem(Problem::ShardName { tensor: tensor.clone(), shard: shard.into() }));
+        }
+        Ok((tensor.clone(), shard.to_owned()))
+    };
+    map.iter().map(entry).collect()
+}
+
+/// A plain name: no directory, no `..`, no NUL.
+fn is_file_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+        && !name.contains('\0')
+}
+
+/// Rows and elements of one row, as [`Checkpoint`] presents them.
+fn rows_of(shape: &[u64]) -> (u64, u64) {
+    match shape {
+        [] => (1, 1),
+        [n] => (*n, 1),
+        [outer @ .., last] => (outer.iter().product(), *last),
+    }
+}
+
+impl WeightSource for Checkpoint {
+    fn tensor(&self, name: &str) -> Option<StoredTensor> {
+        let tensor = self.stored(name)?;
+        let dtype = match tensor.dtype {
+            "F32" => DType::F32,
+            "F16" => DType::F16,
+            "BF16" => DType::BF16,
+            _ => return None,
+        };
+        let (rows, row_elems) = rows_of(&tensor.shape);
+        let shape = if tensor.shape.len() < 2 { vec![rows] } else { vec![rows, row_elems] };
+        Some(StoredTensor { shape, dtype })
+    }
+
+    fn read_rows(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
+        let (shard, tensor) = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
+        let shard = &self.shards[*shard];
+        let (rows, row_elems) = rows_of(&tensor.shape);
+        let elems = out.len() as u64;
+        let asked = elems.div_ceil(row_elems.max(1));
+        let end = first.saturating_add(asked);
+        if end > rows || !elems.is_multiple_of(row_elems.max(1)) {
+            return Err(SourceError::Rows { tensor: name.to_owned(), rows, first, end });
+        }
+        let io_error = |reason: String| SourceError::Io { file: shard.name.clone(), reason };
+        let at = |bytes: u64| tensor.begin + first * row_elems * bytes;
+        let read = match tensor.dtype {
+            "F32" => read_widened(&shard.file, at(4), out, f32::from_le_bytes),
+            "F16" => read_widened(&shard.file, at(2), out, |b| half::f16::from_le_bytes(b).to_f32()),
+            "BF16" => read_widened(&shard.file, at(2), out, |b| half::bf16::from_le_bytes(b).to_f32()),
+            other => return Err(io_error(format!("tensor `{name}` has dtype {other}, expected BF16, F16 or F32"))),
+        };
+        read.map_err(|e| io_error(e.to_string()))
+    }
+}
+
+/// Fills `out` with the elements of `N` bytes that begin at byte `at`, through a small buffer.
+fn read_widened<const N: usize>(
+    file: &File,
+    mut at: u64,
+    out: &mut [f32],
+    widen: impl Fn([u8; N]) -> f32,
+) -> std::io::Result<()> {
+    const BUFFER_BYTES: usize = 64 << 10;
+    let mut buffer = [0; BUFFER_BYTES];
+    for block in out.chunks_mut(BUFFER_BYTES / N) {
+        let bytes = &mut buffer[..block.len() * N];
+        file.read_exact_at(bytes, at)?;
+        at += bytes.len() as u64;
+        for (x, raw) in block.iter_mut().zip(bytes.as_chunks::<N>().0) {
+            *x = widen(*raw);
+        }
+    }
+    Ok(())
+}
+
+/// The model directory's name, for messages and `info`.
+pub(crate) fn directory_name(directory: &Path) -> String {
+    let full = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
+    file_name(&full)
+}
