@@ -111,12 +111,32 @@ fn check_mtp(fixture: &str) {
     golden.check("mtp_short_logits", &draft.logits, prompt.len());
 }
 
+/// Three drafts after the prompt and its greedy token: each is fed the one before it, and MTP's own hidden row.
+fn check_drafts(fixture: &str) {
+    let (model, golden) = (model(fixture), Golden::open(fixture));
+    let mut session = session(&model);
+    let prompt = golden.ints("input_ids");
+    let main = session.step("step", &StepInputs::sequence(&prompt, 0, PAGES)).expect("a step");
+    let next: Vec<i32> = prompt[1..].iter().copied().chain([golden.ints("greedy_ids")[0]]).collect();
+    let mut inputs = StepInputs { hidden: Some(main.hidden), ..StepInputs::sequence(&next, 0, PAGES) };
+    let mut logits = Vec::new();
+    let drafts = golden.ints("mtp_draft_ids");
+    for (token, position) in drafts.iter().zip(prompt.len() as i32..) {
+        let draft = session.step("draft", &inputs).expect("a step");
+        logits.extend_from_slice(&draft.logits[draft.logits.len() - model.config.vocab_size as usize..]);
+        let hidden = draft.hidden[draft.hidden.len() - model.config.hidden_size as usize..].to_vec();
+        inputs = StepInputs { hidden: Some(hidden), ..StepInputs::sequence(&[*token], position, PAGES) };
+    }
+    golden.check("mtp_draft_logits", &logits, drafts.len());
+}
+
 macro_rules! fixtures {
     ($($test:ident: $fixture:literal,)*) => {$(
         #[test]
         fn $test() {
             check_main_model($fixture);
             check_mtp($fixture);
+            check_drafts($fixture);
         }
     )*};
 }
