@@ -77,6 +77,10 @@ pub fn link(inputs: &LinkInputs<'_>) -> Result<Report, LinkError> {
     write::executable(inputs, &image, &metadata, weights)
 }
 
+/// What the names of files that are being written begin with; they lie beside the output and vanish if the build fails. A process that
+/// is about to be killed may remove those that it has open.
+pub const UNFINISHED_PREFIX: &str = ".nextc-unfinished-";
+
 /// Where the weights of the executable `exe` are: its whole name with `.weights` appended.
 pub fn weights_path(exe: &Path) -> PathBuf {
     let mut name = exe.as_os_str().to_owned();
