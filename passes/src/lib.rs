@@ -105,6 +105,8 @@ fn run_pass(pass: &Pass, module: Module, target: &Target) -> Result<Module> {
 pub struct RuleInfo {
     /// The rule.
     pub name: &'static str,
+    /// Its family: `algebra`, `norm`, `attention`, `delta`, `experts`.
+    pub family: &'static str,
     /// Its equations and conditions, as text.
     pub text: String,
     /// The float sum that it adds in another order, if it does.
@@ -113,8 +115,11 @@ pub struct RuleInfo {
 
 /// Every rewrite rule.
 pub fn rules() -> Vec<RuleInfo> {
-    let info = |rule: &rules::Rule| RuleInfo { name: rule.name, text: rule.to_string(), reorders: rule.reorders };
-    rules::all().iter().map(info).collect()
+    let info = |family, rule: rules::Rule| {
+        let (name, reorders) = (rule.name, rule.reorders);
+        RuleInfo { name, family, text: rule.to_string(), reorders }
+    };
+    rules::FAMILIES.iter().flat_map(|(family, rules)| rules().into_iter().map(|rule| info(*family, rule))).collect()
 }
 
 /// True if the function calls others: an entry point.
