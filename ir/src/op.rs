@@ -243,7 +243,8 @@ ops! {
     Combine = "combine" ("y", "weights", "ids"; ) Kernel => experts::shape_combine, cost::elementwise, experts::eval_combine;
     /// The router with the norm before it and the dispatch after it, `h = rms_norm_ssq(x, ssq, gain)`: `top_k` of the logits `h · router`,
     /// softmaxed over the chosen (`renormalise` = 1), or `top_k` of the softmax of all (0).
-    /// Gives weights and ids `[T, k]`, `order` and `table` of `dispatch`, and `shared = sigmoid(h · shared_gate)` `[T, 1]`.
+    /// Gives weights and ids `[T, k]`, `order` and `table` of `dispatch`, `shared = sigmoid(h · shared_gate)` `[T, 1]`,
+    /// and the logits `[T, num_experts]`, which a kernel's tasks hand to its tail.
     NormRouter = "norm_router" ("x", "ssq", "gain", "router", "shared_gate"; "eps", "k", "renormalise") Kernel => experts::shape_norm_router, cost::weights, experts::eval_norm_router;
     /// The first half of all experts: `swiglu(expert_linear(h, w_gate), expert_linear(h, w_up))` `[T, k, moe_intermediate_size]` and the shared
     /// expert's `swiglu(linear(h, s_gate), linear(h, s_up))`, with `h = rms_norm_ssq(x, ssq, gain)`.

@@ -39,6 +39,9 @@ pub enum Error {
         /// What LLVM says.
         reason: String,
     },
+    /// The system starts no thread for a worker.
+    #[error("no thread to compile on: {0}")]
+    Thread(std::io::Error),
     /// No kernel has this name.
     #[error("no kernel is called `{name}`, expected one of {}", known.join(", "))]
     NoKernel {

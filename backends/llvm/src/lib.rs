@@ -34,12 +34,19 @@ pub fn compile(module: &KernelModule, target: &Target) -> Result<Vec<Vec<u8>>, E
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(module.kernels.len());
     let next = AtomicUsize::new(0);
     let mut objects = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| compile_claimed(module, target, &next))).collect();
-        workers.into_iter().flat_map(|w| w.join().expect("a worker returns its errors")).collect::<Vec<_>>()
-    });
+        let spawn = |_| {
+            let worker = std::thread::Builder::new().stack_size(STACK_BYTES);
+            worker.spawn_scoped(scope, || compile_claimed(module, target, &next)).map_err(Error::Thread)
+        };
+        let workers = (0..threads).map(spawn).collect::<Result<Vec<_>, _>>()?;
+        Ok(workers.into_iter().flat_map(|w| w.join().expect("a worker returns its errors")).collect::<Vec<_>>())
+    })?;
     objects.sort_by_key(|&(i, _)| i);
     objects.into_iter().map(|(_, object)| object).collect()
 }
+
+/// Stack of a worker: LLVM's code generator recurses along the longest chain of a basic block.
+const STACK_BYTES: usize = 64 << 20;
 
 /// One worker: compiles the kernel that `next` says until there is none.
 fn compile_claimed(module: &KernelModule, target: &Target, next: &AtomicUsize) -> Vec<(usize, Result<Vec<u8>, Error>)> {

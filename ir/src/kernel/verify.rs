@@ -146,7 +146,7 @@ pub fn verify(module: &KernelModule) -> Result<(), Vec<KernelError>> {
         }
     }
     for (i, &bytes) in module.arena.unit_bytes.iter().enumerate() {
-        if bytes % 64 != 0 {
+        if !bytes.is_multiple_of(64) {
             let broken = Broken::Constant { what: "bytes a unit", found: bytes as i64, expected: "a multiple of 64" };
             errors.push(error("arena", Sym::ALL[i].name(), broken));
         }
@@ -211,7 +211,7 @@ fn launch_problems(module: &KernelModule, launch: &Launch) -> Vec<Broken> {
 fn outside(module: &KernelModule, at: Placement, bytes: u64) -> Option<Broken> {
     let plan = at.unit.map_or(module.arena.fixed_bytes, |s| module.arena.unit_bytes[s.index()]);
     let end = at.at_bytes.saturating_add(bytes);
-    if at.at_bytes % 4 != 0 {
+    if !at.at_bytes.is_multiple_of(4) {
         return Some(Broken::Constant { what: "placement", found: at.at_bytes as i64, expected: "a multiple of 4 B" });
     }
     (end > plan).then_some(Broken::Placement { at, end, plan })

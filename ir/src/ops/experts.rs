@@ -95,7 +95,8 @@ pub fn shape_norm_router(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>, Sh
     let chosen = Shape::rows(first, &[k]);
     let table = Type::i32(Shape::new([table_len(experts)]));
     let shared = Type::f32(Shape::rows(first, &[1]));
-    Ok(vec![Type::f32(chosen.clone()), Type::i32(chosen.clone()), Type::i32(chosen), table, shared])
+    let logits = Type::f32(Shape::rows(first, &[experts]));
+    Ok(vec![Type::f32(chosen.clone()), Type::i32(chosen.clone()), Type::i32(chosen), table, shared, logits])
 }
 
 /// `w_gate`, `w_up` `[num_experts, I, H]`, `s_gate`, `s_up` `[Is, H]`: `[T, k, I]` and `[T, Is]`.
@@ -297,7 +298,7 @@ pub fn eval_norm_router<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) ->
     };
     let [order, table] = dispatch(&ids, logits.width())?;
     let shared = map(&product(&h, shared_gate.float()?)?, logistic);
-    Ok(vec![weights.into(), Datum::Int(ids), order, table, shared.into()])
+    Ok(vec![weights.into(), Datum::Int(ids), order, table, shared.into(), logits.into()])
 }
 
 /// The first half of the routed experts and of the shared one.

@@ -4,11 +4,11 @@ use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred};
 use nextc_ir::shape::Sym;
 
-use super::{bits, run};
+use super::{bits, native, run, run_on};
 
 #[test]
 fn a_loop_carries_values_and_takes_no_turn_if_it_is_empty() {
-    let mut k = KernelBuilder::new("fibonacci", &[("bounds", false), ("out", true)], 1.into());
+    let mut k = KernelBuilder::new("fibonacci", &[("bounds", false), ("out", true)], 6.into());
     let (bounds, out, task) = (k.param(0), k.param(1), k.task());
     let triple = k.mul_const(task, 2);
     let lo = k.load_index(bounds, triple);
@@ -19,14 +19,14 @@ fn a_loop_carries_values_and_takes_no_turn_if_it_is_empty() {
     k.store(out, triple, last[0]);
     k.store(out, next, last[1]);
     let bounds: Vec<u32> = vec![0, 0, 0, 1, 0, 3, 0, 4, 5, 2, (-7i32) as u32, 8];
-    let got = run(&k.finish(), [0; 4], (0, 6), &[bounds, vec![9; 12]]);
+    let got = run(&k.finish(), [0; 4], &[bounds, vec![9; 12]]);
     // 0, 1, 1, 2, 0 and 5 turns
     assert_eq!(got[1], [0, 1, 1, 1, 1, 1, 1, 2, 0, 1, 5, 8]);
 }
 
 #[test]
 fn conditions_yield_and_nest_in_loops() {
-    let mut k = KernelBuilder::new("collatz", &[("out", true)], 1.into());
+    let mut k = KernelBuilder::new("collatz", &[("out", true)], 40.into());
     let (out, task) = (k.param(0), k.task());
     let (zero, hi) = (k.const_i64(0), k.const_i64(200));
     let start = k.add_const(task, 1);
@@ -57,7 +57,7 @@ fn conditions_yield_and_nest_in_loops() {
         let turn = |x: &u64| (*x != 1).then_some(if x.is_multiple_of(2) { x / 2 } else { 3 * x + 1 });
         std::iter::successors(Some(start), turn).count() as u32 - 1
     });
-    let got = run(&k.finish(), [0; 4], (0, 40), &[vec![0; 40]]);
+    let got = run(&k.finish(), [0; 4], &[vec![0; 40]]);
     assert_eq!(got[0], want.collect::<Vec<_>>());
 }
 
@@ -67,7 +67,7 @@ fn only_the_tasks_that_are_asked_for_run() {
     let (out, task) = (k.param(0), k.task());
     let x = k.narrow(task);
     k.store(out, task, x);
-    let got = run(&k.finish(), [0; 4], (3, 6), &[vec![99; 8]]);
+    let got = run_on(&native(), &k.finish(), [0; 4], (3, 6), &[vec![99; 8]]);
     assert_eq!(got[0], [99, 99, 99, 3, 4, 5, 99, 99]);
 }
 
@@ -80,7 +80,7 @@ fn dimensions_arrive_in_order() {
         let dim = k.narrow(dim);
         k.store(out, at, dim);
     }
-    assert_eq!(run(&k.finish(), [11, 12, 13, 14], (0, 1), &[vec![0; 4]])[0], [11, 12, 13, 14]);
+    assert_eq!(run(&k.finish(), [11, 12, 13, 14], &[vec![0; 4]])[0], [11, 12, 13, 14]);
 }
 
 #[test]
@@ -115,13 +115,13 @@ fn scratch_is_apart_and_the_tail_runs_once() {
     });
     let sum = |task: u32| (0..20).map(|i| (i + task) as f32).map(|x| x + x * x).sum::<f32>();
     let sums: Vec<f32> = (0..5).map(sum).collect();
-    let got = run(&kernel, [0; 4], (0, 5), &[vec![0; 5], vec![0]]);
+    let got = run(&kernel, [0; 4], &[vec![0; 5], vec![0]]);
     assert_eq!(got, [bits(sums.iter().copied()), bits([sums.iter().sum()])]);
 }
 
 #[test]
 fn pointers_move_by_bytes_and_through_control() {
-    let mut k = KernelBuilder::new("pointers", &[("a", false), ("b", false), ("out", true)], 1.into());
+    let mut k = KernelBuilder::new("pointers", &[("a", false), ("b", false), ("out", true)], 4.into());
     let (a, b, out, task) = (k.param(0), k.param(1), k.param(2), k.task());
     let (odd, one) = (k.rem_const(task, 2), k.const_i64(1));
     let takes_b = k.cmp(Pred::Eq, odd, one);
@@ -135,7 +135,7 @@ fn pointers_move_by_bytes_and_through_control() {
     });
     let x = k.load(DType::I32, 1, last[0], task);
     k.store(out, task, x);
-    let got = run(&k.finish(), [0; 4], (0, 4), &[vec![1, 2, 3, 4], vec![10, 20, 30, 40], vec![0; 4]]);
+    let got = run(&k.finish(), [0; 4], &[vec![1, 2, 3, 4], vec![10, 20, 30, 40], vec![0; 4]]);
     assert_eq!(got[2], [1, 20, 3, 40]);
 }
 
@@ -149,7 +149,7 @@ fn parameters_may_be_the_same_memory() {
         k.store(y, next, value);
     });
     let kernel = k.finish();
-    let objects = nextc_llvm::compile(&super::module(vec![kernel]), &super::native()).expect("the kernel compiles");
+    let objects = nextc_llvm::compile(&super::module(vec![kernel]), &native()).expect("the kernel compiles");
     let mut words = bits((0..8u8).map(|i| f32::from(i) + 5.0));
     let at = words.as_mut_ptr() as u64;
     super::Code::load(&objects[0]).call("nextc_kernel_0", &[0, 0, 0, 0, at, at], &mut [], (0, 1));

@@ -7,9 +7,9 @@ use nextc_ir::kernel::{Kernel, KernelBuilder};
 use super::{bits, module, native, run};
 
 /// `y[16·task ..] = W·x`: two tiles of 16 rows and 2·`pairs` columns a task, four accumulators.
-fn gemv(pairs: u64) -> Kernel {
+fn gemv(pairs: u64, tasks: u64) -> Kernel {
     let bf16 = FORMATS.iter().find(|f| f.format == Format::Bf16).expect("bf16 is a format");
-    let mut k = KernelBuilder::new("gemv", &[("w", false), ("x", false), ("y", true)], 1.into());
+    let mut k = KernelBuilder::new("gemv", &[("w", false), ("x", false), ("y", true)], tasks.into());
     let (w, x, y, task) = (k.param(0), k.param(1), k.param(2), k.task());
     let tiles = k.mul_const(task, 2 * pairs * 64);
     let first = k.offset(w, tiles);
@@ -56,14 +56,14 @@ fn a_bf16_tile_times_a_vector() {
     };
     let want = bits((0..tasks * 32).map(|i| row(i / 16, i % 16)));
     let got =
-        run(&gemv(pairs as u64), [0; 4], (0, tasks as i64), &[w.clone(), bits(x.iter().copied()), vec![0; tasks * 32]]);
+        run(&gemv(pairs as u64, tasks as u64), [0; 4], &[w.clone(), bits(x.iter().copied()), vec![0; tasks * 32]]);
     assert_eq!(got[2], want);
 }
 
 #[test]
 fn it_loads_whole_registers() {
     let target = native();
-    let asm = nextc_llvm::asm(&module(vec![gemv(1024)]), &target, "gemv").expect("the kernel compiles");
+    let asm = nextc_llvm::asm(&module(vec![gemv(1024, 1)]), &target, "gemv").expect("the kernel compiles");
     let register = if target.vector_bits == 512 { "zmm" } else { "ymm" };
     let fused = asm.lines().filter(|l| l.contains("vfmadd") && l.contains(register)).count();
     assert!(fused >= 4, "{fused} whole fused multiply-adds in:\n{asm}");

@@ -1,16 +1,18 @@
-//! Kernels compiled by LLVM, loaded and run: their results against numbers computed in Rust.
+//! Kernels compiled by LLVM, loaded and run: their results against the kernel interpreter's and numbers computed in Rust.
 //!
 //! One test binary, since each one links LLVM. Every kernel is compiled for this machine and for x86-64-v3, and both must agree.
 
 mod control;
 mod gemv;
 mod loader;
+mod math;
 mod objects;
 mod ops;
 
 use loader::{Code, Line};
 use nextc_ir::Target;
 use nextc_ir::kernel::Kernel;
+use nextc_ir::kernel::eval::{self, Buffer, Options, Place};
 use nextc_ir::schedule::KernelModule;
 
 /// A module of these kernels, without launches.
@@ -34,12 +36,24 @@ fn minimum() -> Target {
     Target::named("x86-64-v3").expect("it is in the table")
 }
 
-/// Runs a kernel's tasks and its tail on 32-bit words; gives the words that it leaves, the same on every target.
-fn run(kernel: &Kernel, dims: [u64; 4], tasks: (i64, i64), buffers: &[Vec<u32>]) -> Vec<Vec<u32>> {
+/// Runs all tasks of a kernel and its tail on 32-bit words; gives the words that it leaves: the same on every target and in the interpreter.
+fn run(kernel: &Kernel, dims: [u64; 4], buffers: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let tasks = (0, kernel.grid.eval(&dims) as i64);
     let wide = run_on(&native(), kernel, dims, tasks, buffers);
     let least = run_on(&minimum(), kernel, dims, tasks, buffers);
     assert_eq!(wide, least, "`{}` on this machine (left) and on x86-64-v3", kernel.name);
+    for (got, want) in wide.iter().zip(interpret(kernel, dims, buffers)) {
+        assert_eq!(canonical(got), canonical(&want), "`{}` compiled (left) and interpreted", kernel.name);
+    }
     wide
+}
+
+fn interpret(kernel: &Kernel, dims: [u64; 4], buffers: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let ints = |words: &Vec<u32>| words.iter().map(|w| w.cast_signed()).collect::<Vec<_>>();
+    let mut memory: Vec<_> = buffers.iter().map(|b| Buffer::from_i32(&ints(b))).collect();
+    let places: Vec<_> = (0..buffers.len()).map(|buffer| Place { buffer, at_bytes: 0 }).collect();
+    eval::run(kernel, dims, &mut memory, &places, Options::default()).expect("the kernel runs");
+    memory.iter().map(|b| b.to_i32().iter().map(|w| w.cast_unsigned()).collect()).collect()
 }
 
 fn run_on(target: &Target, kernel: &Kernel, dims: [u64; 4], tasks: (i64, i64), buffers: &[Vec<u32>]) -> Vec<Vec<u32>> {

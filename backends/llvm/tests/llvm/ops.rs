@@ -48,7 +48,7 @@ fn apply(name: &str, dtype: DType, lanes: u32, ops: &[Make], a: &[u32], b: &[u32
             k.store(out, at, z);
         }
     });
-    let buffers = run(&k.finish(), [0; 4], (0, 1), &[a.to_vec(), b.to_vec(), vec![0; 256 * ops.len()]]);
+    let buffers = run(&k.finish(), [0; 4], &[a.to_vec(), b.to_vec(), vec![0; 256 * ops.len()]]);
     buffers[2].chunks(256).map(<[u32]>::to_vec).collect()
 }
 
@@ -317,7 +317,7 @@ fn constants_keep_their_bits() {
         let (at, x) = (k.index((numbers.len() + i) as u64), k.const_i32(x));
         k.store(out, at, x);
     }
-    let got = run(&k.finish(), [0; 4], (0, 1), &[vec![0; 21]]);
+    let got = run(&k.finish(), [0; 4], &[vec![0; 21]]);
     let want: Vec<u32> = numbers.iter().map(|x| x.to_bits()).chain(INTS.iter().map(|&x| x as u32)).collect();
     assert_eq!(got[0], want);
 }

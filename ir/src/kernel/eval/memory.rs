@@ -110,7 +110,7 @@ impl Buffer {
         if !inside {
             return Err(Misdeed::OutOfBounds { at, bytes, len: self.len_bytes() });
         }
-        if at as u64 % elem_bytes != 0 {
+        if !(at as u64).is_multiple_of(elem_bytes) {
             return Err(Misdeed::Misaligned { at, bytes: elem_bytes });
         }
         let first = at as usize / 4;
