@@ -15,13 +15,6 @@ pub fn watch() {
     }
 }
 
-/// Lets a program that takes this process's place be interrupted again.
-pub fn unwatch() {
-    let signals = signal_set();
-    // SAFETY: as in `watch`
-    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const signals, std::ptr::null_mut()) };
-}
-
 fn signal_set() -> libc::sigset_t {
     // SAFETY: a set is plain data, and `sigemptyset` initialises it
     unsafe {

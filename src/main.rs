@@ -3,11 +3,11 @@
 //! Arguments in, calls to the floors below: [`cli`] holds the arguments, [`compile`] the path from a model's folder to kernels and
 //! code, [`cmd`] a file for each subcommand, and the rest how things are shown.
 
+mod account;
 mod cli;
 mod cmd;
 mod compile;
 mod diff;
-mod dot;
 mod interrupt;
 mod show;
 
