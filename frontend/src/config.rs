@@ -336,8 +336,7 @@ fn check_sizes(keys: &mut Reader<'_>, c: &ModelConfig) {
     };
     divides("num_key_value_heads", c.num_kv_heads, "num_attention_heads", c.num_heads);
     divides("linear_num_key_heads", c.num_k_heads, "linear_num_value_heads", c.num_v_heads);
-    let any_moe = c.layers.iter().any(|l| l.ffn == Ffn::Moe) || (c.mtp_layers == Some(1) && c.mtp_ffn == Ffn::Moe);
-    if any_moe && c.num_experts_per_tok > c.num_experts {
+    if c.num_experts > 0 && c.num_experts_per_tok > c.num_experts {
         let found = c.num_experts_per_tok.to_string();
         keys.reject_as("num_experts_per_tok", found, format!("at most `num_experts` ({})", c.num_experts));
     }

@@ -15,12 +15,17 @@ use crate::{Error, Pass, calls};
 pub const PASS: Pass =
     Pass { name: "specialise", doc: "merges the functions of layers of one kind, and points the calls to them", run };
 
-/// A function without its names: nodes in order, operands as positions in that order.
+/// A value without a name: the position of its node in the function's order, and which result.
+type Place = (usize, u32);
+
+/// A function without its names: the nodes in order, with their operands.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Kind {
     prefix: String,
-    nodes: Vec<(Op, Attrs, Vec<Type>, Vec<(usize, u32)>)>,
-    results: Vec<(usize, u32)>,
+    ops: Vec<(Op, Attrs)>,
+    types: Vec<Vec<Type>>,
+    operands: Vec<Vec<Place>>,
+    results: Vec<Place>,
 }
 
 impl Kind {
@@ -28,13 +33,12 @@ impl Kind {
         let order = function.order();
         let position: HashMap<NodeId, usize> = order.iter().enumerate().map(|(i, &id)| (id, i)).collect();
         let place = |v: &Value| (position[&v.node], v.result);
-        let nodes = order.iter().map(|&id| {
-            let node = function.node(id);
-            (node.op, node.attrs.clone(), node.types.clone(), function.operands(id).iter().map(place).collect())
-        });
+        let nodes = || order.iter().map(|&id| function.node(id));
         Self {
             prefix: prefix(&function.name).to_owned(),
-            nodes: nodes.collect(),
+            ops: nodes().map(|node| (node.op, node.attrs.clone())).collect(),
+            types: nodes().map(|node| node.types.clone()).collect(),
+            operands: order.iter().map(|&id| function.operands(id).iter().map(place).collect()).collect(),
             results: function.results.iter().map(place).collect(),
         }
     }

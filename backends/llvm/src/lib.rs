@@ -2,8 +2,8 @@
 //!
 //! [`compile`] gives one relocatable object a kernel, with the functions of the ABI that [`nextc_ir::kernel::Kernel`] states. Kernels
 //! are compiled side by side, each with an LLVM context of its own, and the result does not depend on how many threads did it.
-//! [`emit`] turns kernel IR into LLVM IR and knows no machine; [`x86`] says what LLVM must be told about x86-64;
-//! [`machine`] runs LLVM's passes and its code generator.
+//! `emit` turns kernel IR into LLVM IR and knows no machine; `x86` says what LLVM must be told about x86-64;
+//! `machine` runs LLVM's passes and its code generator.
 //!
 //! Arithmetic is strict: no fast-math flag is ever set and nothing is contracted, so a kernel's results are those of the kernel
 //! interpreter, bit for bit (payloads of NaNs aside).

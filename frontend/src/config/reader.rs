@@ -64,8 +64,7 @@ impl<'a> Reader<'a> {
         let value = self.nullable(key)?;
         let number = value.as_f64().filter(|n| *n > above && *n <= most);
         if number.is_none() {
-            let limit = if most < f64::MAX { format!(" and at most {most}") } else { String::new() };
-            self.reject(key, value, format!("a number above {above}{limit}"));
+            self.reject(key, value, format!("a number above {above} and at most {most}"));
         }
         number
     }

@@ -88,7 +88,7 @@ pub(crate) fn read_rope(top: &mut Reader<'_>, head_dim: u64, max_position_embedd
     for (key, value) in keys.unknown() {
         keys.reject(key, value, "no such key: its effect on the frequencies is not known");
     }
-    let rope_theta = either(top, &mut keys, "rope_theta", 1.0, f64::MAX).unwrap_or(10_000.0);
+    let rope_theta = either(top, &mut keys, "rope_theta", 1.0, 1e12).unwrap_or(10_000.0);
     let partial = either(top, &mut keys, "partial_rotary_factor", 0.0, 1.0).unwrap_or(0.25);
     let rotary_dim = (head_dim as f64 * partial) as u64;
     if rotary_dim == 0 || rotary_dim % 2 == 1 {

@@ -69,7 +69,7 @@ pub fn header_bytes(first: [u8; 8], file_bytes: u64) -> Result<u64, Problem> {
 /// The first thing that is wrong with the header.
 pub fn parse(header: &[u8], file_bytes: u64) -> Result<IndexMap<String, Tensor>, Problem> {
     let Entries(mut entries) = serde_json::from_slice(header).map_err(|e| Problem::Header { reason: e.to_string() })?;
-    entries.sort_by(|a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
+    entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let data_begin = 8 + header.len() as u64;
     let mut expected = 0;
     let mut tensors = IndexMap::with_capacity(entries.len());

@@ -14,7 +14,7 @@ use nextc_ir::source::{SourceError, StoredTensor};
 
 use super::header::{self, Tensor};
 use crate::error::{Error, SafetensorsProblem as Problem};
-use crate::json::{file_name, parse_object, read_limited};
+use crate::json::{file_name, open_file, parse_object, present, read_limited};
 
 /// The file that holds all weights of a small checkpoint.
 pub const SINGLE: &str = "model.safetensors";
@@ -46,9 +46,9 @@ impl Checkpoint {
     /// [`Error::Safetensors`] with what is wrong with which file, [`Error::Io`] if one cannot be read.
     pub fn open(directory: &Path, warnings: &mut Vec<String>) -> Result<Option<Self>, Error> {
         let mut checkpoint = Self { shards: Vec::new(), tensors: IndexMap::new() };
-        if directory.join(SINGLE).exists() {
+        if present(&directory.join(SINGLE)) {
             checkpoint.add_shard(directory, SINGLE)?;
-            if directory.join(INDEX).exists() {
+            if present(&directory.join(INDEX)) {
                 warnings.push(format!("{INDEX} is ignored since there is {SINGLE}"));
             }
             return Ok(Some(checkpoint));
@@ -72,15 +72,9 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, directory: &Path, name: &str) -> Result<(), Error> {
-        let path = directory.join(name);
         let io_error = |reason| Error::Io { file: name.to_owned(), reason };
         let problem = |problem| Error::Safetensors { file: name.to_owned(), problem };
-        let file = File::open(&path).map_err(io_error)?;
-        let metadata = file.metadata().map_err(io_error)?;
-        if !metadata.is_file() {
-            return Err(io_error(std::io::Error::other("not a regular file")));
-        }
-        let file_bytes = metadata.len();
+        let (file, file_bytes) = open_file(&directory.join(name))?;
         if file_bytes < 8 {
             return Err(problem(Problem::NoHeader { found_bytes: file_bytes }));
         }

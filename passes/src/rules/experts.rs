@@ -48,6 +48,7 @@ fn router(name: &'static str, weights: &'static str, top: &'static str, all: &'s
         ("(proj %dispatch 0)",                   "(proj %all 2)"),
         ("(proj %dispatch 1)",                   "(proj %all 3)"),
         ("(sigmoid (linear %h ?shared_gate))",   "(proj %all 4)"),
+        ("(linear %h ?router)",                  "(proj %all 5)"),
     ])
     .find("(add (combine %routed %weights (proj %top 1)) (mul (sigmoid (linear %h ?shared_gate)) ?s))")
     .when(is_rows_of("?experts", "?router"))

@@ -325,7 +325,7 @@ impl ModelBuilder {
             let value = given.iter().find(|(n, _)| *n == name).map(|g| g.1);
             args.push(value.unwrap_or_else(|| match &ty {
                 Type::Weight(w) => {
-                    let full = if name == "embed" { name } else { format!("{prefix}.{name}") };
+                    let full = if name == "embed" { name } else { format!("{prefix}.{}.{name}", callee.name) };
                     let flat = w.shape.len() < 2 || full.contains("conv");
                     let in_rank = if flat {
                         0

@@ -8,6 +8,7 @@ mod loader;
 mod math;
 mod objects;
 mod ops;
+mod random;
 
 use loader::{Code, Line};
 use nextc_ir::Target;

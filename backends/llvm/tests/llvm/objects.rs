@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use nextc_ir::Target;
+use nextc_ir::graph::Placement;
 use nextc_ir::kernel::{Kernel, KernelBuilder};
+use nextc_ir::schedule::{Arg, KernelModule, Launch, Program};
 use nextc_ir::target::CPUS;
 use object::{Object, ObjectSection, ObjectSymbol};
 
@@ -87,4 +89,32 @@ fn texts_are_of_the_kernel_that_is_named() {
     assert!(!ir.contains(" fast ") && !ir.contains("contract"), "{ir}");
     let error = nextc_llvm::asm(&kernels, &minimum(), "missing").expect_err("there is none").to_string();
     assert_eq!(error, "no kernel is called `missing`, expected one of tempting");
+}
+
+#[test]
+fn only_loads_of_weights_are_said_to_be_invariant() {
+    let mut k = KernelBuilder::new("scale", &[("w", false), ("x", false), ("y", true)], 1.into());
+    let (w, x, y, task) = (k.param(0), k.param(1), k.param(2), k.task());
+    let bytes = k.mul_const(task, 64);
+    let w = k.offset(w, bytes);
+    let (a, b) = (k.load_f32x16(w, task), k.load_f32x16(x, task));
+    let product = k.fmul(a, b);
+    k.store(y, task, product);
+    let mut kernels = module(vec![k.finish()]);
+    let invariant = |kernels: &KernelModule| {
+        let ir = nextc_llvm::ir(kernels, &minimum(), "scale").expect("it emits");
+        ir.lines().filter(|l| l.contains("load <16 x float>") && l.contains("!invariant.load")).count()
+    };
+    assert_eq!(invariant(&kernels), 0, "nothing is known without a launch");
+
+    let place = |at_bytes| Arg::Arena(Placement { unit: None, at_bytes });
+    let mut launch = |w| {
+        let program = Program { name: "step".to_owned(), launches: Vec::new(), outputs: Vec::new() };
+        kernels.programs.push(program);
+        let launch = Launch { kernel: 0, args: vec![w, place(0), place(0)], label: String::new() };
+        kernels.programs.last_mut().expect("one was pushed").launches.push(launch);
+        invariant(&kernels)
+    };
+    assert_eq!(launch(Arg::Weight(3)), 1, "`w` is a weight, `x` may be `y`");
+    assert_eq!(launch(place(64)), 0, "in another launch `w` is no weight");
 }
