@@ -1,0 +1,416 @@
+//! `attention`: what stands between the projections of a gated-attention layer and its output projection.
+//!
+//! norm_rope_append  task: one token; q and k are normed and rotated, k and v appended to their page
+//! gated_attention   task: one token and kv head with the query heads that share it; online softmax over pages
+//!   page    scores of up to `page_tokens` positions in scratch, `m ← max`, `p = exp(s − m)`, `l ← l·c + Σp`, `o ← o·c + p·V`
+//!   epilogue  out = o / l · sigmoid(output_gate)
+//! traffic  2 · 4 · head_dim bytes a kv head and position: bound by memory
+//!
+//! Pages are absolute positions, taken in order: a token's bits depend on neither the step's size nor its neighbours.
+
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::schedule::{Extent, Input};
+use nextc_ir::shape::{LANES, Sym, pad};
+use nextc_ir::{DType, Op};
+
+use super::LowerError;
+use super::delta_rule::dot_rows;
+use super::matmul::{mean_rsqrt, row_ptr};
+use super::ports::{Lowered, Port, Ports, Site};
+
+/// Where the keys and values of a layer lie.
+#[derive(Clone, Copy)]
+struct Pages {
+    kv: Port,
+    table: Port,
+    positions: Port,
+    cu_seqlens: Port,
+    slot: Port,
+    heads: u64,
+    width: u64,
+    page_tokens: u64,
+}
+
+impl Pages {
+    fn ports(site: &Site<'_>, ports: &mut Ports, written: bool) -> Self {
+        let kv = site.named("kv");
+        let dims = &site.state(kv).dims;
+        Self {
+            heads: dims[0],
+            width: dims[1],
+            kv: if written { ports.write("kv", kv) } else { ports.read("kv", kv) },
+            table: ports.step(Input::PageTable),
+            positions: ports.step(Input::Positions),
+            cu_seqlens: ports.step(Input::CuSeqlens),
+            slot: ports.step(Input::Slot),
+            page_tokens: site.target.page_tokens,
+        }
+    }
+
+    /// The sequence that token `t` belongs to: how many sequences end at or before it.
+    fn sequence(&self, k: &mut KernelBuilder, t: Val) -> Val {
+        let cu_seqlens = k.param(self.cu_seqlens);
+        let (zero, count) = (k.const_i64(0), k.dim(Sym::B));
+        k.for_carry((zero, count, 1), &[zero], |k, b, found| {
+            let next = k.add_const(b, 1);
+            let end = k.load_index(cu_seqlens, next);
+            let before = k.cmp(Pred::Le, end, t);
+            vec![k.select(before, next, found[0])]
+        })[0]
+    }
+
+    fn slot(&self, k: &mut KernelBuilder, b: Val) -> Val {
+        let slot = k.param(self.slot);
+        k.load_index(slot, b)
+    }
+
+    fn position(&self, k: &mut KernelBuilder, t: Val) -> Val {
+        let positions = k.param(self.positions);
+        k.load_index(positions, t)
+    }
+
+    /// Pointers to the keys and values of one kv head in page number `page` of sequence `b`.
+    fn block(&self, k: &mut KernelBuilder, b: Val, page: Val, head: Val) -> (Val, Val) {
+        let (table, kv, pages) = (k.param(self.table), k.param(self.kv), k.dim(Sym::P));
+        let row = k.mul(b, pages);
+        let at = k.add(row, page);
+        let id = k.load_index(table, at);
+        let elems = self.page_tokens * pad(self.width);
+        let page = row_ptr(k, kv, id, self.heads * 2 * elems);
+        let keys = row_ptr(k, page, head, 2 * elems);
+        let bytes = k.index(elems * 4);
+        (keys, k.offset(keys, bytes))
+    }
+}
+
+/// The rotation of one token: cosines and sines in scratch.
+struct Rotation {
+    frequencies: u64,
+    cos: Val,
+    sin: Val,
+}
+
+impl Rotation {
+    fn compute(k: &mut KernelBuilder, inv_freq: Val, frequencies: u64, factor: f32, position: Val) -> Self {
+        let n = pad(frequencies);
+        let (cos_out, sin_out) = (k.alloc(DType::F32, n), k.alloc(DType::F32, n));
+        let position = k.narrow(position);
+        let position = k.to_float(position);
+        let position = k.splat(position, 16);
+        let factor = k.splat_f32(16, factor);
+        k.for_range(n, LANES, |k, i| {
+            let f = k.load_f32x16(inv_freq, i);
+            let angle = k.fmul(position, f);
+            let (sin, cos) = k.sin_cos(angle);
+            let (sin, cos) = (k.fmul(sin, factor), k.fmul(cos, factor));
+            k.store(cos_out, i, cos);
+            k.store(sin_out, i, sin);
+        });
+        Self { frequencies, cos: cos_out, sin: sin_out }
+    }
+
+    /// Rotates the pairs `(j, j + n)` of a head in place.
+    fn apply(&self, k: &mut KernelBuilder, head: Val) {
+        let lanes = if self.frequencies % LANES == 0 { LANES } else { 1 };
+        k.for_range(self.frequencies, lanes, |k, j| {
+            let partner = k.add_const(j, self.frequencies);
+            let load = |k: &mut KernelBuilder, p: Val, at: Val| k.load(DType::F32, lanes as u32, p, at);
+            let (a, b) = (load(k, head, j), load(k, head, partner));
+            let (cos, sin) = (load(k, self.cos, j), load(k, self.sin, j));
+            let (ac, bs) = (k.fmul(a, cos), k.fmul(b, sin));
+            let (bc, as_) = (k.fmul(b, cos), k.fmul(a, sin));
+            let (first, second) = (k.fsub(ac, bs), k.fadd(bc, as_));
+            k.store(head, j, first);
+            k.store(head, partner, second);
+        });
+    }
+}
+
+/// `out = x * rsqrt(mean(x²) + eps) * (1 + w)` for one head.
+fn norm_head(k: &mut KernelBuilder, (x, w, out): (Val, Val, Val), width: u64, eps: f32) {
+    let sum = dot_rows(k, x, x, pad(width));
+    let scale = mean_rsqrt(k, sum, width, eps);
+    let scale = k.splat(scale, 16);
+    let one = k.splat_f32(16, 1.0);
+    k.for_range(pad(width), LANES, |k, c| {
+        let (x, w) = (k.load_f32x16(x, c), k.load_f32x16(w, c));
+        let gain = k.fadd(w, one);
+        let value = k.fmul(x, scale);
+        let value = k.fmul(value, gain);
+        k.store(out, c, value);
+    });
+}
+
+/// `norm_rope_append`.
+pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    debug_assert_eq!(site.op(), Op::NormRopeAppend);
+    let mut ports = Ports::default();
+    let heads = site.inner(site.named("q"))[0];
+    let [q, key, v, q_norm, k_norm, inv_freq] =
+        ["q", "k", "v", "q_norm", "k_norm", "inv_freq"].map(|n| ports.read(n, site.named(n)));
+    let pages = Pages::ports(site, &mut ports, true);
+    let out = ports.write("q_out", site.result(0));
+    let frequencies = site.weight(site.named("inv_freq")).shape[0];
+    let (eps, factor, width) = (site.float("eps"), site.float("factor"), pages.width);
+    let head_elems = pad(width);
+    let mut k = ports.builder(site, Extent::Sym(Sym::T));
+    let t = k.task();
+    let position = pages.position(&mut k, t);
+    let inv_freq = k.param(inv_freq);
+    let rotation = Rotation::compute(&mut k, inv_freq, frequencies, factor, position);
+    let (q, q_norm, out) = (k.param(q), k.param(q_norm), k.param(out));
+    let (q_row, out_row) = (row_ptr(&mut k, q, t, heads * head_elems), row_ptr(&mut k, out, t, heads * head_elems));
+    let b = pages.sequence(&mut k, t);
+    let slot = pages.slot(&mut k, b);
+    let zero = k.const_i64(0);
+    let live = k.cmp(Pred::Ge, slot, zero);
+    let append = |k: &mut KernelBuilder| {
+        k.for_range(heads, 1, |k, h| {
+            let (x, y) = (row_ptr(k, q_row, h, head_elems), row_ptr(k, out_row, h, head_elems));
+            norm_head(k, (x, q_norm, y), width, eps);
+            rotation.apply(k, y);
+        });
+        let (page, place) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
+        let (key, v, k_norm) = (k.param(key), k.param(v), k.param(k_norm));
+        let key_row = row_ptr(k, key, t, pages.heads * head_elems);
+        let v_row = row_ptr(k, v, t, pages.heads * head_elems);
+        k.for_range(pages.heads, 1, |k, h| {
+            let (keys, values) = pages.block(k, b, page, h);
+            let (key_out, v_out) = (row_ptr(k, keys, place, head_elems), row_ptr(k, values, place, head_elems));
+            let (x, v) = (row_ptr(k, key_row, h, head_elems), row_ptr(k, v_row, h, head_elems));
+            norm_head(k, (x, k_norm, key_out), width, eps);
+            rotation.apply(k, key_out);
+            k.for_range(head_elems, LANES, |k, c| {
+                let value = k.load_f32x16(v, c);
+                k.store(v_out, c, value);
+            });
+        });
+        Vec::new()
+    };
+    k.if_else(live, append, |k| {
+        let nothing = k.splat_f32(16, 0.0);
+        k.for_range(heads * head_elems, LANES, |k, c| k.store(out_row, c, nothing));
+        Vec::new()
+    });
+    Ok(ports.finish(k.finish()))
+}
+
+/// Query heads whose sums are kept in registers together.
+const HEADS_AT_ONCE: u64 = 8;
+
+/// The query heads that share a kv head, and their running softmax in scratch.
+struct Group {
+    /// Query heads.
+    heads: u64,
+    /// Elements of a head.
+    elems: u64,
+    /// Elements that count.
+    width: u64,
+    page_tokens: u64,
+    scale: f32,
+    /// `[heads][elems]`: the queries.
+    q: Val,
+    /// `[heads][page_tokens]`: scores, then probabilities of one page.
+    scores: Val,
+    /// `[heads][elems]`: weighted sums of values.
+    o: Val,
+    /// `[heads]`: running maximum.
+    max: Val,
+    /// `[heads]`: running sum.
+    sum: Val,
+}
+
+/// `gated_attention`.
+pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    debug_assert_eq!(site.op(), Op::GatedAttention);
+    let mut ports = Ports::default();
+    let heads = site.inner(site.named("q"))[0];
+    let (q, gate) = (ports.read("q", site.named("q")), ports.read("output_gate", site.named("output_gate")));
+    let pages = Pages::ports(site, &mut ports, false);
+    let out = ports.write("out", site.result(0));
+    let shared = heads / pages.heads;
+    let elems = pad(pages.width);
+    let mut k = ports.builder(site, Extent::from(Sym::T) * pages.heads.into());
+    let task = k.task();
+    let (t, kv_head) = (k.div_const(task, pages.heads), k.rem_const(task, pages.heads));
+    let row = |k: &mut KernelBuilder, port: Port| {
+        let base = k.param(port);
+        let row = row_ptr(k, base, t, heads * elems);
+        row_ptr(k, row, kv_head, shared * elems)
+    };
+    let group = Group {
+        heads: shared,
+        elems,
+        width: pages.width,
+        page_tokens: pages.page_tokens,
+        scale: site.float("scale"),
+        q: row(&mut k, q),
+        scores: k.alloc(DType::F32, shared * pages.page_tokens),
+        o: k.alloc(DType::F32, shared * elems),
+        max: k.alloc(DType::F32, shared),
+        sum: k.alloc(DType::F32, shared),
+    };
+    group.begin(&mut k);
+    let b = pages.sequence(&mut k, t);
+    let slot = pages.slot(&mut k, b);
+    let zero = k.const_i64(0);
+    let live = k.cmp(Pred::Ge, slot, zero);
+    let (gate, out) = (row(&mut k, gate), row(&mut k, out));
+    k.if_else(
+        live,
+        |k| {
+            let position = pages.position(k, t);
+            let length = k.add_const(position, 1);
+            let up = k.add_const(position, pages.page_tokens);
+            let count = k.div_const(up, pages.page_tokens);
+            k.for_each((zero, count, 1), |k, page| {
+                let (keys, values) = pages.block(k, b, page, kv_head);
+                let first = k.mul_const(page, pages.page_tokens);
+                let left = k.sub(length, first);
+                let full = k.index(pages.page_tokens);
+                let tokens = k.min_i64(left, full);
+                group.page(k, keys, values, tokens);
+            });
+            group.finish(k, gate, out);
+            Vec::new()
+        },
+        |k| {
+            let nothing = k.splat_f32(16, 0.0);
+            k.for_range(shared * elems, LANES, |k, c| k.store(out, c, nothing));
+            Vec::new()
+        },
+    );
+    Ok(ports.finish(k.finish()))
+}
+
+impl Group {
+    fn begin(&self, k: &mut KernelBuilder) {
+        let (zeros, zero, lowest) = (k.splat_f32(16, 0.0), k.const_f32(0.0), k.const_f32(f32::NEG_INFINITY));
+        k.for_range(self.heads * self.elems, LANES, |k, c| k.store(self.o, c, zeros));
+        k.for_range(self.heads, 1, |k, h| {
+            k.store(self.max, h, lowest);
+            k.store(self.sum, h, zero);
+        });
+    }
+
+    /// Query heads in batches that fit the registers: `(first, how many)`.
+    fn batches(&self) -> Vec<(u64, u64)> {
+        (0..self.heads).step_by(HEADS_AT_ONCE as usize).map(|h| (h, HEADS_AT_ONCE.min(self.heads - h))).collect()
+    }
+
+    /// Adds the first `tokens` positions of one page.
+    fn page(&self, k: &mut KernelBuilder, keys: Val, values: Val, tokens: Val) {
+        let lowest = k.splat_f32(16, f32::NEG_INFINITY);
+        k.for_range(self.heads * self.page_tokens, LANES, |k, i| k.store(self.scores, i, lowest));
+        for &(first, count) in &self.batches() {
+            self.score(k, keys, tokens, first, count);
+        }
+        k.for_range(self.heads, 1, |k, h| self.soften(k, h));
+        for &(first, count) in &self.batches() {
+            self.weigh(k, values, tokens, first, count);
+        }
+    }
+
+    /// `scores[h][j] = scale · q[h] · keys[j]`.
+    fn score(&self, k: &mut KernelBuilder, keys: Val, tokens: Val, first: u64, count: u64) {
+        let (zero, hi) = (k.const_i64(0), k.index(self.elems));
+        let zeros = k.splat_f32(16, 0.0);
+        let scale = k.const_f32(self.scale);
+        k.for_each((zero, tokens, 1), |k, j| {
+            let key = row_ptr(k, keys, j, self.elems);
+            let sums = k.for_carry((zero, hi, LANES), &vec![zeros; count as usize], |k, c, acc| {
+                let x = k.load_f32x16(key, c);
+                (0..count)
+                    .map(|i| {
+                        let at = k.add_const(c, (first + i) * self.elems);
+                        let q = k.load_f32x16(self.q, at);
+                        k.fma(q, x, acc[i as usize])
+                    })
+                    .collect()
+            });
+            for (i, &lanes) in sums.iter().enumerate() {
+                let product = k.reduce_add(lanes);
+                let score = k.fmul(product, scale);
+                let at = k.add_const(j, (first + i as u64) * self.page_tokens);
+                k.store(self.scores, at, score);
+            }
+        });
+    }
+
+    /// Scores of one head to probabilities relative to the new maximum; what was summed before is scaled to it.
+    fn soften(&self, k: &mut KernelBuilder, h: Val) {
+        let scores = row_ptr(k, self.scores, h, self.page_tokens);
+        let (lo, hi) = (k.const_i64(0), k.index(self.page_tokens));
+        let old = k.load_f32(self.max, h);
+        let start = k.splat(old, 16);
+        let largest = k.for_carry((lo, hi, LANES), &[start], |k, i, acc| {
+            let s = k.load_f32x16(scores, i);
+            vec![k.fmax(acc[0], s)]
+        });
+        let new = k.reduce_max(largest[0]);
+        k.store(self.max, h, new);
+        let shift = k.splat(new, 16);
+        let zeros = k.splat_f32(16, 0.0);
+        let added = k.for_carry((lo, hi, LANES), &[zeros], |k, i, acc| {
+            let s = k.load_f32x16(scores, i);
+            let s = k.fsub(s, shift);
+            let p = k.exp(s);
+            k.store(scores, i, p);
+            vec![k.fadd(acc[0], p)]
+        });
+        let added = k.reduce_add(added[0]);
+        let change = k.fsub(old, new);
+        let keep = k.exp(change);
+        let sum = k.load_f32(self.sum, h);
+        let sum = k.fma(sum, keep, added);
+        k.store(self.sum, h, sum);
+        let o = row_ptr(k, self.o, h, self.elems);
+        let keep = k.splat(keep, 16);
+        k.for_range(self.elems, LANES, |k, c| {
+            let x = k.load_f32x16(o, c);
+            let x = k.fmul(x, keep);
+            k.store(o, c, x);
+        });
+    }
+
+    /// `o[h] += Σ_j p[h][j] · values[j]`.
+    fn weigh(&self, k: &mut KernelBuilder, values: Val, tokens: Val, first: u64, count: u64) {
+        let zero = k.const_i64(0);
+        k.for_range(self.elems, LANES, |k, c| {
+            let places: Vec<Val> = (0..count).map(|i| k.add_const(c, (first + i) * self.elems)).collect();
+            let init: Vec<Val> = places.iter().map(|&at| k.load_f32x16(self.o, at)).collect();
+            let sums = k.for_carry((zero, tokens, 1), &init, |k, j, acc| {
+                let row = row_ptr(k, values, j, self.elems);
+                let v = k.load_f32x16(row, c);
+                (0..count)
+                    .map(|i| {
+                        let at = k.add_const(j, (first + i) * self.page_tokens);
+                        let p = k.load_f32(self.scores, at);
+                        let p = k.splat(p, 16);
+                        k.fma(p, v, acc[i as usize])
+                    })
+                    .collect()
+            });
+            for (&at, &x) in places.iter().zip(&sums) {
+                k.store(self.o, at, x);
+            }
+        });
+    }
+
+    /// `out = o / sum · sigmoid(gate)`.
+    fn finish(&self, k: &mut KernelBuilder, gate: Val, out: Val) {
+        debug_assert!(self.width <= self.elems);
+        k.for_range(self.heads, 1, |k, h| {
+            let sum = k.load_f32(self.sum, h);
+            let sum = k.splat(sum, 16);
+            let [o, gate, out] = [self.o, gate, out].map(|p| row_ptr(k, p, h, self.elems));
+            k.for_range(self.elems, LANES, |k, c| {
+                let (x, g) = (k.load_f32x16(o, c), k.load_f32x16(gate, c));
+                let x = k.fdiv(x, sum);
+                let g = k.sigmoid(g);
+                let x = k.fmul(x, g);
+                k.store(out, c, x);
+            });
+        });
+    }
+}
