@@ -1,6 +1,54 @@
-//! The runtime of a compiled model.
+//! What an executable made by nextc runs: it opens its own payload, maps its weights, and runs the schedule of kernels that the
+//! compiler made, on threads and memory of its own. It owns memory and time, not mathematics.
 
-pub mod generate;
+pub mod artifact;
+pub mod bench;
+pub mod cli;
+pub mod cpu;
+pub mod engine;
+pub mod error;
+pub mod eval;
+pub mod info;
+pub mod memory;
+pub mod pool;
+pub mod random;
 pub mod sample;
+pub mod state;
+mod step;
 pub mod template;
+pub mod tensors;
 pub mod tokenizer;
+pub mod weights;
+
+pub use artifact::Artifact;
+pub use engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
+pub use error::Error;
+pub use state::SequenceId;
+pub use step::Rows;
+
+/// Metadata of a model without kernels, for tests.
+#[cfg(test)]
+pub(crate) fn sample_metadata() -> nextc_abi::Metadata {
+    use nextc_abi::{Arena, Metadata, Model, Target, WeightTable, WeightsPlace};
+    let place = WeightsPlace::None;
+    Metadata {
+        version: nextc_abi::VERSION,
+        compiler: "test".to_owned(),
+        backend: "test".to_owned(),
+        fingerprint: String::new(),
+        model: Model { name: "sample".to_owned(), vocab_size: 16, hidden_size: 8, max_context: 64, ..Model::default() },
+        target: Target { arch: "x86_64".to_owned(), ..Target::default() },
+        kernels: Vec::new(),
+        programs: Vec::new(),
+        weights: WeightTable {
+            place,
+            bytes: nextc_abi::weights::HEADER_BYTES,
+            fingerprint: String::new(),
+            entries: Vec::new(),
+        },
+        states: Vec::new(),
+        arena: Arena::default(),
+        page_tokens: 16,
+        assets: Vec::new(),
+    }
+}

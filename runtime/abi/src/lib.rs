@@ -1,1 +1,39 @@
-//! stub
+//! What an executable made by nextc holds, declared once for the linker that writes it and the runtime that reads it.
+//!
+//! An executable is the runtime's own ELF file, followed by a page-aligned **payload** and, as its last bytes, a
+//! [`Footer`]. The payload is sections: the code image, the [`Metadata`] as JSON, the assets (tokenizer files) and, if they
+//! are embedded, the weights. Otherwise the weights are a file of their own beside it, `EXE.weights`. Weights begin with a
+//! [`WeightsHeader`] in both cases.
+//!
+//! ```text
+//! runtime ELF | pad | code image | pad | metadata | pad | assets | pad | [weights | pad] | footer
+//! ```
+
+pub mod footer;
+pub mod hash;
+pub mod metadata;
+pub mod weights;
+
+pub use footer::{Footer, FooterError, Section, SectionKind};
+pub use hash::{Hash, from_hex, to_hex};
+pub use metadata::{
+    Arena, Arg, Asset, Cost, Extent, Input, Kernel, Launch, Metadata, Model, Output, Placement, Program, State,
+    StateKind, Sym, Target, Weight, WeightTable, WeightsPlace,
+};
+pub use weights::{WeightsHeader, WeightsHeaderError};
+
+/// Version of everything in this crate; footer, metadata and weights header carry it.
+pub const VERSION: u32 = 1;
+
+/// Alignment of sections, so that they can be mapped.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Machine code of a kernel, or of its tail. `args` points to the four dimensions of the step (`T`, `B`, `P`, `R`) and then the
+/// addresses of the kernel's parameters; `scratch` to memory of the calling thread alone, aligned to 64 bytes; it
+/// runs the tasks `first .. last` (a tail ignores them).
+pub type KernelFn = unsafe extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64);
+
+/// `n` rounded up to a multiple of `align`.
+pub const fn align_up(n: u64, align: u64) -> u64 {
+    n.div_ceil(align) * align
+}

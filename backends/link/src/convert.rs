@@ -1,0 +1,230 @@
+//! The compiler's schedule as the metadata of an executable.
+
+use nextc_abi as abi;
+use nextc_abi::hash;
+use nextc_ir::cost::Cost;
+use nextc_ir::graph::{Function, Module};
+use nextc_ir::op::Op;
+use nextc_ir::schedule::{Arg, Extent, Input, KernelModule, Launch, Output, Program};
+use nextc_ir::shape::Sym;
+use nextc_ir::types::{StateKind, Type};
+
+use crate::error::LinkError;
+use crate::image::Image;
+use crate::{LinkInputs, pack};
+
+/// The metadata, without what only packing finds out: checksums and fingerprints.
+pub(crate) fn metadata(inputs: &LinkInputs<'_>, image: &Image) -> Result<abi::Metadata, LinkError> {
+    let module = inputs.module;
+    Ok(abi::Metadata {
+        version: abi::VERSION,
+        compiler: inputs.compiler.to_owned(),
+        backend: inputs.backend.to_owned(),
+        fingerprint: String::new(),
+        model: model(module),
+        target: target(inputs),
+        kernels: kernels(module, image)?,
+        programs: module.programs.iter().map(|p| program(p, inputs)).collect(),
+        weights: weight_table(module),
+        states: module.states.iter().map(state).collect(),
+        arena: abi::Arena { fixed_bytes: module.arena.fixed_bytes, unit_bytes: module.arena.unit_bytes },
+        page_tokens: module.page_tokens,
+        assets: assets(inputs.assets),
+    })
+}
+
+/// The fingerprint of everything that decides what the executable computes.
+pub(crate) fn fingerprint(metadata: &abi::Metadata, code: &[u8]) -> Result<String, LinkError> {
+    let text = serde_json::to_vec(&abi::Metadata { fingerprint: String::new(), ..metadata.clone() })?;
+    Ok(abi::to_hex(&hash::of_parts([text.as_slice(), code])))
+}
+
+fn model(module: &KernelModule) -> abi::Model {
+    let info = &module.info;
+    abi::Model {
+        name: info.name.clone(),
+        vocab_size: info.vocab_size,
+        hidden_size: info.hidden_size,
+        num_layers: info.num_layers,
+        max_context: info.max_context,
+        eos_token_ids: info.eos_token_ids.clone(),
+        mtp: info.mtp,
+    }
+}
+
+fn target(inputs: &LinkInputs<'_>) -> abi::Target {
+    abi::Target { arch: "x86_64".to_owned(), cpu: inputs.target.cpu.clone(), features: inputs.target.features.clone() }
+}
+
+fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, LinkError> {
+    let symbol = |prefix: &str, i: usize, kernel: &str| {
+        let symbol = format!("nextc_{prefix}_{i}");
+        let found = image.symbols.get(&symbol).copied();
+        found.ok_or_else(|| LinkError::NoCode { symbol, kernel: kernel.to_owned() })
+    };
+    let convert = |(i, k): (usize, &nextc_ir::kernel::Kernel)| {
+        Ok(abi::Kernel {
+            name: k.name.clone(),
+            doc: k.doc.clone(),
+            entry: symbol("kernel", i, &k.name)?,
+            tail: k.tail.as_ref().map(|_| symbol("tail", i, &k.name)).transpose()?,
+            scratch_bytes: k.scratch_bytes(),
+            params: k.params.len() as u32,
+            grid: extent(&k.grid),
+        })
+    };
+    module.kernels.iter().enumerate().map(convert).collect()
+}
+
+fn sym(s: Sym) -> abi::Sym {
+    match s {
+        Sym::T => abi::Sym::T,
+        Sym::B => abi::Sym::B,
+        Sym::P => abi::Sym::P,
+        Sym::R => abi::Sym::R,
+    }
+}
+
+fn extent(e: &Extent) -> abi::Extent {
+    let boxed = |e: &Extent| Box::new(extent(e));
+    match e {
+        Extent::Const(n) => abi::Extent::Const(*n),
+        Extent::Sym(s) => abi::Extent::Sym(sym(*s)),
+        Extent::Add(a, b) => abi::Extent::Add(boxed(a), boxed(b)),
+        Extent::Mul(a, b) => abi::Extent::Mul(boxed(a), boxed(b)),
+        Extent::CeilDiv(a, n) => abi::Extent::CeilDiv(boxed(a), *n),
+        Extent::Min(a, b) => abi::Extent::Min(boxed(a), boxed(b)),
+    }
+}
+
+fn placement(p: nextc_ir::graph::Placement) -> abi::Placement {
+    abi::Placement { unit: p.unit.map(sym), at_bytes: p.at_bytes }
+}
+
+fn arg(a: Arg) -> abi::Arg {
+    match a {
+        Arg::Input(i) => abi::Arg::Input(input(i)),
+        Arg::Arena(p) => abi::Arg::Arena(placement(p)),
+        Arg::Weight(i) => abi::Arg::Weight(i),
+        Arg::State(i) => abi::Arg::State(i),
+    }
+}
+
+fn input(i: Input) -> abi::Input {
+    match i {
+        Input::Tokens => abi::Input::Tokens,
+        Input::Positions => abi::Input::Positions,
+        Input::CuSeqlens => abi::Input::CuSeqlens,
+        Input::Slot => abi::Input::Slot,
+        Input::PageTable => abi::Input::PageTable,
+        Input::LogitRows => abi::Input::LogitRows,
+        Input::Hidden => abi::Input::Hidden,
+    }
+}
+
+fn launch(l: &Launch) -> abi::Launch {
+    abi::Launch { kernel: l.kernel, args: l.args.iter().map(|&a| arg(a)).collect(), label: l.label.clone() }
+}
+
+fn output(o: &Output) -> abi::Output {
+    abi::Output { name: o.name.clone(), at: placement(o.at), rows: sym(o.rows), width: o.width, stride: o.stride }
+}
+
+fn program(p: &Program, inputs: &LinkInputs<'_>) -> abi::Program {
+    abi::Program {
+        name: p.name.clone(),
+        launches: p.launches.iter().map(launch).collect(),
+        outputs: p.outputs.iter().map(output).collect(),
+        cost: cost_of_entry(inputs, p),
+    }
+}
+
+/// The cost of an entry point: from the graph, or as if it read every weight that it is launched with.
+fn cost_of_entry(inputs: &LinkInputs<'_>, program: &Program) -> abi::Cost {
+    let entry = inputs.graph.and_then(|g| Some((g, g.function(&program.name)?)));
+    let Some((module, function)) = entry else {
+        let args = program.launches.iter().flat_map(|l| &l.args);
+        let weights = args.filter_map(|a| if let Arg::Weight(i) = a { Some(*i) } else { None });
+        let once: std::collections::BTreeSet<u32> = weights.collect();
+        let bytes: u64 = once.iter().map(|&i| pack::packed_bytes(&inputs.module.weights[i as usize])).sum();
+        return abi::Cost { weight_bytes: bytes as f64, ..abi::Cost::default() };
+    };
+    let c = cost_of(module, function);
+    abi::Cost {
+        weight_bytes: c.weight_bytes,
+        expert_bytes: c.expert_bytes,
+        experts: c.experts.0,
+        experts_per_token: c.experts.1,
+        token_bytes: c.token_bytes,
+        state_bytes: c.state_bytes,
+        context_bytes: c.context_bytes,
+        token_flops: c.token_flops,
+        context_flops: c.context_flops,
+    }
+}
+
+/// The summed cost of a function and what it calls. Activations count as staying in the caches; rows of the embedding do not.
+fn cost_of(module: &Module, function: &Function) -> Cost {
+    let mut total = Cost::default();
+    for id in function.order() {
+        let node = function.node(id);
+        let callee = node.attrs.str("function").filter(|_| node.op == Op::Call).and_then(|name| module.function(name));
+        let cost = match callee {
+            Some(callee) => cost_of(module, callee),
+            None => cost_of_node(function, id),
+        };
+        total = total + cost;
+    }
+    total
+}
+
+fn cost_of_node(function: &Function, id: nextc_ir::NodeId) -> Cost {
+    let node = function.node(id);
+    let operands = function.operands(id);
+    let types: Vec<&Type> = operands.iter().map(|&v| function.ty(v)).collect();
+    let cost = (node.op.def().cost)(&types, &node.types, &node.attrs);
+    let token_bytes = match (node.op, types.as_slice()) {
+        (Op::Embed, [.., Type::Weight(w)]) => w.format.bytes(w.shape.iter().skip(1).product()) as f64,
+        _ => 0.0,
+    };
+    Cost { token_bytes, ..cost }
+}
+
+fn weight_table(module: &KernelModule) -> abi::WeightTable {
+    let placement = pack::place(&module.weights);
+    let entry = |(w, &offset): (&nextc_ir::schedule::PackedWeight, &u64)| abi::Weight {
+        name: w.name.clone(),
+        shape: w.decl.shape.clone(),
+        in_rank: w.decl.in_rank as u64,
+        format: w.decl.format.name().to_owned(),
+        layout: w.layout.name().to_owned(),
+        offset,
+        bytes: pack::packed_bytes(w),
+        checksum: String::new(),
+    };
+    abi::WeightTable {
+        place: abi::WeightsPlace::None,
+        bytes: placement.bytes,
+        fingerprint: String::new(),
+        entries: module.weights.iter().zip(&placement.offsets).map(entry).collect(),
+    }
+}
+
+fn state(s: &nextc_ir::schedule::StateDecl) -> abi::State {
+    let kind = match s.ty.kind {
+        StateKind::Kv => abi::StateKind::Kv,
+        StateKind::Conv => abi::StateKind::Conv,
+        StateKind::Delta => abi::StateKind::Delta,
+    };
+    abi::State { name: s.name.clone(), kind, bytes: s.ty.bytes() }
+}
+
+fn assets(files: &[(String, Vec<u8>)]) -> Vec<abi::Asset> {
+    let mut offset = 0;
+    let mut place = |(name, contents): &(String, Vec<u8>)| {
+        let asset = abi::Asset { name: name.clone(), offset, bytes: contents.len() as u64 };
+        offset += asset.bytes;
+        asset
+    };
+    files.iter().map(&mut place).collect()
+}

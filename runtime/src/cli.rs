@@ -1,0 +1,76 @@
+//! The command line of an executable.
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::artifact::Artifact;
+use crate::engine::{Engine, EngineOptions};
+use crate::error::Error;
+use crate::{bench, eval, info};
+
+/// A Qwen3-Next model, compiled by nextc.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Computes logits and perplexity of given token ids
+    Eval(eval::EvalArgs),
+    /// Measures the speed of prefill and decode
+    Bench(bench::BenchArgs),
+    /// Says what this executable holds and how much memory it takes
+    Info(info::InfoArgs),
+}
+
+/// Options about the machine, shared by the commands.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct MachineArgs {
+    /// Threads to compute with; all processors unless given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+}
+
+impl MachineArgs {
+    /// Threads to compute with.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(crate::pool::available_threads, |n| n as usize)
+    }
+
+    /// Options of an engine for `sequences` sequences.
+    pub fn engine(&self, sequences: usize) -> EngineOptions {
+        EngineOptions { threads: self.threads(), sequences, ..EngineOptions::default() }
+    }
+}
+
+/// Runs the command line; the executable's `main`.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Error> {
+    let artifact = Artifact::open_self()?;
+    match cli.command {
+        Command::Eval(args) => eval::run(artifact, &args),
+        Command::Bench(args) => bench::run(artifact, &args),
+        Command::Info(args) => info::run(&artifact, &args),
+    }
+}
+
+/// Opens an engine for `sequences` sequences.
+/// # Errors
+/// As [`Engine::new`].
+pub fn open_engine(artifact: Artifact, machine: &MachineArgs, sequences: usize) -> Result<Engine, Error> {
+    Engine::new(artifact, &machine.engine(sequences))
+}

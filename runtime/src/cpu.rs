@@ -1,0 +1,77 @@
+//! What this processor can do, compared with what the code needs.
+
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+
+/// Features of `needed` (in LLVM's spelling) that this processor lacks. Names that say nothing about vector code are
+/// taken as there.
+pub fn missing_features(needed: &[String]) -> Vec<String> {
+    needed.iter().map(|f| f.trim_start_matches('+')).filter(|f| has(f) == Some(false)).map(str::to_owned).collect()
+}
+
+/// Whether the processor has a feature; `None` for a name that is not known here.
+fn has(feature: &str) -> Option<bool> {
+    macro_rules! detect {
+        ($($llvm:literal = $rust:tt),* $(,)?) => {
+            match feature { $( $llvm => Some(std::is_x86_feature_detected!($rust)), )* other => has_by_cpuid(other) }
+        };
+    }
+    detect! {
+        "sse3" = "sse3", "ssse3" = "ssse3", "sse4.1" = "sse4.1", "sse4.2" = "sse4.2", "popcnt" = "popcnt",
+        "avx" = "avx", "avx2" = "avx2", "fma" = "fma", "f16c" = "f16c", "bmi" = "bmi1", "bmi2" = "bmi2", "lzcnt" = "lzcnt",
+        "movbe" = "movbe", "avx512f" = "avx512f", "avx512cd" = "avx512cd", "avx512bw" = "avx512bw", "avx512dq" = "avx512dq",
+        "avx512vl" = "avx512vl", "avx512ifma" = "avx512ifma", "avx512vbmi" = "avx512vbmi", "avx512vbmi2" = "avx512vbmi2",
+        "avx512vnni" = "avx512vnni", "avx512bitalg" = "avx512bitalg", "avx512vpopcntdq" = "avx512vpopcntdq",
+        "avx512bf16" = "avx512bf16", "avx512fp16" = "avx512fp16", "avxvnni" = "avxvnni", "gfni" = "gfni", "vaes" = "vaes",
+        "vpclmulqdq" = "vpclmulqdq",
+    }
+}
+
+/// Features that the standard library does not report.
+fn has_by_cpuid(feature: &str) -> Option<bool> {
+    let bit = match feature {
+        "amx-bf16" => 22,
+        "amx-tile" => 24,
+        "amx-int8" => 25,
+        _ => return None,
+    };
+    Some(leaf7_edx() >> bit & 1 == 1)
+}
+
+fn leaf7_edx() -> u32 {
+    if __cpuid(0).eax < 7 {
+        return 0;
+    }
+    __cpuid_count(7, 0).edx
+}
+
+/// Asks the kernel for tile registers, if the code uses them; the threads that are started later inherit the permission.
+/// # Errors
+/// The operating system's.
+pub fn request_tiles(needed: &[String]) -> std::io::Result<()> {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    if !needed.iter().any(|f| f.trim_start_matches('+').starts_with("amx-")) {
+        return Ok(());
+    }
+    // SAFETY: this call only widens what the process may use.
+    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// The processor's name.
+pub fn name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = info.lines().find(|l| l.starts_with("model name"));
+    line.and_then(|l| l.split(':').nth(1)).map_or_else(|| "x86-64".to_owned(), |n| n.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_names_are_not_missed() {
+        let names = ["+cx16", "sahf", "sse3"].map(str::to_owned);
+        assert_eq!(missing_features(&names), Vec::<String>::new());
+    }
+}

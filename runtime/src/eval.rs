@@ -1,0 +1,284 @@
+//! `eval`: logits and perplexity of given token ids, in prefill or decode steps, alone or as a batch.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::artifact::Artifact;
+use crate::cli::MachineArgs;
+use crate::engine::{DraftInput, Engine, LogitRows, Output};
+use crate::error::Error;
+use crate::state::SequenceId;
+use crate::tensors::{TensorFile, TensorSpec};
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// File with a JSON array of token ids, or an array of such arrays: a batch
+    #[arg(long, value_name = "IDS.json")]
+    tokens: PathBuf,
+    /// File to write the logits to, as safetensors
+    #[arg(long, value_name = "OUT.safetensors")]
+    out: Option<PathBuf>,
+    /// Whole sequences in one step, or token by token
+    #[arg(long, value_enum, default_value_t = Mode::Prefill)]
+    mode: Mode,
+    /// In prefill, feed at most N tokens of a sequence in one step
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    step_tokens: Option<u32>,
+    /// Also K drafts by multi-token prediction after each position
+    #[arg(long, value_name = "K", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
+    mtp: u32,
+    /// Begin anew every N tokens
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "mtp")]
+    window: Option<u32>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// How sequences are cut into steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Whole sequences, or pieces of `--step-tokens`
+    Prefill,
+    /// One token a step
+    Decode,
+}
+
+/// Runs `eval`.
+/// # Errors
+/// [`Error`] says which file or token is wrong; the output file is written only if everything went well.
+pub fn run(artifact: Artifact, args: &EvalArgs) -> Result<(), Error> {
+    let batch = Batch::read(&args.tokens)?;
+    if args.mtp > 0 && !artifact.metadata().model.mtp {
+        return Err(Error::NoMtp { model: artifact.metadata().model.name.clone(), option: "--mtp" });
+    }
+    let mut engine = Engine::new(artifact, &args.machine.engine(batch.sequences.len()))?;
+    let vocab_size = engine.metadata().model.vocab_size;
+    let out =
+        args.out.as_deref().map(|path| TensorFile::create(path, &batch.tensors(vocab_size, args.mtp))).transpose()?;
+    let mut eval = Eval { batch: &batch, drafts: args.mtp as usize, out, loss: Loss::default() };
+    let begun = std::time::Instant::now();
+    eval.run(&mut engine, args)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    if let Some(out) = eval.out {
+        out.finish()?;
+    }
+    println!("{}", report(&batch, &eval.loss, seconds));
+    Ok(())
+}
+
+fn report(batch: &Batch, loss: &Loss, seconds: f64) -> Value {
+    let mean = (loss.tokens > 0).then(|| loss.nats / loss.tokens as f64);
+    let fed: usize = batch.sequences.iter().map(Vec::len).sum();
+    json!({
+        "tokens": loss.tokens,
+        "nats_per_token": mean,
+        "perplexity": mean.map(f64::exp),
+        "sequences": batch.sequences.len(),
+        "fed_tokens": fed,
+        "seconds": seconds,
+    })
+}
+
+/// The sequences of a file of token ids.
+#[derive(Debug)]
+struct Batch {
+    sequences: Vec<Vec<u32>>,
+    /// True if the file holds an array of arrays: its tensors are numbered.
+    numbered: bool,
+}
+
+impl Batch {
+    fn read(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read(path).map_err(Error::io(path))?;
+        let error = |reason: String| Error::Input { path: path.to_owned(), reason };
+        let value: Value = serde_json::from_slice(&text).map_err(|e| error(e.to_string()))?;
+        let batch = Self::parse(&value).map_err(error)?;
+        match batch.sequences.iter().position(Vec::is_empty) {
+            Some(i) => Err(Error::Input { path: path.to_owned(), reason: format!("sequence {i} has no tokens") }),
+            None => Ok(batch),
+        }
+    }
+
+    fn parse(value: &Value) -> Result<Self, String> {
+        let expected = "expected a JSON array of token ids, or an array of such arrays";
+        let items = value.as_array().filter(|a| !a.is_empty()).ok_or(expected)?;
+        let numbered = items.iter().any(Value::is_array);
+        let ids = |v: &Value| serde_json::from_value::<Vec<u32>>(v.clone()).map_err(|e| format!("{e}; {expected}"));
+        let sequences = if numbered { items.iter().map(ids).collect::<Result<_, _>>()? } else { vec![ids(value)?] };
+        Ok(Self { sequences, numbered })
+    }
+
+    /// The name of a tensor of sequence `i`.
+    fn name(&self, tensor: &str, i: usize) -> String {
+        if self.numbered { format!("{tensor}.{i}") } else { tensor.to_owned() }
+    }
+
+    fn tensors(&self, vocab_size: u64, drafts: u32) -> Vec<TensorSpec> {
+        let of = |(i, s): (usize, &Vec<u32>)| {
+            let tokens = s.len() as u64;
+            let logits = TensorSpec { name: self.name("logits", i), shape: vec![tokens, vocab_size] };
+            let shape = vec![tokens, u64::from(drafts), vocab_size];
+            let mtp = (drafts > 0).then(|| TensorSpec { name: self.name("mtp_logits", i), shape });
+            [Some(logits), mtp].into_iter().flatten()
+        };
+        self.sequences.iter().enumerate().flat_map(of).collect()
+    }
+}
+
+/// The sum of the losses of known next tokens.
+#[derive(Debug, Default)]
+struct Loss {
+    tokens: u64,
+    nats: f64,
+}
+
+impl Loss {
+    fn add(&mut self, logits: &[f32], target: u32) {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
+        self.nats += f64::from(max) + sum.ln() - f64::from(logits[target as usize]);
+        self.tokens += 1;
+    }
+}
+
+/// The largest logit's index, the lowest among equals.
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        if x > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+struct Eval<'a> {
+    batch: &'a Batch,
+    drafts: usize,
+    out: Option<TensorFile>,
+    loss: Loss,
+}
+
+/// The tokens of one sequence in one step.
+struct Piece<'a> {
+    /// Number of the sequence in the batch.
+    number: usize,
+    sequence: SequenceId,
+    first: usize,
+    tokens: &'a [u32],
+}
+
+impl Eval<'_> {
+    fn run(&mut self, engine: &mut Engine, args: &EvalArgs) -> Result<(), Error> {
+        let step = match args.mode {
+            Mode::Decode => 1,
+            Mode::Prefill => args.step_tokens.map_or(usize::MAX, |n| n as usize),
+        };
+        let window = args.window.map_or(usize::MAX, |n| n as usize);
+        let longest = self.batch.sequences.iter().map(Vec::len).max().unwrap_or(0);
+        let mut begin = 0;
+        while begin < longest {
+            let end = begin.saturating_add(window).min(longest);
+            self.run_window(engine, begin, end, step)?;
+            begin = end;
+        }
+        Ok(())
+    }
+
+    /// Feeds tokens `begin .. end` of every sequence to fresh states.
+    fn run_window(&mut self, engine: &mut Engine, begin: usize, end: usize, step: usize) -> Result<(), Error> {
+        let ids: Vec<SequenceId> =
+            self.batch.sequences.iter().map(|_| engine.new_sequence()).collect::<Result<_, _>>()?;
+        let mut at = begin;
+        while at < end {
+            let stop = at.saturating_add(step).min(end);
+            let pieces: Vec<Piece<'_>> = (self.batch.sequences.iter().zip(&ids).enumerate())
+                .filter(|(_, (tokens, _))| at < tokens.len())
+                .map(|(number, (tokens, &sequence))| {
+                    let tokens = &tokens[at..stop.min(tokens.len())];
+                    Piece { number, sequence, first: at, tokens }
+                })
+                .collect();
+            self.run_step(engine, &pieces)?;
+            at = stop;
+        }
+        ids.into_iter().for_each(|id| engine.end_sequence(id));
+        Ok(())
+    }
+
+    fn run_step(&mut self, engine: &mut Engine, pieces: &[Piece<'_>]) -> Result<(), Error> {
+        let batch: Vec<(SequenceId, &[u32])> = pieces.iter().map(|p| (p.sequence, p.tokens)).collect();
+        let output = engine.forward(&batch, LogitRows::All)?;
+        let following = self.take_logits(pieces, output)?;
+        if self.drafts > 0 {
+            let hidden: Vec<f32> = output.hidden.iter().flatten().copied().collect();
+            self.run_drafts(engine, pieces, &hidden, &following)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a step's logits, adds up its loss, and gives the token after each row: the known one, or the likeliest after the last.
+    fn take_logits(&mut self, pieces: &[Piece<'_>], output: Output<'_>) -> Result<Vec<u32>, Error> {
+        let mut rows = output.logits.iter();
+        let mut following = Vec::with_capacity(output.logits.len());
+        for piece in pieces {
+            let sequence = &self.batch.sequences[piece.number];
+            for (i, logits) in (piece.first..).zip(rows.by_ref().take(piece.tokens.len())) {
+                if let Some(out) = &mut self.out {
+                    out.write_row(&self.batch.name("logits", piece.number), i, logits)?;
+                }
+                let target = sequence.get(i + 1).copied();
+                if let Some(target) = target.filter(|&t| (t as usize) < logits.len()) {
+                    self.loss.add(logits, target);
+                }
+                following.push(target.unwrap_or_else(|| argmax(logits)));
+            }
+        }
+        Ok(following)
+    }
+
+    /// After each position in turn, a chain of drafts. The chain's own KV lies past the position, where the next one overwrites it.
+    fn run_drafts(
+        &mut self,
+        engine: &mut Engine,
+        pieces: &[Piece<'_>],
+        hidden: &[f32],
+        following: &[u32],
+    ) -> Result<(), Error> {
+        let width = engine.metadata().model.hidden_size as usize;
+        let mut rows = hidden.chunks_exact(width).zip(following);
+        for piece in pieces {
+            for (i, (hidden, &next)) in (piece.first..).zip(rows.by_ref().take(piece.tokens.len())) {
+                self.run_chain(engine, piece, i, hidden, next)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_chain(
+        &mut self,
+        engine: &mut Engine,
+        piece: &Piece<'_>,
+        i: usize,
+        hidden: &[f32],
+        next: u32,
+    ) -> Result<(), Error> {
+        let (mut hidden, mut token) = (hidden.to_vec(), next);
+        for draft in 0..self.drafts {
+            // without windows a token's index is its position
+            let position = (i + draft) as u64;
+            let input = DraftInput { sequence: piece.sequence, position, tokens: &[token], hidden: &hidden };
+            let output = engine.draft(&[input], LogitRows::Last)?;
+            let logits = output.logits.row(0);
+            if let Some(out) = &mut self.out {
+                out.write_row(&self.batch.name("mtp_logits", piece.number), i * self.drafts + draft, logits)?;
+            }
+            token = argmax(logits);
+            hidden = output.hidden.row(0).to_vec();
+        }
+        Ok(())
+    }
+}

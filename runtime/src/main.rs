@@ -1,0 +1,5 @@
+//! The program that every executable made by nextc begins with.
+
+fn main() -> std::process::ExitCode {
+    nextc_runtime::cli::main()
+}

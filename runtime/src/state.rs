@@ -1,0 +1,255 @@
+//! What sequences carry from step to step: slots with convolution windows and delta matrices, and pages of KV.
+//!
+//! Address space is reserved for the longest contexts and takes memory where it is written. Nothing is cleared: kernels take
+//! position 0 as a fresh sequence.
+
+use nextc_abi::{Metadata, StateKind};
+
+use crate::error::Error;
+use crate::memory::Region;
+
+/// A sequence that the engine holds state for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceId(pub(crate) u32);
+
+/// Pages or slots, given out lowest first so that used memory stays together.
+#[derive(Debug)]
+pub struct Allocator {
+    free: std::collections::BinaryHeap<std::cmp::Reverse<u32>>,
+    fresh: u32,
+    count: u32,
+}
+
+impl Allocator {
+    /// An allocator of `count` numbers from 0.
+    pub fn new(count: u32) -> Self {
+        Self { free: Default::default(), fresh: 0, count }
+    }
+
+    /// Takes a number, if one is free.
+    pub fn take(&mut self) -> Option<u32> {
+        if let Some(std::cmp::Reverse(n)) = self.free.pop() {
+            return Some(n);
+        }
+        (self.fresh < self.count).then(|| {
+            self.fresh += 1;
+            self.fresh - 1
+        })
+    }
+
+    /// Gives a number back that was taken.
+    pub fn give_back(&mut self, n: u32) {
+        debug_assert!(n < self.fresh, "only numbers that were taken come back");
+        self.free.push(std::cmp::Reverse(n));
+    }
+}
+
+/// One sequence: its length, slot and pages.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub slot: u32,
+    pub pages: Vec<u32>,
+    pub tokens: u64,
+}
+
+/// The states of all sequences.
+#[derive(Debug)]
+pub struct States {
+    regions: Vec<Region>,
+    kinds: Vec<(StateKind, u64)>,
+    slots: Allocator,
+    pages: Allocator,
+    page_tokens: u64,
+    max_context: u64,
+    max_sequences: usize,
+    sequences: Vec<Option<Sequence>>,
+}
+
+impl States {
+    /// Reserves states for `slots` sequences, each as long as the context allows.
+    /// # Errors
+    /// [`Error::Memory`] if there is not enough address space.
+    pub fn reserve(metadata: &Metadata, slots: usize) -> Result<Self, Error> {
+        let (page_tokens, max_context) = (metadata.page_tokens.max(1), metadata.model.max_context);
+        let count = slots as u64;
+        // one page more: the last drafts lie past the end of a full context
+        let pages = count.saturating_mul(max_context.div_ceil(page_tokens) + 1);
+        let memory = |bytes| move |error| Error::Memory { what: "states", bytes, error };
+        let pages = u32::try_from(pages).map_err(|_| memory(u64::MAX)(std::io::ErrorKind::OutOfMemory.into()))?;
+        let bytes = |kind, bytes: u64| match kind {
+            StateKind::Kv => bytes.saturating_mul(page_tokens).saturating_mul(u64::from(pages)),
+            StateKind::Conv | StateKind::Delta => bytes.saturating_mul(count),
+        };
+        let reserve =
+            |s: &nextc_abi::State| Region::reserve(bytes(s.kind, s.bytes)).map_err(memory(bytes(s.kind, s.bytes)));
+        Ok(Self {
+            regions: metadata.states.iter().map(reserve).collect::<Result<_, _>>()?,
+            kinds: metadata.states.iter().map(|s| (s.kind, s.bytes)).collect(),
+            slots: Allocator::new(slots as u32),
+            pages: Allocator::new(pages),
+            page_tokens,
+            max_context,
+            max_sequences: slots,
+            sequences: Vec::new(),
+        })
+    }
+
+    /// The address of a state.
+    pub(crate) fn address(&self, state: usize) -> u64 {
+        self.regions[state].address()
+    }
+
+    /// Begins a sequence.
+    /// # Errors
+    /// [`Error::Slots`] if there are as many as were reserved.
+    pub fn begin(&mut self) -> Result<SequenceId, Error> {
+        let slot = self.slots.take().ok_or(Error::Slots { slots: self.max_sequences })?;
+        let sequence = Some(Sequence { slot, pages: Vec::new(), tokens: 0 });
+        let free = self.sequences.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.sequences.push(None);
+            self.sequences.len() - 1
+        });
+        self.sequences[index] = sequence;
+        Ok(SequenceId(index as u32))
+    }
+
+    /// Ends a sequence; its slot and pages go to others.
+    pub fn end(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(id.0 as usize).and_then(Option::take) {
+            self.slots.give_back(sequence.slot);
+            sequence.pages.into_iter().for_each(|p| self.pages.give_back(p));
+        }
+    }
+
+    /// The sequence.
+    /// # Errors
+    /// [`Error::Step`] if it has ended.
+    pub(crate) fn get(&self, id: SequenceId) -> Result<&Sequence, Error> {
+        self.sequences.get(id.0 as usize).and_then(Option::as_ref).ok_or(Error::Step("the sequence has ended"))
+    }
+
+    fn get_mut(&mut self, id: SequenceId) -> Result<&mut Sequence, Error> {
+        self.sequences.get_mut(id.0 as usize).and_then(Option::as_mut).ok_or(Error::Step("the sequence has ended"))
+    }
+
+    /// The longest context.
+    pub fn max_context(&self) -> u64 {
+        self.max_context
+    }
+
+    /// Makes sure that a sequence has pages for `tokens` tokens.
+    /// # Errors
+    /// [`Error::Context`] (of sequence number `number`) if that is more than the context and a page hold.
+    pub(crate) fn grow(&mut self, id: SequenceId, number: usize, tokens: u64) -> Result<(), Error> {
+        let (page_tokens, max_context) = (self.page_tokens, self.max_context);
+        let needed = tokens.div_ceil(page_tokens);
+        let have = self.get(id)?.tokens;
+        let overflow = Error::Context { sequence: number, have, adding: tokens.saturating_sub(have), max_context };
+        if needed > max_context.div_ceil(page_tokens) + 1 {
+            return Err(overflow);
+        }
+        while (self.get(id)?.pages.len() as u64) < needed {
+            let Some(page) = self.pages.take() else { return Err(overflow) };
+            self.get_mut(id)?.pages.push(page);
+        }
+        Ok(())
+    }
+
+    /// Says that a sequence has `tokens` tokens now.
+    pub(crate) fn set_tokens(&mut self, id: SequenceId, tokens: u64) -> Result<(), Error> {
+        self.get_mut(id)?.tokens = tokens;
+        Ok(())
+    }
+
+    /// Gives a sequence `tokens` tokens of made-up KV; delta and convolution states stay as they are.
+    pub(crate) fn pretend_past(&mut self, id: SequenceId, tokens: u64) -> Result<(), Error> {
+        self.grow(id, 0, tokens)?;
+        let pages = self.get(id)?.pages.clone();
+        let mut random = crate::random::Random(1);
+        for (region, kind, bytes) in
+            self.regions.iter_mut().zip(&self.kinds).map(|(r, &(kind, bytes))| (r, kind, bytes))
+        {
+            if kind != StateKind::Kv {
+                continue;
+            }
+            let page_bytes = (bytes * self.page_tokens) as usize;
+            for &page in &pages {
+                let page = &mut region.as_mut_slice()[page as usize * page_bytes..][..page_bytes];
+                page.chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&random.between(-1.0, 1.0).to_le_bytes()));
+            }
+        }
+        self.set_tokens(id, tokens)
+    }
+
+    /// Tokens of a sequence.
+    /// # Errors
+    /// [`Error::Step`] if it has ended.
+    pub fn tokens(&self, id: SequenceId) -> Result<u64, Error> {
+        Ok(self.get(id)?.tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn metadata() -> Metadata {
+        let state = |name: &str, kind, bytes| nextc_abi::State { name: name.to_owned(), kind, bytes };
+        let mut m = crate::sample_metadata();
+        m.states = vec![state("layers.0.kv", StateKind::Kv, 512), state("layers.1.delta", StateKind::Delta, 4096)];
+        m.page_tokens = 16;
+        m.model.max_context = 100;
+        m
+    }
+
+    #[test]
+    fn pages_grow_with_use_and_come_back() {
+        let mut states = States::reserve(&metadata(), 2).unwrap();
+        let (a, b) = (states.begin().unwrap(), states.begin().unwrap());
+        assert!(matches!(states.begin(), Err(Error::Slots { slots: 2 })));
+        states.grow(a, 0, 17).unwrap();
+        states.grow(b, 1, 1).unwrap();
+        states.grow(a, 0, 33).unwrap();
+        assert_eq!(states.get(a).unwrap().pages, [0, 1, 3]);
+        assert_eq!(states.get(b).unwrap().pages, [2]);
+        states.end(a);
+        assert!(states.get(a).is_err());
+        let c = states.begin().unwrap();
+        states.grow(c, 0, 1).unwrap();
+        assert_eq!(states.get(c).unwrap().pages, [0]);
+        assert_eq!(states.get(c).unwrap().slot, 0);
+    }
+
+    #[test]
+    fn a_context_that_is_too_long_says_by_how_much() {
+        let mut states = States::reserve(&metadata(), 1).unwrap();
+        let a = states.begin().unwrap();
+        states.set_tokens(a, 90).unwrap();
+        let error = states.grow(a, 0, 200).unwrap_err();
+        assert_eq!(error.to_string(), "sequence 0: 90 + 110 tokens are 100 more than the context of 100");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_given_out_twice(actions in proptest::collection::vec(any::<bool>(), 0..200)) {
+            let mut allocator = Allocator::new(20);
+            let mut taken = Vec::new();
+            for take in actions {
+                if take {
+                    match allocator.take() {
+                        Some(n) => {
+                            prop_assert!(n < 20 && !taken.contains(&n));
+                            taken.push(n);
+                        }
+                        None => prop_assert_eq!(taken.len(), 20),
+                    }
+                } else if !taken.is_empty() {
+                    allocator.give_back(taken.swap_remove(taken.len() / 2));
+                }
+            }
+        }
+    }
+}
