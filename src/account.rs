@@ -77,8 +77,12 @@ fn calls(entry: &Function) -> Vec<&str> {
 /// The index of each function's first kernel: lowering goes through the functions in their order.
 fn first_kernels(fused: &Module) -> BTreeMap<&str, usize> {
     let mut next = 0;
-    let layers = fused.functions.iter().filter(|f| calls(f).is_empty());
-    layers.map(|f| (f.name.as_str(), std::mem::replace(&mut next, next + kernels_of(f).len()))).collect()
+    let mut first = BTreeMap::new();
+    for function in fused.functions.iter().filter(|f| calls(f).is_empty()) {
+        first.insert(function.name.as_str(), next);
+        next += kernels_of(function).len();
+    }
+    first
 }
 
 /// The nodes of each kernel.

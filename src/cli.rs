@@ -280,8 +280,15 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        for line in ["", "build", "build m --quant q3", "build m --max-context 0", "dump m --stage x", "explain m --tokens 0",
-            "dump m --stage kernels --after rewrite"] {
+        for line in [
+            "",
+            "build",
+            "build m --quant q3",
+            "build m --max-context 0",
+            "dump m --stage x",
+            "explain m --tokens 0",
+            "dump m --stage kernels --after rewrite",
+        ] {
             assert!(!parses(line), "{line}");
         }
         assert!(parses("run m -p hi -- --json --seed 1"));

@@ -30,7 +30,9 @@ impl Plan {
         refuse_what_is_missing(args)?;
         let backend = args.backend.or(backend).unwrap_or(default_backend());
         if backend == Backend::Llvm && !cfg!(feature = "llvm") {
-            bail!("this nextc was built without LLVM; use `--backend cranelift`, or build nextc with `--features llvm`");
+            bail!(
+                "this nextc was built without LLVM; use `--backend cranelift`, or build nextc with `--features llvm`"
+            );
         }
         let target = Target::named(&args.cpu).context("--cpu")?;
         let target = if backend == Backend::Cranelift { target.for_cranelift() } else { target };

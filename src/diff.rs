@@ -16,7 +16,14 @@ pub fn functions(before: &[Named], after: &[Named]) -> String {
     let text_of = |side: &[Named], name: &str| side.iter().find(|(n, _)| n == name).map(|(_, text)| text.clone());
     let gone: Vec<&str> = before.iter().filter(|(n, _)| text_of(after, n).is_none()).map(|(n, _)| n.as_str()).collect();
     if !gone.is_empty() {
-        put(&mut out, format_args!("- {} functions are gone: {}\n", gone.len(), gone.iter().map(|n| format!("@{n}")).collect::<Vec<_>>().join(" ")));
+        put(
+            &mut out,
+            format_args!(
+                "- {} functions are gone: {}\n",
+                gone.len(),
+                gone.iter().map(|n| format!("@{n}")).collect::<Vec<_>>().join(" ")
+            ),
+        );
     }
     let mut same = 0;
     for (name, text) in after {
@@ -131,7 +138,12 @@ mod tests {
         let (old, new) = (["a", "b", "c", "a", "b", "b", "a"], ["c", "b", "a", "b", "a", "c"]);
         let all = compare(&old, &new);
         let side = |keep: fn(&Line) -> bool| {
-            all.iter().filter(|l| keep(l)).map(|l| match l { Line::Same(t) | Line::Old(t) | Line::New(t) => *t }).collect::<Vec<_>>()
+            all.iter()
+                .filter(|l| keep(l))
+                .map(|l| match l {
+                    Line::Same(t) | Line::Old(t) | Line::New(t) => *t,
+                })
+                .collect::<Vec<_>>()
         };
         assert_eq!(side(|l| !matches!(l, Line::New(_))), old);
         assert_eq!(side(|l| !matches!(l, Line::Old(_))), new);
@@ -140,11 +152,17 @@ mod tests {
 
     #[test]
     fn functions_are_compared_by_name() {
-        let named = |pairs: &[(&str, &str)]| pairs.iter().map(|(n, t)| ((*n).to_owned(), (*t).to_owned())).collect::<Vec<_>>();
+        let named =
+            |pairs: &[(&str, &str)]| pairs.iter().map(|(n, t)| ((*n).to_owned(), (*t).to_owned())).collect::<Vec<_>>();
         let before = named(&[("delta.0", "x"), ("delta.1", "x"), ("step", "call 0"), ("head", "h")]);
         let after = named(&[("delta", "x"), ("step", "call"), ("head", "h")]);
         let text = functions(&before, &after);
-        assert!(text.starts_with("- 2 functions are gone: @delta.0 @delta.1\n@@ @delta is new\n+ x\n@@ @step\n- call 0\n+ call\n"), "{text}");
+        assert!(
+            text.starts_with(
+                "- 2 functions are gone: @delta.0 @delta.1\n@@ @delta is new\n+ x\n@@ @step\n- call 0\n+ call\n"
+            ),
+            "{text}"
+        );
         assert!(text.ends_with("1 functions are unchanged\n"));
     }
 }

@@ -81,7 +81,9 @@ fn find_function<'m>(module: &'m Module, name: &str) -> anyhow::Result<&'m Funct
     let name = name.strip_prefix('@').unwrap_or(name);
     match module.function(name) {
         Some(function) => Ok(function),
-        None => bail!("there is no function `{name}`, expected one of {}", names(module.functions.iter().map(|f| &f.name))),
+        None => {
+            bail!("there is no function `{name}`, expected one of {}", names(module.functions.iter().map(|f| &f.name)))
+        }
     }
 }
 
@@ -147,7 +149,10 @@ fn print_code(stage: Stage, graph: Module, plan: &Plan, args: &DumpArgs) -> anyh
             let name = name.strip_prefix('@').unwrap_or(name);
             let found: Vec<_> = kernels.kernels.iter().filter(|k| k.name == name).collect();
             if found.is_empty() {
-                bail!("there is no kernel `{name}`, expected one of {}", names(kernels.kernels.iter().map(|k| &k.name)));
+                bail!(
+                    "there is no kernel `{name}`, expected one of {}",
+                    names(kernels.kernels.iter().map(|k| &k.name))
+                );
             }
             found
         }
@@ -178,11 +183,6 @@ fn llvm_text(
 }
 
 #[cfg(not(feature = "llvm"))]
-fn llvm_text(
-    _: Stage,
-    _: &nextc_ir::schedule::KernelModule,
-    _: &Plan,
-    _: &Kernel,
-) -> anyhow::Result<String> {
+fn llvm_text(_: Stage, _: &nextc_ir::schedule::KernelModule, _: &Plan, _: &Kernel) -> anyhow::Result<String> {
     bail!("this nextc was built without LLVM")
 }

@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
+use nextc_ir::Module;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::types::StateKind;
-use nextc_ir::{Module, Target};
 
 use crate::account::{self, KernelAccount, LayerAccount, Step};
 use crate::cli::ExplainArgs;
@@ -43,17 +43,33 @@ fn put(text: &mut String, line: std::fmt::Arguments<'_>) {
 fn heading(fused: &Module, plan: &Plan, step: Step) -> String {
     let (info, target) = (&fused.info, &plan.target);
     let mut text = String::new();
-    put(&mut text, format_args!("{}: {} layers, {} wide, {} tokens in its vocabulary", info.name, info.num_layers, info.hidden_size, info.vocab_size));
-    put(&mut text, format_args!(
-        "for {} by {}, {}-bit vectors; assumed of the machine: {} a second from memory, {} a second, {} a launch",
-        target.cpu,
-        plan.backend_name(),
-        target.vector_bits,
-        show::bytes(target.read_bytes_per_s),
-        show::flops(target.flops_per_s),
-        show::time_ns(target.launch_ns),
-    ));
-    put(&mut text, format_args!("step of {} after {} tokens of context; time is the least that memory and arithmetic allow", count(step.tokens, "token"), step.context));
+    put(
+        &mut text,
+        format_args!(
+            "{}: {} layers, {} wide, {} tokens in its vocabulary",
+            info.name, info.num_layers, info.hidden_size, info.vocab_size
+        ),
+    );
+    put(
+        &mut text,
+        format_args!(
+            "for {} by {}, {}-bit vectors; assumed of the machine: {} a second from memory, {} a second, {} a launch",
+            target.cpu,
+            plan.backend_name(),
+            target.vector_bits,
+            show::bytes(target.read_bytes_per_s),
+            show::flops(target.flops_per_s),
+            show::time_ns(target.launch_ns),
+        ),
+    );
+    put(
+        &mut text,
+        format_args!(
+            "step of {} after {} tokens of context; time is the least that memory and arithmetic allow",
+            count(step.tokens, "token"),
+            step.context
+        ),
+    );
     text
 }
 
@@ -68,29 +84,44 @@ fn entry_text(text: &mut String, title: &str, layers: &[LayerAccount], step: Ste
         layer_text(text, layer, ns);
     }
     let launches: u64 = layers.iter().map(|l| l.calls * l.kernels.len() as u64).sum();
-    put(text, format_args!(
-        "\n{title}: {}, {}, {}, {}: at most {:.1} tokens/s",
-        count(launches, "kernel"),
-        show::bytes(total(|k| k.bytes)),
-        show::flops(total(|k| k.flops)),
-        show::time_ns(ns),
-        step.tokens as f64 * 1e9 / ns,
-    ));
+    put(
+        text,
+        format_args!(
+            "\n{title}: {}, {}, {}, {}: at most {:.1} tokens/s",
+            count(launches, "kernel"),
+            show::bytes(total(|k| k.bytes)),
+            show::flops(total(|k| k.flops)),
+            show::time_ns(ns),
+            step.tokens as f64 * 1e9 / ns,
+        ),
+    );
 }
 
 fn layer_text(text: &mut String, layer: &LayerAccount, total_ns: f64) {
     let share = layer.calls as f64 * layer.sum(|k| k.ns) / total_ns;
-    put(text, format_args!("\n@{} x {}: {}, {:.1} % of the step", layer.name, layer.calls, count(layer.kernels.len() as u64, "kernel"), 100.0 * share));
+    put(
+        text,
+        format_args!(
+            "\n@{} x {}: {}, {:.1} % of the step",
+            layer.name,
+            layer.calls,
+            count(layer.kernels.len() as u64, "kernel"),
+            100.0 * share
+        ),
+    );
     for kernel in &layer.kernels {
         let share = layer.calls as f64 * kernel.ns / total_ns;
-        put(text, format_args!(
-            "  {:<40} {:>9} {:>12} {:>9}  {}",
-            kernel.name,
-            show::bytes(kernel.bytes),
-            show::flops(kernel.flops),
-            show::time_ns(kernel.ns),
-            show::bar(share, BAR),
-        ));
+        put(
+            text,
+            format_args!(
+                "  {:<40} {:>9} {:>12} {:>9}  {}",
+                kernel.name,
+                show::bytes(kernel.bytes),
+                show::flops(kernel.flops),
+                show::time_ns(kernel.ns),
+                show::bar(share, BAR),
+            ),
+        );
         if !kernel.doc.is_empty() {
             put(text, format_args!("{}", show::indent(&show::tidy(&kernel.doc), 6)));
         }
@@ -109,7 +140,8 @@ struct Memory {
 
 impl Memory {
     fn of(kernels: &KernelModule) -> Self {
-        let states = |kv: bool| kernels.states.iter().filter(|s| (s.ty.kind == StateKind::Kv) == kv).map(|s| s.ty.bytes()).sum();
+        let states =
+            |kv: bool| kernels.states.iter().filter(|s| (s.ty.kind == StateKind::Kv) == kv).map(|s| s.ty.bytes()).sum();
         let pages = kernels.info.max_context.div_ceil(kernels.page_tokens.max(1));
         let arena = |tokens| kernels.arena.bytes(&[tokens, 1, pages, 1]);
         Self {
@@ -153,7 +185,10 @@ impl Memory {
             let context = (machine - empty) / self.kv_per_token.max(1);
             return format!("it fits with a context of up to {context} tokens");
         }
-        format!("it does not fit: {} more are needed; weights would be read from disk again and again", show::bytes((empty - machine) as f64))
+        format!(
+            "it does not fit: {} more are needed; weights would be read from disk again and again",
+            show::bytes((empty - machine) as f64)
+        )
     }
 }
 

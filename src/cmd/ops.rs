@@ -26,7 +26,8 @@ struct Row {
 
 impl Row {
     fn text(&self) -> String {
-        let attributes = if self.attributes.is_empty() { String::new() } else { format!("; {}", self.attributes.join(", ")) };
+        let attributes =
+            if self.attributes.is_empty() { String::new() } else { format!("; {}", self.attributes.join(", ")) };
         let head = format!("{}({}{attributes})", self.name, self.operands.join(", "));
         format!("{head}    {}\n{}\n", self.class, show::indent(&self.doc, 4))
     }
@@ -70,6 +71,10 @@ mod tests {
         assert_eq!(graph_ops().len(), Op::ALL.len());
         assert_eq!(kernel_ops().len(), KOp::TABLE.len());
         let gated = graph_ops().into_iter().find(|r| r.name == "gated_attention").expect("it is in the table");
-        assert!(gated.text().starts_with("gated_attention(q, output_gate, kv, seqs; scale)    kernel\n    `attention"), "{}", gated.text());
+        assert!(
+            gated.text().starts_with("gated_attention(q, output_gate, kv, seqs; scale)    kernel\n    `attention"),
+            "{}",
+            gated.text()
+        );
     }
 }

@@ -44,7 +44,8 @@ fn run_once(model: &ModelArgs, arguments: &[OsString]) -> anyhow::Result<()> {
     let dir = tempfile::tempdir().context("a folder for the executable")?;
     let executable = dir.path().join(EXECUTABLE);
     compile::build(model, Some(&executable))?;
-    let status = Command::new(&executable).args(arguments).status().with_context(|| executable.display().to_string())?;
+    let status =
+        Command::new(&executable).args(arguments).status().with_context(|| executable.display().to_string())?;
     drop(dir);
     if !status.success() {
         std::process::exit(status.code().unwrap_or(1));
@@ -106,8 +107,10 @@ fn files_of(model: &Path) -> anyhow::Result<Vec<PathBuf>> {
         return Ok(vec![model]);
     }
     let entries = fs::read_dir(&model).with_context(|| model.display().to_string())?;
-    let mut files: Vec<PathBuf> =
-        entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>().with_context(|| model.display().to_string())?;
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<std::io::Result<Vec<_>>>()
+        .with_context(|| model.display().to_string())?;
     files.retain(|file| file.is_file());
     files.sort();
     Ok(files)
