@@ -12,6 +12,7 @@ use nextc_ir::graph::ModelInfo;
 
 pub mod config;
 mod error;
+mod files;
 mod json;
 pub mod layers;
 pub mod tokenizer_files;
@@ -56,8 +57,8 @@ pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
         true => (path.to_owned(), path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))),
         false => (path.join(CONFIG), path),
     };
-    let file = json::file_name(&config_path);
-    let bytes = json::read_limited(&config_path, CONFIG_LIMIT_BYTES)?.ok_or_else(|| Error::Io {
+    let file = files::file_name(&config_path);
+    let bytes = files::read_limited(&config_path, CONFIG_LIMIT_BYTES)?.ok_or_else(|| Error::Io {
         file: config_path.display().to_string(),
         reason: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"),
     })?;

@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use crate::config::token_ids;
 use crate::error::Error;
-use crate::json::{check, parse_object, read_limited};
+use crate::files::read_limited;
+use crate::json::{check, parse_object};
 
 /// A file that goes into the executable as it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

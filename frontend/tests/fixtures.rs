@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use nextc_frontend::{Error, Model, Options, load};
 use nextc_ir::graph::{Origin, RowRun};
+use nextc_ir::verify::verify;
 use nextc_ir::{Op, WeightSource};
 
 fn repository(path: &str) -> PathBuf {
@@ -37,6 +38,7 @@ fn fixtures_load_without_surprises() {
         let model = load_fixture(path);
         let unexpected: Vec<_> = model.warnings.iter().filter(|w| !w.contains("tokenizer.json")).collect();
         assert!(unexpected.is_empty(), "{path}: {unexpected:?}");
+        verify(&model.module).unwrap_or_else(|errors| panic!("{path}: {errors:?}"));
         let info = &model.module.info;
         assert!(info.has_weights && info.mtp, "{path}");
         assert_eq!(info.num_layers, model.config.layers.len() as u64);
@@ -162,6 +164,7 @@ fn the_80b_model_is_built_in_a_moment() {
     let model = load_fixture("examples/qwen3-next-80b-a3b/config.json");
     assert!(begun.elapsed().as_secs() < 5, "{:?}", begun.elapsed());
     assert!(model.warnings.is_empty(), "{:?}", model.warnings);
+    verify(&model.module).expect("the module is sound");
     assert_eq!(model.module.functions.iter().filter(|f| f.name.starts_with("delta.")).count(), 36);
     let elems = |w: &nextc_ir::graph::WeightDecl| w.shape.iter().product::<u64>();
     let parameters: u64 = model.module.weights.iter().filter(|(n, _)| *n != "inv_freq").map(|(_, w)| elems(w)).sum();

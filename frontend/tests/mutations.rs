@@ -59,7 +59,7 @@ proptest! {
         let path = dir.path().join("config.json");
         std::fs::write(&path, config.to_string()).expect("written");
         match load(&path, &Options::default()) {
-            Ok(model) => prop_assert!(model.module.function("step").is_some()),
+            Ok(model) => prop_assert_eq!(nextc_ir::verify::verify(&model.module), Ok(())),
             Err(nextc_frontend::Error::Config { problems, .. }) => prop_assert!(!problems.is_empty()),
             Err(other) => prop_assert!(false, "{other}"),
         }

@@ -4,11 +4,26 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use nextc_abi::{Footer, FooterError, KernelFn, Metadata, Section, SectionKind, hash};
+use nextc_abi::{Asset, Footer, FooterError, KernelFn, Metadata, Section, SectionKind, hash};
 
 use crate::cpu;
 use crate::error::Error;
 use crate::memory::{Access, Region};
+
+/// Files that came with the checkpoint.
+#[derive(Debug)]
+pub struct Assets {
+    bytes: Vec<u8>,
+    table: Vec<Asset>,
+}
+
+impl Assets {
+    /// The file called `name`.
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        let asset = self.table.iter().find(|a| a.name == name)?;
+        Some(&self.bytes[asset.offset as usize..(asset.offset + asset.bytes) as usize])
+    }
+}
 
 /// An opened executable.
 #[derive(Debug)]
@@ -81,17 +96,16 @@ impl Artifact {
         cpu::request_tiles(&target.features).map_err(no_tiles)
     }
 
-    /// A file of the section `assets`, or `None` if there is none of that name.
+    /// The files of the section `assets`.
     /// # Errors
     /// [`Error::Damaged`] if the section's hash does not match.
-    pub fn asset(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        let Some(asset) = self.metadata.assets.iter().find(|a| a.name == name) else { return Ok(None) };
-        let section = read_section(&self.path, &self.file, &self.footer, SectionKind::Assets)?;
-        let end = asset.offset.checked_add(asset.bytes).filter(|&end| end <= section.len() as u64);
-        match end {
-            Some(end) => Ok(Some(section[asset.offset as usize..end as usize].to_vec())),
-            None => Err(damaged(&self.path, &self.footer, SectionKind::Assets)),
+    pub fn assets(&self) -> Result<Assets, Error> {
+        let bytes = read_section(&self.path, &self.file, &self.footer, SectionKind::Assets)?;
+        let inside = |a: &Asset| a.offset.checked_add(a.bytes).is_some_and(|end| end <= bytes.len() as u64);
+        if !self.metadata.assets.iter().all(inside) {
+            return Err(damaged(&self.path, &self.footer, SectionKind::Assets));
         }
+        Ok(Assets { bytes, table: self.metadata.assets.clone() })
     }
 
     /// Compares the runtime and every section with their hashes (weights have checksums of their own).

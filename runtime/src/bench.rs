@@ -1,17 +1,252 @@
-//! `bench`: speed of prefill and decode, beside what the machine could do.
+//! `bench`: the speed of prefill and decode, beside what the machine could do at best.
+
+use std::time::Instant;
 
 use clap::Args;
+use nextc_abi::Cost;
+use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
+use crate::cli::MachineArgs;
+use crate::cpu;
+use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
+use crate::limits::Limits;
+use crate::random::Random;
+use crate::state::SequenceId;
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]
-pub struct BenchArgs {}
+pub struct BenchArgs {
+    /// Lengths of prompts to process
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u64).range(1..))]
+    prefill: Vec<u64>,
+    /// Numbers of tokens to generate one by one
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u64).range(1..))]
+    decode: Vec<u64>,
+    /// Tokens already in the state
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
+    depth: Vec<u64>,
+    /// Sequences that run together
+    #[arg(long, value_name = "SEQUENCES", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    batch: Vec<u64>,
+    /// Measurements of each row
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    repeats: u32,
+    /// Make weights up; no weights file is needed
+    #[arg(long)]
+    random_weights: bool,
+    /// Print one line of JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// What a row measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Prefill,
+    Decode,
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    kind: Kind,
+    tokens: u64,
+    depth: u64,
+    batch: u64,
+}
 
 /// Runs `bench`.
 /// # Errors
-/// [`Error`]
-pub fn run(_: Artifact, _: &BenchArgs) -> Result<(), Error> {
+/// [`Error`] says what cannot be measured.
+pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
+    let rows = rows(args);
+    check_rows(&rows, artifact.metadata().model.max_context)?;
+    let sequences = args.batch.iter().copied().max().unwrap_or(1) as usize;
+    let mut options = args.machine.engine(sequences);
+    options.random_weights = args.random_weights;
+    let mut engine = Engine::new(artifact, &options)?;
+    let limits = Limits::measure(options.threads, engine.metadata().weights.bytes)?;
+    let mut results = Vec::with_capacity(rows.len());
+    if !args.json {
+        print_head(&engine, &limits);
+    }
+    for row in &rows {
+        let rates = measure(&mut engine, row, args.repeats)?;
+        let result = result(row, &rates, &engine, &limits, options.step_tokens as u64);
+        if !args.json {
+            print_row(&result);
+        }
+        results.push(result);
+    }
+    if args.json {
+        let metadata = engine.metadata();
+        let report = json!({
+            "device": device(&engine),
+            "model": metadata.model.name,
+            "weights_bytes": metadata.weights.bytes,
+            "read_bytes_per_s": limits.read_bytes_per_s,
+            "flops_per_s": limits.flops_per_s,
+            "rows": results,
+        });
+        println!("{report}");
+    }
     Ok(())
+}
+
+fn rows(args: &BenchArgs) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (kind, lengths) in [(Kind::Prefill, &args.prefill), (Kind::Decode, &args.decode)] {
+        for &batch in &args.batch {
+            for &depth in &args.depth {
+                rows.extend(lengths.iter().map(|&tokens| Row { kind, tokens, depth, batch }));
+            }
+        }
+    }
+    rows
+}
+
+fn check_rows(rows: &[Row], max_context: u64) -> Result<(), Error> {
+    match rows.iter().find(|r| r.tokens.saturating_add(r.depth) > max_context) {
+        None => Ok(()),
+        Some(r) => Err(Error::Option {
+            option: "--depth",
+            reason: format!("{} + {} tokens are more than the context of {max_context}", r.depth, r.tokens),
+        }),
+    }
+}
+
+/// Tokens a second of each repetition; one more runs first and does not count.
+fn measure(engine: &mut Engine, row: &Row, repeats: u32) -> Result<Vec<f64>, Error> {
+    let mut rates = Vec::with_capacity(repeats as usize);
+    for repeat in 0..=repeats {
+        let ids: Vec<SequenceId> = (0..row.batch).map(|_| engine.new_sequence()).collect::<Result<_, _>>()?;
+        for &id in ids.iter().filter(|_| row.depth > 0) {
+            engine.pretend_past(id, row.depth)?;
+        }
+        let seconds = run_row(engine, row, &ids, u64::from(repeat))?;
+        if repeat > 0 {
+            rates.push((row.tokens * row.batch) as f64 / seconds);
+        }
+        ids.into_iter().for_each(|id| engine.end_sequence(id));
+    }
+    rates.sort_by(f64::total_cmp);
+    Ok(rates)
+}
+
+/// Seconds that the row's tokens take. Token ids are random, so experts are chosen as in text.
+fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Result<f64, Error> {
+    let vocab_size = engine.metadata().model.vocab_size.max(1);
+    let mut random = Random(seed);
+    let mut draw = |n: u64| (0..n).map(|_| (random.next_bits() % vocab_size) as u32).collect::<Vec<u32>>();
+    let tokens: Vec<Vec<u32>> = ids.iter().map(|_| draw(row.tokens)).collect();
+    let batch_of = |range: std::ops::Range<usize>| -> Vec<(SequenceId, &[u32])> {
+        ids.iter().zip(&tokens).map(|(&id, t)| (id, &t[range.clone()])).collect()
+    };
+    let count = row.tokens as usize;
+    if row.kind == Kind::Prefill {
+        let batch = batch_of(0..count);
+        let begun = Instant::now();
+        engine.forward(&batch, LogitRows::Last)?;
+        return Ok(begun.elapsed().as_secs_f64());
+    }
+    let begun = Instant::now();
+    for i in 0..count {
+        engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
+    }
+    Ok(begun.elapsed().as_secs_f64())
+}
+
+/// Bytes and FLOPs a token, of steps as the engine makes them.
+fn work_per_token(cost: &Cost, row: &Row, step_tokens: u64) -> (f64, f64) {
+    let (tokens, batch) = (row.tokens as f64, row.batch as f64);
+    let total = tokens * batch;
+    let context = row.depth as f64 + tokens / 2.0;
+    let steps = match row.kind {
+        Kind::Decode => tokens,
+        Kind::Prefill => (total / step_tokens as f64).ceil().max(1.0),
+    };
+    // a prompt's own keys and values count once a step, not once a token
+    let bytes = steps * cost.bytes(total / steps, batch, context);
+    (bytes / total, cost.token_flops + context * cost.context_flops)
+}
+
+fn result(row: &Row, rates: &[f64], engine: &Engine, limits: &Limits, step_tokens: u64) -> Value {
+    let cost = engine.metadata().program("step").map(|p| p.cost).unwrap_or_default();
+    let (bytes, flops) = work_per_token(&cost, row, step_tokens);
+    let roofline = 1.0 / (bytes / limits.read_bytes_per_s).max(flops / limits.flops_per_s);
+    let median = median(rates);
+    json!({
+        "kind": match row.kind { Kind::Prefill => "prefill", Kind::Decode => "decode" },
+        "tokens": row.tokens,
+        "depth": row.depth,
+        "batch": row.batch,
+        "tokens_per_s": median,
+        "min": rates.first(),
+        "max": rates.last(),
+        "bytes_per_token": bytes,
+        "flops_per_token": flops,
+        "roofline_tokens_per_s": roofline,
+        "roofline_share": median / roofline,
+    })
+}
+
+/// The middle of sorted numbers.
+fn median(sorted: &[f64]) -> f64 {
+    match sorted.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
+    }
+}
+
+fn device(engine: &Engine) -> String {
+    format!("{}, {} threads", cpu::name(), engine.threads())
+}
+
+fn print_head(engine: &Engine, limits: &Limits) {
+    let metadata = engine.metadata();
+    println!("{}  {}", metadata.model.name, device(engine));
+    println!("reads {:.1} GB/s, computes {:.0} GFLOP/s (f32)", limits.read_bytes_per_s / 1e9, limits.flops_per_s / 1e9);
+    println!(
+        "{:8} {:>7} {:>7} {:>6} {:>12} {:>12} {:>12} {:>7}",
+        "kind", "tokens", "depth", "batch", "tokens/s", "MB/token", "limit", "share"
+    );
+}
+
+fn print_row(row: &Value) {
+    let number = |key: &str| row[key].as_f64().unwrap_or(0.0);
+    println!(
+        "{:8} {:>7} {:>7} {:>6} {:>12.2} {:>12.2} {:>12.2} {:>6.1}%",
+        row["kind"].as_str().unwrap_or_default(),
+        number("tokens"),
+        number("depth"),
+        number("batch"),
+        number("tokens_per_s"),
+        number("bytes_per_token") / 1e6,
+        number("roofline_tokens_per_s"),
+        number("roofline_share") * 100.0
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_reads_weights_once_a_step_and_decode_once_a_token() {
+        let cost = Cost { weight_bytes: 1000.0, token_flops: 2000.0, ..Cost::default() };
+        let row = |kind, tokens, batch| Row { kind, tokens, depth: 0, batch };
+        assert_eq!(work_per_token(&cost, &row(Kind::Prefill, 100, 1), 50).0, 20.0);
+        assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 1), 50).0, 1000.0);
+        assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 4), 50), (250.0, 2000.0));
+    }
+
+    #[test]
+    fn the_median_of_an_even_number_lies_between() {
+        assert_eq!([median(&[]), median(&[3.0]), median(&[1.0, 2.0]), median(&[1.0, 2.0, 9.0])], [0.0, 3.0, 1.5, 2.0]);
+    }
 }

@@ -5,20 +5,27 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::artifact::Artifact;
-use crate::engine::{Engine, EngineOptions};
+use crate::engine::EngineOptions;
 use crate::error::Error;
-use crate::{bench, eval, info};
+use crate::generate::GenerateArgs;
+use crate::{bench, eval, info, text};
 
 /// A Qwen3-Next model, compiled by nextc.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(
+    version,
+    about,
+    long_about = "A Qwen3-Next model, compiled by nextc. Without a command it answers what is typed, or one prompt from a pipe."
+)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Generates tokens after a prompt or token ids
+    Generate(Box<GenerateArgs>),
     /// Computes logits and perplexity of given token ids
     Eval(eval::EvalArgs),
     /// Measures the speed of prefill and decode
@@ -62,15 +69,10 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Error> {
     let artifact = Artifact::open_self()?;
     match cli.command {
-        Command::Eval(args) => eval::run(artifact, &args),
-        Command::Bench(args) => bench::run(artifact, &args),
-        Command::Info(args) => info::run(&artifact, &args),
+        None => text::answer_stdin(artifact),
+        Some(Command::Generate(args)) => text::generate(artifact, &args),
+        Some(Command::Eval(args)) => eval::run(artifact, &args),
+        Some(Command::Bench(args)) => bench::run(artifact, &args),
+        Some(Command::Info(args)) => info::run(&artifact, &args),
     }
-}
-
-/// Opens an engine for `sequences` sequences.
-/// # Errors
-/// As [`Engine::new`].
-pub fn open_engine(artifact: Artifact, machine: &MachineArgs, sequences: usize) -> Result<Engine, Error> {
-    Engine::new(artifact, &machine.engine(sequences))
 }

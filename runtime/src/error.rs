@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use nextc_abi::{FooterError, WeightsHeaderError};
 
+use crate::generate::GenerateError;
+
 /// What can go wrong when an executable runs; each message says where, what was found and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -162,6 +164,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// Nothing, or no more, was generated.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
     /// An option's value does not fit this executable.
     #[error("`{option}`: {reason}")]
     Option {

@@ -8,7 +8,9 @@ pub mod cpu;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod generate;
 pub mod info;
+pub mod limits;
 pub mod memory;
 pub mod pool;
 pub mod random;
@@ -17,6 +19,7 @@ pub mod state;
 mod step;
 pub mod template;
 pub mod tensors;
+mod text;
 pub mod tokenizer;
 pub mod weights;
 

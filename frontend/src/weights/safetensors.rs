@@ -14,7 +14,8 @@ use nextc_ir::source::{SourceError, StoredTensor};
 
 use super::header::{self, Tensor};
 use crate::error::{Error, SafetensorsProblem as Problem};
-use crate::json::{file_name, open_file, parse_object, present, read_limited};
+use crate::files::{file_name, open_file, present, read_limited};
+use crate::json::parse_object;
 
 /// The file that holds all weights of a small checkpoint.
 pub const SINGLE: &str = "model.safetensors";
