@@ -20,6 +20,9 @@ use nextc_ir::{Module, Target};
 
 pub use error::LinkError;
 
+/// How the names of files begin that are being written, beside their final place.
+pub const UNFINISHED_PREFIX: &str = ".nextc-";
+
 /// Everything that goes into an executable.
 pub struct LinkInputs<'a> {
     /// Relocatable objects with the symbols `nextc_kernel_{i}` and `nextc_tail_{i}`.

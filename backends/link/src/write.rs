@@ -35,7 +35,7 @@ fn directory(output: &Path) -> &Path {
 /// A file that is written beside its final place and vanishes unless it is kept.
 fn aside(output: &Path, mode: u32) -> Result<NamedTempFile, LinkError> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".nextc-").permissions(Permissions::from_mode(mode));
+    builder.prefix(crate::UNFINISHED_PREFIX).permissions(Permissions::from_mode(mode));
     builder.tempfile_in(directory(output)).map_err(LinkError::io(output))
 }
 

@@ -157,7 +157,7 @@ impl Footer {
         for kind in SectionKind::ALL {
             let section = self.section(kind);
             let inside = section.offset.checked_add(section.bytes).is_some_and(|last| last <= end);
-            if !inside || section.offset % PAGE_BYTES != 0 {
+            if !inside || !section.offset.is_multiple_of(PAGE_BYTES) {
                 return Err(FooterError::Bounds { section: kind.name() });
             }
         }
