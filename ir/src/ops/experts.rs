@@ -78,7 +78,7 @@ pub fn shape_combine(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeError
     Ok(vec![Type::f32(Shape::rows(first, &[width]))])
 }
 
-/// `router` `[num_experts, H]`, `shared_gate` `[1, H]`: weights, ids, order `[T, k]`, table, shared `[T, 1]`.
+/// `router` `[num_experts, H]`, `shared_gate` `[1, H]`: weights, ids, order `[T, k]`, table, shared `[T, 1]`, logits `[T, num_experts]`.
 /// # Errors
 /// [`ShapeError`] naming what does not fit.
 pub fn shape_norm_router(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>, ShapeError> {
@@ -282,7 +282,7 @@ pub fn eval_combine<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<
     Ok(vec![combine(y.float()?, weights.float()?, ids.int()?)?.into()])
 }
 
-/// Weights, ids, order, table of the router's choice, and the shared expert's weight.
+/// Weights, ids, order, table of the router's choice, the shared expert's weight, and the logits.
 /// # Errors
 /// [`EvalError`].
 pub fn eval_norm_router<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
