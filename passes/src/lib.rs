@@ -12,6 +12,7 @@ pub mod partition;
 pub mod rewrite;
 pub mod rules;
 pub mod specialise;
+pub mod term;
 
 use nextc_ir::graph::{Function, Module};
 use nextc_ir::op::ShapeError;

@@ -60,7 +60,7 @@ fn simulate(f: &Function) {
         }
         let results = |&id: &NodeId| (0..f.node(id).types.len() as u32).map(move |result| Value { node: id, result });
         for v in kernel.iter().flat_map(results) {
-            blocks(f, v).into_iter().for_each(|b| drop(arena.insert(b, v)));
+            arena.extend(blocks(f, v).into_iter().map(|block| (block, v)));
         }
     }
 }
