@@ -1,123 +1,18 @@
 //! Functions as e-graphs and back, naming no op but the ones that are structure.
 //!
-//! The language is the op table: a [`Term`] is an op over its operands, then its attributes (constants are leaves of their
-//! own); a result of an op with several is read by `proj`. Parameters and weights are leaves known by index and name. The
-//! data of an e-class is what its terms are: the types of an op's results, from the row's shape rule, or an attribute.
-//! States are ordinary operands and results, so order and the single writer follow from the terms. What a term costs and
-//! which one is taken is the business of [`crate::cost`] and [`crate::extract`].
+//! A [`Term`] is a leaf or an op of the table. The data of an e-class is what its terms are: the types of an op's results,
+//! from the row's shape rule, or an attribute. Parameters and weights are leaves known by index and name. States are
+//! ordinary operands and results, so order and the single writer follow from the terms. What a term costs and which one is
+//! taken is the business of [`crate::cost`] and [`crate::extract`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use egg::{Analysis, DidMerge, EGraph, FromOp, Id, Language};
+use egg::{Analysis, DidMerge, EGraph, Id};
 use nextc_ir::graph::{Function, Value};
 use nextc_ir::{Attr, Attrs, Op, Type};
 
-/// An e-node: an op of the table, or a constant attribute.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Term {
-    /// An op over its operands followed by its attributes.
-    Op(Op, Vec<Id>),
-    /// An attribute.
-    Attr(Attr),
-}
-
-/// What two e-nodes must share to be compared operand by operand.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Head {
-    /// The op.
-    Op(Op),
-    /// The attribute itself.
-    Attr(Attr),
-}
-
-impl Term {
-    /// The ids of the operands and those of the attributes.
-    pub fn split(&self) -> (&[Id], &[Id]) {
-        match self {
-            Self::Op(op, children) => children.split_at(children.len().saturating_sub(op.def().attrs.len())),
-            Self::Attr(_) => (&[], &[]),
-        }
-    }
-}
-
-impl Language for Term {
-    type Discriminant = Head;
-
-    fn discriminant(&self) -> Head {
-        match self {
-            Self::Op(op, _) => Head::Op(*op),
-            Self::Attr(attr) => Head::Attr(attr.clone()),
-        }
-    }
-
-    fn matches(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Op(a, xs), Self::Op(b, ys)) => a == b && xs.len() == ys.len(),
-            (Self::Attr(a), Self::Attr(b)) => a == b,
-            _ => false,
-        }
-    }
-
-    fn children(&self) -> &[Id] {
-        match self {
-            Self::Op(_, children) => children,
-            Self::Attr(_) => &[],
-        }
-    }
-
-    fn children_mut(&mut self) -> &mut [Id] {
-        match self {
-            Self::Op(_, children) => children,
-            Self::Attr(_) => &mut [],
-        }
-    }
-}
-
-impl fmt::Display for Term {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Op(op, _) => write!(f, "{op}"),
-            Self::Attr(attr) => write!(f, "{attr}"),
-        }
-    }
-}
-
-/// Why a word of a pattern is no term.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TermError {
-    /// Neither an op nor a number.
-    #[error("`{0}` is neither an op of the table nor a number")]
-    Unknown(String),
-    /// An op with the wrong number of operands and attributes.
-    #[error("`{op}` has {found} operands and attributes, expected {expected}")]
-    Arity {
-        /// The op.
-        op: Op,
-        /// How many it was given.
-        found: usize,
-        /// How many it takes.
-        expected: usize,
-    },
-}
-
-impl FromOp for Term {
-    type Error = TermError;
-
-    fn from_op(word: &str, children: Vec<Id>) -> Result<Self, TermError> {
-        if let Some(op) = Op::from_name(word) {
-            let (def, found) = (op.def(), children.len());
-            let expected = def.operands.len() + def.attrs.len();
-            let fits = if def.variadic() { found + 1 >= expected } else { found == expected };
-            return if fits { Ok(Self::Op(op, children)) } else { Err(TermError::Arity { op, found, expected }) };
-        }
-        let number = word.parse::<i64>().map(Attr::from).or_else(|_| word.parse::<f64>().map(Attr::from));
-        match number {
-            Ok(attr) if children.is_empty() => Ok(Self::Attr(attr)),
-            _ => Err(TermError::Unknown(word.to_owned())),
-        }
-    }
-}
+pub use crate::term::{Head, Term, TermError};
 
 /// What the terms of an e-class are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -400,5 +295,47 @@ impl<'a, C: Fn(Id) -> Option<&'a Term>> Emitter<'a, C> {
                 Value { node: self.function.add_node(*op, &operands, attrs, types.clone()), result: 0 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nextc_ir::build::FunctionBuilder;
+    use nextc_ir::{Shape, Sym, print};
+
+    fn top_k() -> Function {
+        let mut b = FunctionBuilder::new("top");
+        let x = b.param("x", Type::f32(Shape::rows(Sym::T, &[8])));
+        let top = b.op_n(Op::TopK, &[x], Attrs::none().with("k", 3i64)).expect("it fits");
+        let weights = b.op(Op::Softmax, &[top[0]]).expect("it fits");
+        b.finish(vec![weights, top[1]])
+    }
+
+    #[test]
+    fn a_function_comes_back_as_it_went() {
+        let function = top_k();
+        let mut terms = Terms::of(&function).expect("it is well typed");
+        terms.graph.rebuild();
+        let back = to_function(&function, &terms.graph, &terms.roots, |id| terms.graph[id].nodes.first());
+        assert_eq!(print::function(&back.expect("there is one term a class")), print::function(&function));
+    }
+
+    #[test]
+    fn two_types_are_not_equal_and_the_error_names_both() {
+        let mut terms = Terms::of(&top_k()).expect("it is well typed");
+        terms.graph.union(terms.roots[0], terms.roots[1]);
+        terms.graph.rebuild();
+        let error = terms.check().expect_err("weights are no indices").to_string();
+        assert!(error.contains("tensor<T x 3 x f32>") && error.contains("tensor<T x 3 x i32>"), "{error}");
+    }
+
+    #[test]
+    fn a_class_without_a_term_is_an_error() {
+        let function = top_k();
+        let mut terms = Terms::of(&function).expect("it is well typed");
+        terms.graph.rebuild();
+        let error = to_function(&function, &terms.graph, &terms.roots, |_| None).expect_err("there is nothing to take");
+        assert!(matches!(error, TermsError::Choice(_)));
     }
 }

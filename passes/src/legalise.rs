@@ -327,6 +327,28 @@ mod tests {
         assert!(matches!(legalise_kernel(&kernel, 128), Err(Error::WideInt { .. })));
     }
 
+    #[test]
+    fn only_narrow_targets_change_a_module() {
+        let mut k = KernelBuilder::new("copy", &X, Extent::from(1));
+        let zero = k.const_i64(0);
+        let x = k.load_f32x16(k.param(0), zero);
+        k.store(k.param(1), zero, x);
+        let module = KernelModule {
+            info: nextc_ir::graph::ModelInfo::default(),
+            kernels: vec![k.finish()],
+            programs: Vec::new(),
+            weights: Vec::new(),
+            states: Vec::new(),
+            arena: nextc_ir::schedule::ArenaPlan::default(),
+            page_tokens: 64,
+        };
+        let widest = |bits| {
+            let legal = legalise(module.clone(), &Target::cpu("test", &[], bits)).expect("the module is sound");
+            legal.kernels[0].types.iter().map(|ty| ty.lanes()).max()
+        };
+        assert_eq!([widest(128), widest(256), widest(512)], [Some(4), Some(16), Some(16)]);
+    }
+
     /// Appends one op, chosen by numbers, to pools of vectors of one width.
     fn random_op(k: &mut KernelBuilder, floats: &mut Vec<Val>, ints: &mut Vec<Val>, (op, i, j): (u8, usize, usize)) {
         let (x, y) = (floats[i % floats.len()], floats[j % floats.len()]);

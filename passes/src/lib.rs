@@ -12,9 +12,11 @@ pub mod partition;
 pub mod rewrite;
 pub mod rules;
 pub mod specialise;
+pub mod term;
 
 use nextc_ir::graph::{Function, Module};
 use nextc_ir::op::ShapeError;
+use nextc_ir::verify::{VerifyError, verify};
 use nextc_ir::{Op, Target};
 
 /// Why a pass failed.
@@ -24,12 +26,12 @@ pub enum Error {
     #[error("there is no pass `{0}`, expected one of {names}", names = names())]
     NoPass(String),
     /// A pass left a module that the verifier refuses: a bug of the pass.
-    #[error("pass `{pass}` broke the module:\n{errors}")]
+    #[error("pass `{pass}` broke the module:\n{}", lines(.errors))]
     Broken {
         /// The pass.
         pass: &'static str,
         /// All that is wrong.
-        errors: String,
+        errors: Vec<VerifyError>,
     },
     /// An op does not fit its operands.
     #[error("@{function}: {op}: {error}")]
@@ -95,6 +97,7 @@ pub fn run_until(module: Module, target: &Target, after: &str) -> Result<Module>
 
 fn run_pass(pass: &Pass, module: Module, target: &Target) -> Result<Module> {
     let module = (pass.run)(module, target)?;
+    verify(&module).map_err(|errors| Error::Broken { pass: pass.name, errors })?;
     Ok(module)
 }
 
@@ -103,6 +106,8 @@ fn run_pass(pass: &Pass, module: Module, target: &Target) -> Result<Module> {
 pub struct RuleInfo {
     /// The rule.
     pub name: &'static str,
+    /// Its family: `algebra`, `norm`, `attention`, `delta`, `experts`.
+    pub family: &'static str,
     /// Its equations and conditions, as text.
     pub text: String,
     /// The float sum that it adds in another order, if it does.
@@ -111,13 +116,20 @@ pub struct RuleInfo {
 
 /// Every rewrite rule.
 pub fn rules() -> Vec<RuleInfo> {
-    let info = |rule: &rules::Rule| RuleInfo { name: rule.name, text: rule.to_string(), reorders: rule.reorders };
-    rules::all().iter().map(info).collect()
+    let info = |family, rule: rules::Rule| {
+        let (name, reorders) = (rule.name, rule.reorders);
+        RuleInfo { name, family, text: rule.to_string(), reorders }
+    };
+    rules::FAMILIES.iter().flat_map(|(family, rules)| rules().into_iter().map(|rule| info(*family, rule))).collect()
 }
 
 /// True if the function calls others: an entry point.
 pub(crate) fn calls(function: &Function) -> bool {
     function.graph.node_weights().any(|node| node.op == Op::Call)
+}
+
+fn lines(errors: &[VerifyError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 fn names() -> String {

@@ -219,3 +219,29 @@ fn written(graph: &Graph, id: Id, term: &Term) -> Vec<Id> {
     }
     term.split().0.iter().copied().filter(|&c| graph[c].data.ty().is_some_and(is_state)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::Rule;
+    use nextc_ir::build::FunctionBuilder;
+    use nextc_ir::{Shape, Sym};
+
+    #[test]
+    fn rules_without_an_end_are_an_error() {
+        let mut b = FunctionBuilder::new("sum");
+        let mut sum = b.param("x", Type::f32(Shape::rows(Sym::T, &[8])));
+        for i in 0..12 {
+            let y = b.param(&format!("y{i}"), Type::f32(Shape::rows(Sym::T, &[8])));
+            sum = b.op(Op::Add, &[sum, y]).expect("it fits");
+        }
+        let function = b.finish(vec![sum]);
+        let endless = [
+            Rule::new("commute", vec![("(add ?a ?b)", "(add ?b ?a)")]),
+            Rule::new("associate", vec![("(add (add ?a ?b) ?c)", "(add ?a (add ?b ?c))")]),
+        ];
+        let rules = endless.map(|rule| rule.compile().expect("it is a rule").rewrite());
+        let error = rewrite_function(&function, &rules, &Target::cpu("x86-64-v3", &[], 256)).expect_err("it explodes");
+        assert!(matches!(error, RewriteError::Unsaturated { .. }), "{error}");
+    }
+}

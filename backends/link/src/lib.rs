@@ -20,6 +20,9 @@ use nextc_ir::{Module, Target};
 
 pub use error::LinkError;
 
+/// How the names of files begin that are being written, beside their final place.
+pub const UNFINISHED_PREFIX: &str = ".nextc-";
+
 /// Everything that goes into an executable.
 pub struct LinkInputs<'a> {
     /// Relocatable objects with the symbols `nextc_kernel_{i}` and `nextc_tail_{i}`.
@@ -76,10 +79,6 @@ pub fn link(inputs: &LinkInputs<'_>) -> Result<Report, LinkError> {
     metadata.fingerprint = convert::fingerprint(&metadata, &image.bytes)?;
     write::executable(inputs, &image, &metadata, weights)
 }
-
-/// What the names of files that are being written begin with; they lie beside the output and vanish if the build fails. A process that
-/// is about to be killed may remove those that it has open.
-pub const UNFINISHED_PREFIX: &str = ".nextc-unfinished-";
 
 /// Where the weights of the executable `exe` are: its whole name with `.weights` appended.
 pub fn weights_path(exe: &Path) -> PathBuf {

@@ -275,8 +275,8 @@ fn encode_tile(dtype: DType, rows: &[f32], columns: usize, out: &mut Vec<u8>) {
     let lanes: [&[f32]; LANES as usize] = std::array::from_fn(|lane| &rows[lane * columns..(lane + 1) * columns]);
     match dtype {
         DType::F32 => {
-            for column in 0..columns {
-                let column: [[u8; 4]; LANES as usize] = std::array::from_fn(|lane| lanes[lane][column].to_le_bytes());
+            for i in 0..columns {
+                let column: [[u8; 4]; LANES as usize] = lanes.map(|lane| lane[i].to_le_bytes());
                 out.extend_from_slice(column.as_flattened());
             }
         }

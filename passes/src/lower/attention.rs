@@ -111,7 +111,7 @@ impl Rotation {
 
     /// Rotates the pairs `(j, j + n)` of a head in place.
     fn apply(&self, k: &mut KernelBuilder, head: Val) {
-        let lanes = if self.frequencies % LANES == 0 { LANES } else { 1 };
+        let lanes = if self.frequencies.is_multiple_of(LANES) { LANES } else { 1 };
         k.for_range(self.frequencies, lanes, |k, j| {
             let partner = k.add_const(j, self.frequencies);
             let load = |k: &mut KernelBuilder, p: Val, at: Val| k.load(DType::F32, lanes as u32, p, at);

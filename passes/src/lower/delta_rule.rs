@@ -108,6 +108,7 @@ struct Mixer {
     eps: f32,
     scale: f32,
     norm_eps: f32,
+    vector_bits: u32,
 }
 
 /// `gated_delta_net`.
@@ -127,6 +128,7 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Result<Lowered, LowerError> {
         eps: site.float("eps"),
         scale: site.float("scale"),
         norm_eps: site.float("norm_eps"),
+        vector_bits: site.target.vector_bits,
     };
     let sequences = SequencePorts::new(site.named("seqs"), &mut ports);
     let heads = mixer.q.heads;
@@ -279,10 +281,16 @@ impl Mixer {
         (k.exp(g), k.sigmoid(b))
     }
 
+    /// Vectors of columns that are swept together: two accumulators each, in half of the registers.
+    fn chunks(&self, columns: u64) -> u64 {
+        let most = u64::from(self.vector_bits) / 128;
+        [4, 2, 1].into_iter().find(|&n| n <= most && columns.is_multiple_of(n)).expect("1 divides everything")
+    }
+
     /// One token of the recurrence on one head's state; the output goes to `scratch.o`.
     fn update(&self, k: &mut KernelBuilder, scratch: &Scratch, state: Val, (alpha, beta, kq): (Val, Val, Val)) {
         let stride = pad(self.v.width);
-        let chunks = [4, 2, 1].into_iter().find(|n| (stride / LANES) % n == 0).expect("1 divides everything");
+        let chunks = self.chunks(stride / LANES);
         let [alpha, beta, kq] = [alpha, beta, kq].map(|x| k.splat(x, 16));
         let zero = k.splat_f32(16, 0.0);
         let (lo, rows) = (k.const_i64(0), k.index(self.k.width));

@@ -236,7 +236,7 @@ fn for_tiles(
     (tiles, step): (u64, u64),
     mut body: impl FnMut(&mut KernelBuilder, &[Val]),
 ) {
-    if tiles % step != 0 {
+    if !tiles.is_multiple_of(step) {
         return for_rows(k, (lo, hi), step, body);
     }
     k.for_each((lo, hi, step), |k, first| {
@@ -394,7 +394,7 @@ impl Residual {
         let sum = k.reduce_add(square);
         let ssq_row = row_ptr(k, ssq, row, pad(parts));
         k.store(ssq_row, tile, sum);
-        if parts % LANES != 0 {
+        if !parts.is_multiple_of(LANES) {
             let last = k.index(parts - 1);
             let is_last = k.cmp(Pred::Eq, tile, last);
             k.if_then(is_last, |k| zero_padding(k, ssq_row, parts));

@@ -47,9 +47,21 @@ macro_rules! rw {
 }
 pub(crate) use rw;
 
-/// Every rule, by family.
+/// A family of rules: its name, and the rules.
+pub type Family = (&'static str, fn() -> Vec<Rule>);
+
+/// The families.
+pub const FAMILIES: &[Family] = &[
+    ("algebra", algebra::rules),
+    ("norm", norm::rules),
+    ("attention", attention::rules),
+    ("delta", delta::rules),
+    ("experts", experts::rules),
+];
+
+/// Every rule, family by family.
 pub fn all() -> Vec<Rule> {
-    [algebra::rules(), norm::rules(), attention::rules(), delta::rules(), experts::rules()].concat()
+    FAMILIES.iter().flat_map(|(_, rules)| rules()).collect()
 }
 
 impl Rule {

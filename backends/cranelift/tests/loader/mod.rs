@@ -52,6 +52,7 @@ impl Loaded {
     }
 
     /// Names of the functions.
+    #[allow(dead_code, reason = "not every test asks")]
     pub fn symbols(&self) -> Vec<&str> {
         self.symbols.iter().map(|s| s.0.as_str()).collect()
     }

@@ -1,0 +1,296 @@
+//! The command line: subcommands and options. What an option does stands in the subcommand's file.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Compiles a Qwen3-Next model to one native executable.
+#[derive(Debug, Parser)]
+#[command(name = "nextc", version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  nextc build examples/demo-model -o demo     compile a checkpoint
+  ./demo generate -p 'What is a compiler?'    and run it; it needs nothing else
+  nextc run examples/demo-model -p 'Hi'       both at once, from a cache
+  nextc explain examples/demo-model           kernels, bytes, time, memory
+  nextc dump examples/demo-model --stage fused --function delta";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compile a model to an executable.
+    #[command(after_help = BUILD_EXAMPLES)]
+    Build(BuildArgs),
+    /// Build into a cache and execute.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(RunArgs),
+    /// Print the program at a stage of its compilation.
+    #[command(after_help = DUMP_EXAMPLES)]
+    Dump(DumpArgs),
+    /// Say what each kernel does and costs, and what memory the model needs.
+    Explain(ExplainArgs),
+    /// List the ops of the graph IR.
+    Ops(OpsArgs),
+    /// List the rewrite rules.
+    Rules(TableArgs),
+    /// List the passes in their order.
+    Passes(TableArgs),
+    /// List the weight formats.
+    Formats(TableArgs),
+}
+
+const BUILD_EXAMPLES: &str = "\
+Examples:
+  nextc build ~/models/Qwen3-Next-80B-A3B-Instruct -o qwen
+  nextc build demo-model --cpu x86-64-v3 --embed-weights     one file for any CPU since 2013
+  nextc build config.json                                    no weights: `info`, and `bench --random-weights`";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  nextc run demo-model -p 'What is a linker?'
+  nextc run demo-model -- bench --json          anything the executable can do";
+
+const DUMP_EXAMPLES: &str = "\
+Examples:
+  nextc dump demo-model                                      the graph as it is built
+  nextc dump demo-model --after rewrite --diff               what a pass changed, and which rules fired
+  nextc dump demo-model --stage fused --function delta --format dot | dot -Tsvg > delta.svg
+  nextc dump demo-model --stage asm --function KERNEL        names are those of --stage kernels";
+
+/// Which model to compile and how: what `build`, `run`, `dump` and `explain` share.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// A checkpoint's folder, or a `config.json` alone.
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// The kind of machine.
+    #[arg(long, value_enum, default_value_t = TargetKind::Cpu)]
+    pub target: TargetKind,
+    /// What makes machine code [default: llvm where it is compiled in, else cranelift].
+    #[arg(long, value_enum)]
+    pub backend: Option<Backend>,
+    /// How weights are stored: as in the checkpoint, or quantised.
+    #[arg(long, value_enum, default_value_t = Quant::Keep)]
+    pub quant: Quant,
+    /// What activations may be rounded to.
+    #[arg(long, value_enum, default_value_t = Activations::Auto)]
+    pub activations: Activations,
+    /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...
+    #[arg(long, value_name = "NAME", default_value = "native")]
+    pub cpu: String,
+    /// The GPU that code is made for.
+    #[arg(long, value_name = "NAME")]
+    pub gpu: Option<String>,
+    /// The most tokens a sequence may hold [default: the model's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_context: Option<u64>,
+    /// Put the weights into the executable instead of a file beside it.
+    #[arg(long)]
+    pub embed_weights: bool,
+}
+
+/// `--target`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TargetKind {
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// Both in one executable.
+    #[value(name = "cpu+cuda")]
+    CpuCuda,
+}
+
+/// `--backend`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// LLVM: vectors as wide as the CPU has them.
+    Llvm,
+    /// Cranelift: always there, 128-bit vectors, compiles in a moment.
+    Cranelift,
+}
+
+/// `--quant`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Quant {
+    /// As the checkpoint stores them.
+    Keep,
+    /// bfloat16.
+    Bf16,
+    /// 8-bit floats, scaled by blocks.
+    Fp8,
+    /// 8-bit integers, scaled by groups.
+    Q8,
+    /// 4-bit integers, scaled by groups.
+    Q4,
+}
+
+/// `--activations`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// What the machine is fastest with; float32 for now.
+    Auto,
+    /// float32 throughout: the form that is compared with the reference.
+    F32,
+    /// bfloat16 where the machine multiplies it faster.
+    Bf16,
+    /// 8-bit integers where the machine multiplies them faster.
+    Int8,
+}
+
+/// Arguments of `build`.
+#[derive(Clone, Debug, Args)]
+pub struct BuildArgs {
+    /// What to compile.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The executable [default: the model's name, in this folder].
+    #[arg(short, long, value_name = "EXE")]
+    pub output: Option<PathBuf>,
+}
+
+/// Arguments of `run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// What to compile.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Answer this prompt; without it the executable decides (a chat).
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Build anew, and keep nothing.
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Further arguments for the executable.
+    #[arg(last = true, value_name = "ARGS")]
+    pub args: Vec<std::ffi::OsString>,
+}
+
+/// `--stage`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Stage {
+    /// The graph as it is built from the configuration.
+    Graph,
+    /// The graph after all passes: fused, with layouts and places in memory.
+    Fused,
+    /// Kernel IR, schedule and tables.
+    Kernels,
+    /// LLVM IR.
+    Llvm,
+    /// Machine code as text.
+    Asm,
+    /// Cranelift's IR.
+    Clif,
+    /// NVIDIA's assembly.
+    Ptx,
+}
+
+/// `--format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// The IR's text.
+    Text,
+    /// A picture for Graphviz.
+    Dot,
+}
+
+/// Arguments of `dump`.
+#[derive(Clone, Debug, Args)]
+pub struct DumpArgs {
+    /// What to compile.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Which form to print [default: graph].
+    #[arg(long, value_enum, conflicts_with = "after")]
+    pub stage: Option<Stage>,
+    /// The graph after this pass (`nextc passes` lists them).
+    #[arg(long, value_name = "PASS")]
+    pub after: Option<String>,
+    /// Show what changed: by the pass of --after, or by all of them.
+    #[arg(long)]
+    pub diff: bool,
+    /// Only this function, or this kernel.
+    #[arg(long, value_name = "NAME")]
+    pub function: Option<String>,
+    /// Text or a picture.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// Arguments of `explain`.
+#[derive(Clone, Debug, Args)]
+pub struct ExplainArgs {
+    /// What to compile.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens of the step.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub tokens: u64,
+    /// Tokens that the sequence already holds.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub context: u64,
+}
+
+/// Arguments of `ops`.
+#[derive(Clone, Debug, Args)]
+pub struct OpsArgs {
+    /// The ops of the kernel IR instead.
+    #[arg(long)]
+    pub kernel: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of the other tables.
+#[derive(Clone, Debug, Args)]
+pub struct TableArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parses(line: &str) -> bool {
+        Cli::try_parse_from(std::iter::once("nextc").chain(line.split_whitespace())).is_ok()
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_of_build_is_one_of_dump_and_explain() {
+        let options = "m --target cpu+cuda --backend cranelift --quant q4 --activations f32 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --embed-weights";
+        for command in ["build", "run", "dump", "explain"] {
+            assert!(parses(&format!("{command} {options}")), "{command}");
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for line in [
+            "",
+            "build",
+            "build m --quant q3",
+            "build m --max-context 0",
+            "dump m --stage x",
+            "explain m --tokens 0",
+            "dump m --stage kernels --after rewrite",
+        ] {
+            assert!(!parses(line), "{line}");
+        }
+        assert!(parses("run m -p hi -- --json --seed 1"));
+    }
+}

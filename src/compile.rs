@@ -1,0 +1,181 @@
+//! The whole path, in one place: folder -> graph -> passes -> kernels -> machine code -> executable.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use nextc_frontend::{Model, Options};
+use nextc_ir::schedule::KernelModule;
+use nextc_ir::{Module, Target};
+use nextc_link::{LinkInputs, Report};
+use nextc_passes::lower::lower;
+use nextc_passes::{legalise, run_all};
+
+use crate::cli::{Activations, Backend, ModelArgs, Quant, TargetKind};
+use crate::show;
+
+/// What code is made for, and by what.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The machine.
+    pub target: Target,
+    /// The backend.
+    pub backend: Backend,
+}
+
+impl Plan {
+    /// From the command line; `backend` is the one to use where the command line names none.
+    /// # Errors
+    /// Names the first option that asks for something that is not there.
+    pub fn new(args: &ModelArgs, backend: Option<Backend>) -> anyhow::Result<Self> {
+        refuse_what_is_missing(args)?;
+        let backend = args.backend.or(backend).unwrap_or(default_backend());
+        if backend == Backend::Llvm && !cfg!(feature = "llvm") {
+            bail!(
+                "this nextc was built without LLVM; use `--backend cranelift`, or build nextc with `--features llvm`"
+            );
+        }
+        let target = Target::named(&args.cpu).context("--cpu")?;
+        let target = if backend == Backend::Cranelift { target.for_cranelift() } else { target };
+        Ok(Self { target, backend })
+    }
+
+    /// Its backend's name.
+    pub fn backend_name(&self) -> &'static str {
+        match self.backend {
+            Backend::Llvm => "llvm",
+            Backend::Cranelift => "cranelift",
+        }
+    }
+}
+
+/// LLVM where it is compiled in.
+pub const fn default_backend() -> Backend {
+    if cfg!(feature = "llvm") { Backend::Llvm } else { Backend::Cranelift }
+}
+
+fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
+    if args.target != TargetKind::Cpu {
+        bail!("`--target` asks for a GPU; code for GPUs is not there yet, expected `cpu`");
+    }
+    if let Some(gpu) = &args.gpu {
+        bail!("`--gpu {gpu}`: code for GPUs is not there yet; leave it out");
+    }
+    if args.quant != Quant::Keep {
+        bail!("`--quant` asks for another format; quantising is not there yet, expected `keep`");
+    }
+    match args.activations {
+        Activations::Auto | Activations::F32 => Ok(()),
+        Activations::Bf16 | Activations::Int8 => {
+            bail!("`--activations` asks for rounding; it is not there yet, expected `f32` or `auto` (f32 for now)")
+        }
+    }
+}
+
+/// Reads and checks a model, and shows what its user should know.
+/// # Errors
+/// What is wrong with its files.
+pub fn load(args: &ModelArgs) -> anyhow::Result<Model> {
+    show::progress(&format!("reading {}", args.model.display()));
+    let model = nextc_frontend::load(&args.model, &Options { max_context: args.max_context })?;
+    model.warnings.iter().for_each(|warning| show::warn(warning));
+    Ok(model)
+}
+
+/// The target with what the model adds to it.
+pub fn target_of(plan: &Plan, model: &Model) -> Target {
+    Target { max_context: model.module.info.max_context, ..plan.target.clone() }
+}
+
+/// The graph after all passes.
+/// # Errors
+/// The pass that failed, and why.
+pub fn fuse(graph: Module, target: &Target) -> anyhow::Result<Module> {
+    show::progress("fusing");
+    Ok(run_all(graph, target)?)
+}
+
+/// Kernels that the backend can take.
+/// # Errors
+/// What cannot be lowered.
+pub fn lower_to_kernels(fused: &Module, target: &Target) -> anyhow::Result<KernelModule> {
+    Ok(legalise::legalise(lower(fused, target)?, target)?)
+}
+
+/// Objects with the machine code of every kernel.
+/// # Errors
+/// What the backend does not take.
+pub fn emit(kernels: &KernelModule, plan: &Plan) -> anyhow::Result<Vec<Vec<u8>>> {
+    show::progress(&format!("compiling {} kernels with {}", kernels.kernels.len(), plan.backend_name()));
+    match plan.backend {
+        Backend::Cranelift => Ok(vec![nextc_cranelift::compile(kernels, &plan.target)?]),
+        #[cfg(feature = "llvm")]
+        Backend::Llvm => Ok(nextc_llvm::compile(kernels, &plan.target)?),
+        #[cfg(not(feature = "llvm"))]
+        Backend::Llvm => bail!("this nextc was built without LLVM"),
+    }
+}
+
+/// Compiles a model to an executable.
+/// # Errors
+/// Whatever went wrong; then there is no output file.
+pub fn build(args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
+    let mut plan = Plan::new(args, None)?;
+    let model = load(args)?;
+    plan.target = target_of(&plan, &model);
+    let fused = fuse(model.module, &plan.target)?;
+    let kernels = lower_to_kernels(&fused, &plan.target)?;
+    let objects = emit(&kernels, &plan)?;
+    let default_output = PathBuf::from(&fused.info.name);
+    let assets: Vec<_> = model.assets.into_iter().map(|asset| (asset.name, asset.bytes)).collect();
+    let report = nextc_link::link(&LinkInputs {
+        objects: &objects,
+        module: &kernels,
+        graph: Some(&fused),
+        target: &plan.target,
+        backend: plan.backend_name(),
+        compiler: env!("CARGO_PKG_VERSION"),
+        source: model.source.as_ref().map(|source| source as &dyn nextc_ir::WeightSource),
+        assets: &assets,
+        output: output.unwrap_or(&default_output),
+        embed_weights: args.embed_weights,
+        progress: true,
+    })?;
+    Ok((report, fused))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn plan(options: &str) -> anyhow::Result<Plan> {
+        let line = format!("nextc build model {options}");
+        match Cli::try_parse_from(line.split_whitespace()).expect("the options exist").command {
+            Command::Build(args) => Plan::new(&args.model, None),
+            other => panic!("{other:?} is not build"),
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_yet_is_refused_by_name() {
+        for (options, expected) in [
+            ("--target cuda", "`--target`"),
+            ("--target cpu+cuda", "`--target`"),
+            ("--gpu sm_90a", "`--gpu sm_90a`"),
+            ("--quant q4", "`--quant`"),
+            ("--activations int8", "`--activations`"),
+            ("--cpu pentium", "`pentium` is unknown"),
+        ] {
+            let error = format!("{:#}", plan(options).expect_err(expected));
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn cranelift_narrows_the_target() {
+        assert_eq!(plan("--backend cranelift").expect("it is always there").target.vector_bits, 128);
+        assert_eq!(plan("--backend llvm").is_ok(), cfg!(feature = "llvm"));
+        assert_eq!(plan("--activations f32 --quant keep").expect("it is what is there").backend, default_backend());
+    }
+}
