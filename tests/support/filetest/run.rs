@@ -1,0 +1,235 @@
+//! `test run`: a function of plain or fused ops on seeded inputs.
+//!
+//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend. The kernel
+//! interpreter must agree with the graph interpreter within the case's tolerance, and the backend's machine code with the
+//! kernel interpreter bit for bit. [`values`] says what the header's lines mean.
+
+use std::collections::HashMap;
+
+use nextc_ir::eval::{Cx, Datum, WeightStore, evaluate};
+use nextc_ir::graph::{Function, NodeId, Value};
+use nextc_ir::kernel::Kernel;
+use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
+use nextc_ir::kernel::verify::verify_kernel;
+use nextc_ir::schedule::KernelModule;
+use nextc_ir::verify::verify;
+use nextc_ir::{Module, Op, Target, Type};
+use nextc_passes::lower::{lower_group, ports::Bind};
+use nextc_passes::{PIPELINE, legalise::legalise, partition};
+
+use super::machine::{Loaded, Memory, module};
+use super::tolerance::Tolerance;
+use super::values::{PAGE_TOKENS, Step, arguments, steps};
+use super::{Case, Checked, graph, lines, memory, text};
+
+/// `test run`.
+pub fn check(case: &Case) -> Checked {
+    case.only(&["step", "rows", "value", "per-token"])?;
+    let tolerance = Tolerance::named(case.option("tol").ok_or("`tol=NAME` is missing")?)?;
+    let plain = graph::module(case)?;
+    verify(&plain).map_err(lines)?;
+    let [function] = plain.functions.as_slice() else { return Err("expected one function".to_owned()) };
+    let codes = backends().into_iter().map(|b| b.compile(&plain)).collect::<Checked<Vec<_>>>()?;
+    for step in steps(case)? {
+        let args = arguments(case, function, &step)?;
+        let wanted = evaluate(function, args.clone(), &WeightStore::new(), &Cx::new(PAGE_TOKENS)).map_err(text)?;
+        for code in &codes {
+            let at = |e| format!("{}, {step:?}: {e}", code.backend);
+            code.check(&step, &args, &wanted, tolerance).map_err(at)?;
+        }
+    }
+    Ok(())
+}
+
+/// A backend: its name, its target, and how it makes objects.
+pub struct Backend {
+    name: &'static str,
+    target: Target,
+    objects: fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>,
+}
+
+/// All backends that are compiled in.
+pub fn backends() -> Vec<Backend> {
+    let cranelift = Backend {
+        name: "cranelift",
+        target: graph::target().for_cranelift(),
+        objects: |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]),
+    };
+    #[cfg(feature = "llvm")]
+    let llvm = Backend {
+        name: "llvm",
+        target: graph::target(),
+        objects: |module, target| nextc_llvm::compile(module, target).map_err(text),
+    };
+    vec![
+        cranelift,
+        #[cfg(feature = "llvm")]
+        llvm,
+    ]
+}
+
+/// The passes that a function without callers needs.
+const PASSES: [&str; 4] = ["join", "rewrite", "layout", "partition"];
+
+/// The kernels of a function, and what each parameter is bound to.
+pub struct Kernels {
+    /// The function after the passes.
+    pub function: Function,
+    /// The kernels, in order.
+    pub module: KernelModule,
+    binds: Vec<Vec<Bind>>,
+}
+
+/// Lowers the only function of a module for a target.
+pub fn kernels(plain: &Module, target: &Target) -> Checked<Kernels> {
+    let chosen = PIPELINE.iter().filter(|p| PASSES.contains(&p.name));
+    let mut fused = chosen.into_iter().try_fold(plain.clone(), |m, p| (p.run)(m, target)).map_err(text)?;
+    verify(&fused).map_err(lines)?;
+    let function = fused.functions.pop().ok_or("there is no function")?;
+    let groups = partition::kernels(&function).into_iter();
+    let lowered = groups.map(|group| lower_group(&function, &group, target)).collect::<Result<Vec<_>, _>>();
+    let (kernels, binds) = lowered.map_err(text)?.into_iter().map(|l| (l.kernel, l.binds)).unzip();
+    let module = legalise(module(kernels), target).map_err(text)?;
+    for kernel in &module.kernels {
+        verify_kernel(kernel).map_err(lines)?;
+    }
+    Ok(Kernels { function, module, binds })
+}
+
+impl Backend {
+    fn compile(self, plain: &Module) -> Checked<Code> {
+        let kernels = kernels(plain, &self.target)?;
+        let objects = (self.objects)(&kernels.module, &self.target)?;
+        Ok(Code { backend: self.name, kernels, loaded: Loaded::new(&objects)? })
+    }
+}
+
+/// A function as kernels and as machine code.
+struct Code {
+    backend: &'static str,
+    kernels: Kernels,
+    loaded: Loaded,
+}
+
+impl Code {
+    fn check(&self, step: &Step, args: &[Datum<f32>], wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
+        let mut frame = Frame::new(&self.kernels.function, step, args)?;
+        let mut memory = Memory::of(&frame.buffers);
+        for (i, (kernel, binds)) in self.kernels.module.kernels.iter().zip(&self.kernels.binds).enumerate() {
+            let places = binds.iter().map(|&b| frame.place(b)).collect::<Checked<Vec<_>>>()?;
+            memory.grow(&frame.buffers);
+            run(kernel, step.syms(), &mut frame.buffers, &places, Options::default()).map_err(text)?;
+            self.loaded.run(i, kernel, step.syms(), &mut memory, &places)?;
+            same_bits(kernel, &memory, &frame, &places)?;
+        }
+        frame.compare(wanted, tolerance)
+    }
+}
+
+/// Machine code must have left what the kernel interpreter has left.
+fn same_bits(kernel: &Kernel, memory: &Memory, frame: &Frame<'_>, places: &[Place]) -> Checked {
+    let Some((buffer, word)) = memory.difference(&frame.buffers) else { return Ok(()) };
+    let param = places.iter().position(|p| p.buffer == buffer).map_or("?", |i| kernel.params[i].name.as_str());
+    Err(format!("machine code of @{} differs from the kernel interpreter in word {word} of %{param}", kernel.name))
+}
+
+/// The memory of one run of a function.
+struct Frame<'a> {
+    function: &'a Function,
+    step: &'a Step,
+    buffers: Vec<Buffer>,
+    values: HashMap<Value, usize>,
+    inputs: HashMap<&'static str, usize>,
+    /// For each version of a state the parameter that it began as.
+    origins: HashMap<Value, Value>,
+}
+
+impl<'a> Frame<'a> {
+    fn new(function: &'a Function, step: &'a Step, args: &[Datum<f32>]) -> Checked<Self> {
+        let (buffers, values, inputs) = (Vec::new(), HashMap::new(), HashMap::new());
+        let mut frame = Self { function, step, buffers, values, inputs, origins: origins(function) };
+        for (&param, arg) in function.params.iter().zip(args) {
+            if !matches!(arg, Datum::Sequences(_)) {
+                let buffer = memory::of_param(function, param, arg, step)?;
+                frame.add(Value { node: param, result: 0 }, buffer);
+            }
+        }
+        for id in function.order() {
+            for (result, ty) in (0..).zip(&function.node(id).types) {
+                let v = Value { node: id, result };
+                if let (Type::Tensor(t), false) = (ty, frame.values.contains_key(&v)) {
+                    frame.add(v, memory::of_result(t, step));
+                }
+            }
+        }
+        Ok(frame)
+    }
+
+    fn add(&mut self, v: Value, buffer: Buffer) {
+        self.values.insert(v, self.buffers.len());
+        self.buffers.push(buffer);
+    }
+
+    fn buffer_of(&self, v: Value) -> Checked<usize> {
+        let v = self.origins.get(&v).unwrap_or(&v);
+        self.values.get(v).copied().ok_or_else(|| "a kernel is bound to a value that is nowhere".to_owned())
+    }
+
+    fn place(&mut self, bind: Bind) -> Checked<Place> {
+        match bind {
+            Bind::Value(v) => self.buffer_of(v).map(Place::start),
+            Bind::Step(input) => {
+                let next = self.buffers.len();
+                let at = *self.inputs.entry(input.name()).or_insert(next);
+                if at == next {
+                    self.buffers.push(Buffer::from_i32(&self.step.input(input)));
+                }
+                Ok(Place::start(at))
+            }
+        }
+    }
+
+    /// Compares all results with those of the graph interpreter.
+    fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
+        for (i, (&v, wanted)) in self.function.results.iter().zip(wanted).enumerate() {
+            let buffer = &self.buffers[self.buffer_of(v)?];
+            let violation = match (self.function.ty(v), wanted) {
+                (Type::State(_), Datum::State(state)) => {
+                    tolerance.violation(&memory::read_state(state, &buffer.to_f32()), &memory::numbers(state))
+                }
+                (Type::Tensor(t), Datum::Int(array)) => {
+                    let flat = self.function.node(v.node).op == Op::NormRouter && v.result == 2;
+                    let found = memory::read(t, flat, array.data().len(), &buffer.to_i32());
+                    (found != array.data()).then(|| format!("found {found:?}, expected {:?}", array.data()))
+                }
+                (Type::Tensor(t), Datum::Float(array)) => {
+                    let found = memory::read(t, false, array.data().len(), &buffer.to_f32());
+                    tolerance.violation(&found, array.data())
+                }
+                (ty, _) => Some(format!("a result of type {ty}")),
+            };
+            if let Some(violation) = violation {
+                return Err(format!("result {i}, {}: {violation}", tolerance.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// States are updated in place: every version lies where the parameter lies that it began as.
+fn origins(function: &Function) -> HashMap<Value, Value> {
+    let is_state = |v: &Value| matches!(function.ty(*v), Type::State(_));
+    let mut origins: HashMap<Value, Value> = HashMap::new();
+    for id in function.order().into_iter().filter(|id| !is_param(function, *id)) {
+        let taken: Vec<Value> = function.operands(id).into_iter().filter(is_state).collect();
+        let results = (0..function.node(id).types.len() as u32).map(|result| Value { node: id, result });
+        for (old, new) in taken.into_iter().zip(results.filter(is_state)) {
+            origins.insert(new, origins.get(&old).copied().unwrap_or(old));
+        }
+    }
+    origins
+}
+
+fn is_param(function: &Function, id: NodeId) -> bool {
+    function.node(id).op == Op::Param
+}
