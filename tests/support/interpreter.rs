@@ -5,7 +5,7 @@ use std::path::Path;
 
 use nextc_ir::eval::{Outputs, Session, StepInputs};
 use nextc_ir::kernel::eval::{self as kernel_eval, Buffer, Options};
-use nextc_ir::schedule::{Input, KernelModule};
+use nextc_ir::schedule::{Input, KernelModule, PackedWeight};
 use nextc_ir::shape::pad;
 use nextc_ir::{Module, Target};
 
@@ -115,8 +115,8 @@ fn packed(module: &KernelModule, source: &dyn nextc_ir::WeightSource) -> Vec<Buf
     let file = options.expect("the file is made");
     nextc_link::pack::pack(&module.weights, source, (&file, &path), 0, false).expect("the weights pack");
     let placement = nextc_link::pack::place(&module.weights);
-    let read = |(w, &at): (_, &u64)| {
-        let mut bytes = vec![0; nextc_link::pack::packed_bytes(w) as usize];
+    let read = |(w, &at): (&PackedWeight, &u64)| {
+        let mut bytes = vec![0; w.bytes() as usize];
         file.read_exact_at(&mut bytes, at).expect("the file has the weight");
         Buffer::from_bytes(&bytes)
     };
