@@ -144,3 +144,22 @@ fn bits_do_not_depend_on_the_step() {
 fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits())
 }
+
+/// Nats per token of the demo model, in windows, within 1e-4 of the published implementation's.
+#[test]
+fn demo_model_predicts_as_well() {
+    let dir = support::golden::root().join("examples/demo-model");
+    let text = std::fs::read_to_string(dir.join("golden_nll.json")).expect("the demo model has its golden file");
+    let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
+    let window = golden["window"].to_string();
+    for backend in backends() {
+        let exe = Exe::build(&dir, backend, &[]);
+        let ids = exe.ids(std::slice::from_ref(&tokens));
+        let out = exe.json("eval", &["--tokens", ids.to_str().expect("UTF-8"), "--window", &window]);
+        let (got, want) = (out["nats_per_token"].as_f64(), golden["nats_per_token"].as_f64());
+        let (got, want) = (got.expect("a number"), want.expect("a number"));
+        println!("{backend}: {got} nats per token, golden {want}");
+        assert!((got - want).abs() <= 1e-4, "{backend}: {got} nats per token, expected {want}");
+    }
+}
