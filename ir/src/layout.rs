@@ -7,7 +7,8 @@ use crate::shape::{LANES, pad, padded_elems};
 /// How a weight lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Layout {
-    /// A vector or small table, widened to f32: row-major, the innermost dimension padded to 16.
+    /// A vector or small table, widened to f32: row-major, the innermost dimension padded to 16. The taps of a convolution
+    /// (`[heads, width, taps]` without input dimensions) come first: `[taps, heads, width]`; see [`flat_dims`].
     Flat,
     /// A matrix `[rows, columns]` as tiles of 16 rows; a tile holds all columns, two by two: `[columns / 2][16 rows][2]`
     /// for two-byte formats (what VNNI, VDPBF16PS and AMX read), `[columns][16 rows]` for f32.
@@ -43,6 +44,15 @@ impl Layout {
 impl std::fmt::Display for Layout {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// Dimensions of a weight as [`Layout::Flat`] stores it, the innermost padded.
+pub fn flat_dims(shape: &[u64], in_rank: usize) -> Vec<u64> {
+    match *shape {
+        [heads, width, taps] if in_rank == 0 => vec![taps, heads, pad(width)],
+        [ref outer @ .., last] => outer.iter().copied().chain([pad(last)]).collect(),
+        [] => vec![pad(1)],
     }
 }
 

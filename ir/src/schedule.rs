@@ -207,7 +207,7 @@ impl PackedWeight {
     /// Bytes as packed (without alignment).
     pub fn bytes(&self) -> u64 {
         match self.layout {
-            Layout::Flat => crate::shape::padded_elems(&self.decl.shape) * 4,
+            Layout::Flat => crate::layout::flat_dims(&self.decl.shape, self.decl.in_rank).iter().product::<u64>() * 4,
             Layout::Tile16 => {
                 let tiles = crate::layout::tile_shape(self.decl.out_dims(), self.decl.in_dims(), self.decl.format);
                 tiles.tiles * tiles.tile_bytes

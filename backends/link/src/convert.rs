@@ -146,7 +146,7 @@ fn cost_of_entry(inputs: &LinkInputs<'_>, program: &Program) -> abi::Cost {
         let args = program.launches.iter().flat_map(|l| &l.args);
         let weights = args.filter_map(|a| if let Arg::Weight(i) = a { Some(*i) } else { None });
         let once: std::collections::BTreeSet<u32> = weights.collect();
-        let bytes: u64 = once.iter().map(|&i| pack::packed_bytes(&inputs.module.weights[i as usize])).sum();
+        let bytes: u64 = once.iter().map(|&i| inputs.module.weights[i as usize].bytes()).sum();
         return abi::Cost { weight_bytes: bytes as f64, ..abi::Cost::default() };
     };
     let c = cost_of(module, function);
@@ -199,7 +199,7 @@ fn weight_table(module: &KernelModule) -> abi::WeightTable {
         format: w.decl.format.name().to_owned(),
         layout: w.layout.name().to_owned(),
         offset,
-        bytes: pack::packed_bytes(w),
+        bytes: w.bytes(),
         checksum: String::new(),
     };
     abi::WeightTable {

@@ -45,13 +45,13 @@ type Places = HashMap<(usize, SectionIndex), u64>;
 /// True for what the image holds: everything that is loaded, but for unwinding tables and notes.
 fn is_loaded<'d>(section: &impl ObjectSection<'d>) -> bool {
     let name = section.name().unwrap_or_default();
-    let loaded = elf_flags(section) & u64::from(elf::SHF_ALLOC.0) != 0;
+    let loaded = elf_flags(section) & elf::SHF_ALLOC.0 != 0;
     loaded && section.size() > 0 && !name.starts_with(".eh_frame") && !name.starts_with(".note")
 }
 
 fn elf_flags<'d>(section: &impl ObjectSection<'d>) -> u64 {
     match section.flags() {
-        SectionFlags::Elf { sh_flags, .. } => sh_flags.0.into(),
+        SectionFlags::Elf { sh_flags, .. } => sh_flags.0,
         _ => 0,
     }
 }
@@ -61,7 +61,7 @@ fn lay_out(files: &[File<'_>], image: &mut Image) -> Result<Places, LinkError> {
     for executable in [true, false] {
         for (index, file) in files.iter().enumerate() {
             for section in file.sections().filter(is_loaded) {
-                if (elf_flags(&section) & u64::from(elf::SHF_EXECINSTR.0) != 0) == executable {
+                if (elf_flags(&section) & elf::SHF_EXECINSTR.0 != 0) == executable {
                     places.insert((index, section.index()), place(index, &section, image)?);
                 }
             }
@@ -72,7 +72,7 @@ fn lay_out(files: &[File<'_>], image: &mut Image) -> Result<Places, LinkError> {
 
 /// Appends a section to the image and gives its offset.
 fn place<'d>(index: usize, section: &impl ObjectSection<'d>, image: &mut Image) -> Result<u64, LinkError> {
-    if elf_flags(section) & u64::from(elf::SHF_WRITE.0) != 0 {
+    if elf_flags(section) & elf::SHF_WRITE.0 != 0 {
         let section = section.name().unwrap_or("?").to_owned();
         return Err(LinkError::Writable { index, section });
     }

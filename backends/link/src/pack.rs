@@ -16,7 +16,7 @@ use nextc_abi::hash::{self, BLOCK_BYTES, Hash};
 use nextc_abi::weights::HEADER_BYTES;
 use nextc_abi::{PAGE_BYTES, WeightsHeader, align_up};
 use nextc_ir::dtype::DType;
-use nextc_ir::layout::{Layout, tile_shape};
+use nextc_ir::layout::{Layout, flat_dims, tile_shape};
 use nextc_ir::schedule::PackedWeight;
 use nextc_ir::shape::{LANES, pad};
 use nextc_ir::source::WeightSource;
@@ -41,32 +41,12 @@ pub fn place(weights: &[PackedWeight]) -> Placement {
     let mut at = HEADER_BYTES;
     let mut offsets = Vec::with_capacity(weights.len());
     for w in weights {
-        let bytes = packed_bytes(w);
+        let bytes = w.bytes();
         at = align_up(at, if bytes >= LARGE_BYTES { PAGE_BYTES } else { 64 });
         offsets.push(at);
         at += bytes;
     }
     Placement { offsets, bytes: align_up(at, PAGE_BYTES) }
-}
-
-/// Bytes of a weight as packed.
-pub fn packed_bytes(weight: &PackedWeight) -> u64 {
-    match weight.layout {
-        Layout::Flat => flat_dims(weight).iter().product::<u64>() * 4,
-        Layout::Tile16 => {
-            let tiles = tile_shape(weight.decl.out_dims(), weight.decl.in_dims(), weight.decl.format);
-            tiles.tiles * tiles.tile_bytes
-        }
-    }
-}
-
-/// Dimensions of a flat weight as stored. Convolutions `[heads, width, taps]` are stored tap by tap: `[taps, heads, pad(width)]`.
-fn flat_dims(weight: &PackedWeight) -> Vec<u64> {
-    match *weight.decl.shape.as_slice() {
-        [heads, width, taps] if weight.decl.in_rank == 0 => vec![taps, heads, pad(width)],
-        [ref outer @ .., last] => outer.iter().copied().chain([pad(last)]).collect(),
-        [] => vec![pad(1)],
-    }
 }
 
 /// What packing found out.
@@ -130,7 +110,7 @@ struct Block {
 fn blocks(weights: &[PackedWeight], placement: &Placement) -> Vec<Block> {
     let mut blocks = Vec::new();
     for (weight, (w, &offset)) in weights.iter().zip(&placement.offsets).enumerate() {
-        let total = packed_bytes(w);
+        let total = w.bytes();
         for first in (0..total).step_by(BLOCK_BYTES as usize) {
             blocks.push(Block { weight, first, bytes: BLOCK_BYTES.min(total - first), offset: offset + first });
         }
@@ -209,7 +189,7 @@ fn pack_flat(weight: &PackedWeight, block: &Block, rows: &Rows<'_>, buffers: &mu
     let shape = &weight.decl.shape;
     buffers.rows.resize(shape.iter().product::<u64>() as usize, 0.0);
     rows.read(0, &mut buffers.rows, &mut buffers.stored)?;
-    let mut flat = vec![0f32; flat_dims(weight).iter().product::<u64>() as usize];
+    let mut flat = vec![0f32; flat_dims(shape, weight.decl.in_rank).iter().product::<u64>() as usize];
     match *shape.as_slice() {
         [heads, width, taps] if weight.decl.in_rank == 0 => {
             transpose_taps(&buffers.rows, &mut flat, [heads as usize, width as usize, taps as usize]);
@@ -295,8 +275,8 @@ fn encode_tile(dtype: DType, rows: &[f32], columns: usize, out: &mut Vec<u8>) {
     let lanes: [&[f32]; LANES as usize] = std::array::from_fn(|lane| &rows[lane * columns..(lane + 1) * columns]);
     match dtype {
         DType::F32 => {
-            for column in 0..columns {
-                let column: [[u8; 4]; LANES as usize] = std::array::from_fn(|lane| lanes[lane][column].to_le_bytes());
+            for i in 0..columns {
+                let column: [[u8; 4]; LANES as usize] = lanes.map(|lane| lane[i].to_le_bytes());
                 out.extend_from_slice(column.as_flattened());
             }
         }

@@ -11,7 +11,7 @@ use tempfile::NamedTempFile;
 use crate::error::LinkError;
 use crate::image::Image;
 use crate::runtime::RUNTIME;
-use crate::{LinkInputs, Report, pack, weights_path};
+use crate::{LinkInputs, Report, UNFINISHED_PREFIX, pack, weights_path};
 
 /// Refuses an output that is no file or lies in no directory, before any work is done.
 pub(crate) fn check_output(output: &Path) -> Result<(), LinkError> {
@@ -35,7 +35,7 @@ fn directory(output: &Path) -> &Path {
 /// A file that is written beside its final place and vanishes unless it is kept.
 fn aside(output: &Path, mode: u32) -> Result<NamedTempFile, LinkError> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(crate::UNFINISHED_PREFIX).permissions(Permissions::from_mode(mode));
+    builder.prefix(UNFINISHED_PREFIX).permissions(Permissions::from_mode(mode));
     builder.tempfile_in(directory(output)).map_err(LinkError::io(output))
 }
 

@@ -228,7 +228,7 @@ fn combine<F: Real>(y: &Array<F>, weights: &Array<F>, ids: &Array<i32>) -> Resul
     Array::new(&[tokens, width], data)
 }
 
-/// [`softmax`] as an op.
+/// `softmax` as an op.
 /// # Errors
 /// [`EvalError`]; so for the functions below.
 pub fn eval_softmax<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
@@ -236,7 +236,7 @@ pub fn eval_softmax<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<
     Ok(vec![softmax(x.float()?)?.into()])
 }
 
-/// [`top_k`] as an op.
+/// `top_k` as an op.
 /// # Errors
 /// [`EvalError`].
 pub fn eval_top_k<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
@@ -258,7 +258,7 @@ pub fn eval_renormalise<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Res
     Ok(vec![divided?.into()])
 }
 
-/// [`dispatch`] as an op.
+/// `dispatch` as an op.
 /// # Errors
 /// [`EvalError`].
 pub fn eval_dispatch<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
@@ -266,7 +266,7 @@ pub fn eval_dispatch<F: Real>(_: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Re
     Ok(dispatch(ids.int()?, attr_int(attrs, "experts")?)?.into())
 }
 
-/// [`expert_product`] as an op; `order` and `table` say nothing that `ids` does not.
+/// `expert_product` as an op; `order` and `table` say nothing that `ids` does not.
 /// # Errors
 /// [`EvalError`].
 pub fn eval_expert_linear<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
@@ -274,7 +274,7 @@ pub fn eval_expert_linear<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> R
     Ok(vec![expert_product(x.float()?, w.float()?, ids.int()?)?.into()])
 }
 
-/// [`combine`] as an op.
+/// `combine` as an op.
 /// # Errors
 /// [`EvalError`].
 pub fn eval_combine<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {

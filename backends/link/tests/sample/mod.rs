@@ -1,0 +1,308 @@
+//! A toy model for tests of link and runtime: the logits of a token are the sum of the embeddings of its sequence so far, once
+//! summed in a `delta` state and once more over the pages of `kv`.
+
+use std::path::Path;
+
+use nextc_ir::Target;
+use nextc_ir::dtype::DType;
+use nextc_ir::format::Format;
+use nextc_ir::graph::{ModelInfo, Origin, Placement, RowRun, WeightDecl};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Val};
+use nextc_ir::layout::Layout;
+use nextc_ir::schedule::{
+    ArenaPlan, Arg, Extent, Input, KernelModule, Launch, Output, PackedWeight, Program, StateDecl,
+};
+use nextc_ir::shape::Sym;
+use nextc_ir::source::{SourceError, StoredTensor, WeightSource};
+use nextc_ir::types::{StateKind, StateType};
+use nextc_link::{LinkError, LinkInputs, Report};
+
+/// Width of everything, and size of the vocabulary.
+pub const WIDTH: usize = 16;
+/// Tokens in a page.
+const PAGE_TOKENS: u64 = 4;
+/// The longest context.
+pub const MAX_CONTEXT: u64 = 24;
+
+/// The embedding of a token.
+pub fn embedding(token: u32) -> Vec<f32> {
+    (0..WIDTH as u32).map(|j| ((token * 7 + j * 3) % 11) as f32 - 5.0).collect()
+}
+
+/// The logits after each token of a sequence.
+pub fn logits(tokens: &[u32]) -> Vec<Vec<f32>> {
+    let mut sum = vec![0.0; WIDTH];
+    let mut step = |&token: &u32| {
+        sum.iter_mut().zip(embedding(token)).for_each(|(s, x)| *s += x);
+        sum.iter().map(|s| 2.0 * s).collect()
+    };
+    tokens.iter().map(&mut step).collect()
+}
+
+/// The checkpoint: the embedding, and a matrix that no kernel reads.
+pub struct Checkpoint;
+
+impl WeightSource for Checkpoint {
+    fn tensor(&self, name: &str) -> Option<StoredTensor> {
+        let shape = match name {
+            "embed" => vec![WIDTH as u64, WIDTH as u64],
+            "matrix" => vec![40, 24],
+            _ => return None,
+        };
+        Some(StoredTensor { shape, dtype: DType::F32 })
+    }
+
+    fn read_rows(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
+        match name {
+            "embed" => {
+                for (row, out) in (first..).zip(out.chunks_exact_mut(WIDTH)) {
+                    out.copy_from_slice(&embedding(row as u32));
+                }
+            }
+            _ => out.iter_mut().zip(first * 24..).for_each(|(x, i)| *x = matrix_value(i)),
+        }
+        Ok(())
+    }
+}
+
+/// Number `i` of the matrix, exact in bf16.
+pub fn matrix_value(i: u64) -> f32 {
+    (i % 127) as f32 - 63.0
+}
+
+/// The toy model.
+pub fn module() -> KernelModule {
+    let info = ModelInfo {
+        name: "toy".to_owned(),
+        vocab_size: WIDTH as u64,
+        hidden_size: WIDTH as u64,
+        num_layers: 1,
+        max_context: MAX_CONTEXT,
+        eos_token_ids: vec![1],
+        mtp: true,
+        has_weights: true,
+    };
+    let state = |name: &str, kind, dims: &[u64]| StateDecl {
+        name: name.to_owned(),
+        ty: StateType { kind, dims: dims.to_vec() },
+    };
+    KernelModule {
+        info,
+        kernels: vec![embed(), accumulate(), append(), read(), head(), draft_head()],
+        programs: vec![step(), draft()],
+        weights: weights(),
+        states: vec![
+            state("layers.0.delta", StateKind::Delta, &[1, 1, 16]),
+            state("layers.0.kv", StateKind::Kv, &[1, 16]),
+        ],
+        arena: ArenaPlan { fixed_bytes: 0, unit_bytes: [192, 0, 0, 128] },
+        page_tokens: PAGE_TOKENS,
+    }
+}
+
+fn weights() -> Vec<PackedWeight> {
+    let rows = |tensor: &str, rows| Origin::Rows(vec![RowRun { tensor: tensor.to_owned(), first: 0, rows, column: 0 }]);
+    let embed = WeightDecl { shape: vec![16, 16], in_rank: 0, format: Format::F32, origin: rows("embed", 16) };
+    let matrix = WeightDecl { shape: vec![2, 20, 24], in_rank: 1, format: Format::Bf16, origin: rows("matrix", 40) };
+    let table =
+        WeightDecl { shape: vec![3], in_rank: 0, format: Format::F32, origin: Origin::Values(vec![1.0, 2.0, 3.0]) };
+    let weight = |name: &str, decl, layout| PackedWeight { name: name.to_owned(), decl, layout };
+    vec![
+        weight("embed", embed, Layout::Flat),
+        weight("matrix", matrix, Layout::Tile16),
+        weight("table", table, Layout::Flat),
+    ]
+}
+
+const fn at(unit: Sym, at_bytes: u64) -> Placement {
+    Placement { unit: Some(unit), at_bytes }
+}
+const X: Arg = Arg::Arena(at(Sym::T, 0));
+const Y: Arg = Arg::Arena(at(Sym::T, 64));
+const Z: Arg = Arg::Arena(at(Sym::T, 128));
+const LOGITS: Placement = at(Sym::R, 0);
+const HIDDEN: Placement = at(Sym::R, 64);
+
+fn launch(kernel: u32, args: &[Arg]) -> Launch {
+    Launch { kernel, args: args.to_vec(), label: format!("kernel {kernel}") }
+}
+
+fn outputs() -> Vec<Output> {
+    let output = |name: &str, at| Output { name: name.to_owned(), at, rows: Sym::R, width: 16, stride: 16 };
+    vec![output("logits", LOGITS), output("hidden", HIDDEN)]
+}
+
+fn step() -> Program {
+    use Input::{CuSeqlens, LogitRows, PageTable, Positions, Slot, Tokens};
+    let sequences = [Positions, CuSeqlens, Slot, PageTable].map(Arg::Input);
+    let (delta, kv) = (Arg::State(0), Arg::State(1));
+    let with = |first: Arg, last: &[Arg]| [&[first], &sequences[..], last].concat();
+    let launches = vec![
+        launch(0, &[Arg::Input(Tokens), Arg::Weight(0), X]),
+        launch(1, &with(X, &[delta, Y])),
+        launch(2, &with(X, &[kv])),
+        launch(3, &with(Y, &[kv, Z])),
+        launch(4, &[Z, Arg::Input(LogitRows), Arg::Arena(LOGITS), Arg::Arena(HIDDEN)]),
+    ];
+    Program { name: "step".to_owned(), launches, outputs: outputs() }
+}
+
+fn draft() -> Program {
+    let inputs = [Input::Tokens, Input::Hidden, Input::LogitRows].map(Arg::Input);
+    let args = [&inputs[..], &[Arg::Weight(0), Arg::Arena(LOGITS), Arg::Arena(HIDDEN)]].concat();
+    Program { name: "draft".to_owned(), launches: vec![launch(5, &args)], outputs: outputs() }
+}
+
+/// `base + row * 16 + j` as an element's index.
+fn element(k: &mut KernelBuilder, row: Val, j: Val) -> Val {
+    let row = k.mul_const(row, 16);
+    k.add(row, j)
+}
+
+fn copy_row(k: &mut KernelBuilder, (from, from_row): (Val, Val), (to, to_row): (Val, Val)) {
+    k.for_range(16, 1, |k, j| {
+        let source = element(k, from_row, j);
+        let target = element(k, to_row, j);
+        let x = k.load_f32(from, source);
+        k.store(to, target, x);
+    });
+}
+
+fn embed() -> Kernel {
+    let mut k = KernelBuilder::new("embed", &[("tokens", false), ("w", false), ("x", true)], Extent::from(Sym::T));
+    let (tokens, w, x, t) = (k.param(0), k.param(1), k.param(2), k.task());
+    let token = k.load_index(tokens, t);
+    copy_row(&mut k, (w, token), (x, t));
+    k.finish()
+}
+
+const SEQUENCES: [(&str, bool); 4] =
+    [("positions", false), ("cu_seqlens", false), ("slot", false), ("page_table", false)];
+
+/// A kernel with a task a sequence; `body` gets the parameters, the sequence's slot, and each token and its position.
+fn per_sequence(name: &str, last: &[(&str, bool)], body: impl Fn(&mut KernelBuilder, Val, Val, Val)) -> Kernel {
+    let params = [&[("x", false)], &SEQUENCES[..], last].concat();
+    let mut k = KernelBuilder::new(name, &params, Extent::from(Sym::B));
+    let (positions, cu_seqlens, slot, b) = (k.param(1), k.param(2), k.param(3), k.task());
+    let next = k.add_const(b, 1);
+    let (begin, end) = (k.load_index(cu_seqlens, b), k.load_index(cu_seqlens, next));
+    let slot = k.load_index(slot, b);
+    k.for_each((begin, end, 1), |k, t| {
+        let position = k.load_index(positions, t);
+        body(k, slot, t, position);
+    });
+    k.finish()
+}
+
+fn accumulate() -> Kernel {
+    per_sequence("accumulate", &[("delta", true), ("y", true)], |k, slot, t, position| {
+        let (x, delta, y) = (k.param(0), k.param(5), k.param(6));
+        let one = k.const_i64(1);
+        let old = k.min_i64(position, one);
+        let old = k.narrow(old);
+        let old = k.to_float(old);
+        k.for_range(16, 1, |k, j| {
+            let (own, state) = (element(k, t, j), element(k, slot, j));
+            let (value, before) = (k.load_f32(x, own), k.load_f32(delta, state));
+            let kept = k.fmul(before, old);
+            let sum = k.fadd(kept, value);
+            k.store(delta, state, sum);
+            k.store(y, own, sum);
+        });
+    })
+}
+
+/// The first element's index of a position's key in `kv`.
+fn kv_index(k: &mut KernelBuilder, page_table: Val, position: Val) -> Val {
+    let page = k.div_const(position, PAGE_TOKENS);
+    let row = k.mul(k.task(), k.dim(Sym::P));
+    let entry = k.add(row, page);
+    let page = k.load_index(page_table, entry);
+    let page = k.mul_const(page, 2 * PAGE_TOKENS);
+    let place = k.rem_const(position, PAGE_TOKENS);
+    k.add(page, place)
+}
+
+fn append() -> Kernel {
+    per_sequence("append", &[("kv", true)], |k, _, t, position| {
+        let (x, page_table, kv) = (k.param(0), k.param(4), k.param(5));
+        let row = kv_index(k, page_table, position);
+        copy_row(k, (x, t), (kv, row));
+    })
+}
+
+fn read() -> Kernel {
+    per_sequence("read", &[("kv", false), ("z", true)], |k, _, t, position| {
+        let (y, page_table, kv, z) = (k.param(0), k.param(4), k.param(5), k.param(6));
+        let (zero, end) = (k.const_i64(0), k.add_const(position, 1));
+        k.for_range(16, 1, |k, j| {
+            let own = element(k, t, j);
+            let first = k.load_f32(y, own);
+            let sum = k.for_carry((zero, end, 1), &[first], |k, past, sum| {
+                let row = kv_index(k, page_table, past);
+                let at = element(k, row, j);
+                let value = k.load_f32(kv, at);
+                vec![k.fadd(sum[0], value)]
+            });
+            k.store(z, own, sum[0]);
+        });
+    })
+}
+
+fn head() -> Kernel {
+    let params = [("z", false), ("rows", false), ("logits", true), ("hidden", true)];
+    let mut k = KernelBuilder::new("head", &params, Extent::from(Sym::R));
+    let (z, rows, logits, hidden, r) = (k.param(0), k.param(1), k.param(2), k.param(3), k.task());
+    let row = k.load_index(rows, r);
+    copy_row(&mut k, (z, row), (logits, r));
+    copy_row(&mut k, (z, row), (hidden, r));
+    k.finish()
+}
+
+/// Logits and hidden rows are the given hidden rows plus twice the token's embedding: what `step` would give.
+fn draft_head() -> Kernel {
+    let params = [("tokens", false), ("hidden", false), ("rows", false), ("w", false), ("logits", true), ("out", true)];
+    let mut k = KernelBuilder::new("draft_head", &params, Extent::from(Sym::R));
+    let [tokens, hidden, rows, w, logits, out] = std::array::from_fn(|i| k.param(i));
+    let r = k.task();
+    let row = k.load_index(rows, r);
+    let token = k.load_index(tokens, row);
+    k.for_range(16, 1, |k, j| {
+        let (from, embedded, to) = (element(k, row, j), element(k, token, j), element(k, r, j));
+        let (h, e) = (k.load_f32(hidden, from), k.load_f32(w, embedded));
+        let e = k.fadd(e, e);
+        let sum = k.fadd(h, e);
+        k.store(logits, to, sum);
+        k.store(out, to, sum);
+    });
+    k.finish()
+}
+
+/// How the toy model is linked.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// Put the weights into the executable.
+    pub embed: bool,
+    /// Leave the weights out.
+    pub config_only: bool,
+}
+
+/// Compiles and links the toy model.
+pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
+    let module = module();
+    let target = Target::cpu("x86-64-v3", &["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"], 128);
+    let object = nextc_cranelift::compile(&module, &target).expect("the toy kernels compile");
+    nextc_link::link(&LinkInputs {
+        objects: &[object],
+        module: &module,
+        graph: None,
+        target: &target,
+        backend: "cranelift",
+        compiler: "test",
+        source: (!how.config_only).then_some(&Checkpoint as &dyn WeightSource),
+        assets: &[("tokenizer_config.json".to_owned(), b"{}".to_vec())],
+        output,
+        embed_weights: how.embed,
+        progress: false,
+    })
+}
