@@ -52,3 +52,38 @@ pub fn function_ns(function: &Function, target: &Target) -> f64 {
     };
     function.order().into_iter().map(node_ns).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nextc_ir::{Format, Shape, Sym};
+
+    fn target() -> Target {
+        Target::cpu("x86-64-v3", &[], 256)
+    }
+
+    fn check(op: Op, operands: &[Type], bytes: f64, launches: f64) {
+        let operands: Vec<&Type> = operands.iter().collect();
+        let results = (op.def().shape)(&operands, &Attrs::none()).expect("it fits");
+        let ns = op_ns(op, &operands, &results, &Attrs::none(), &target());
+        let expected = bytes / target().read_bytes_per_s * 1e9 + launches * target().launch_ns;
+        assert!((ns - expected).abs() < 1e-6 * expected.max(1.0), "{op}: {ns} ns, expected {expected}");
+    }
+
+    #[test]
+    fn one_token_is_paid_in_bytes_and_launches() {
+        let x = Type::f32(Shape::rows(Sym::T, &[2048]));
+        let w = Type::weight(&[512, 2048], Format::Bf16);
+        check(Op::Linear, &[x.clone(), w.clone()], 512.0 * 2048.0 * 2.0 + (2048.0 + 512.0) * 4.0, 1.0);
+        check(Op::Silu, std::slice::from_ref(&x), 2.0 * 2048.0 * 4.0, 0.25);
+        check(Op::Bundle, &[w.clone(), w], 0.0, 0.0);
+    }
+
+    #[test]
+    fn experts_are_read_as_often_as_they_are_chosen() {
+        let cost = Cost { expert_bytes: 10.0, experts: (512, 10), ..Cost::default() };
+        let ns = |tokens| roofline_ns(&cost, Workload { tokens, ..DECODE }, &target());
+        assert!((ns(1.0) * target().read_bytes_per_s / 1e9 - 100.0).abs() < 1e-6);
+        assert!(ns(1e6) <= 512.0 * 10.0 / target().read_bytes_per_s * 1e9 * (1.0 + 1e-9));
+    }
+}

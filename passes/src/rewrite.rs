@@ -1,4 +1,4 @@
-//! `rewrite`: equality saturation with the rules of [`crate::rules`], one function at a time, then the cheapest graph.
+//! `rewrite`: equality saturation with the rules of [`mod@crate::rules`], one function at a time, then the cheapest graph.
 //!
 //! Limits count iterations and terms, never seconds, so the result does not depend on the machine; stopping before
 //! saturation is an error. Functions that call others have nothing to rewrite.

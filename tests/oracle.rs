@@ -1,0 +1,165 @@
+//! Every rung of the ladder against the published implementation's outputs: the graph interpreter before and after
+//! rewriting, and executables of each backend.
+
+mod support;
+
+use nextc_ir::Target;
+use support::exe::{Exe, backends};
+use support::golden::{Golden, check, fixture};
+use support::interpreter::Interpreter;
+use support::{Feed, Subject, argmax};
+
+/// Fixtures that are stored in bf16.
+const FIXTURES: [&str; 5] = ["tiny", "odd", "dense-mix", "yarn", "long"];
+
+fn golden(name: &str) -> Golden {
+    Golden::read(&fixture(name).join("golden.safetensors"))
+}
+
+fn chain(a: &[i32], b: &[i32]) -> Vec<i32> {
+    a.iter().chain(b).copied().collect()
+}
+
+/// Everything that a fixture says about the main model and its drafts.
+fn check_all(subject: &dyn Subject, name: &str, rung: &str) {
+    let g = golden(name);
+    let what = |part: &str| format!("{name} on {rung}: {part}");
+    let prompt = g.ints("input_ids");
+    let forced = chain(prompt, g.ints("continuation_ids"));
+    check_rows(&g, subject, &forced, Feed::Prefill, ("prefill_logits", 0), &what("prefill"));
+    check_rows(&g, subject, &forced, Feed::Decode, ("decode_logits", prompt.len()), &what("decode"));
+    check_rows(&g, subject, &forced, Feed::Pieces(23), ("decode_logits", prompt.len()), &what("pieces"));
+    let greedy = g.ints("greedy_ids");
+    let whole = chain(prompt, &greedy[..greedy.len() - 1]);
+    check_rows(&g, subject, &whole, Feed::Prefill, ("greedy_logits", prompt.len() - 1), &what("greedy"));
+    check_multi(&g, subject, &what("batch"));
+    check_drafts(&g, subject, &what("drafts"));
+}
+
+/// Rows of the golden tensor `name`, which begin at token `first` of `tokens`.
+fn check_rows(g: &Golden, subject: &dyn Subject, tokens: &[i32], feed: Feed, (name, first): (&str, usize), what: &str) {
+    let (want, width) = g.floats(name);
+    let logits = &subject.logits(&[tokens.to_vec()], feed, 0)[0].logits;
+    let rows: Vec<usize> = match g.rows(name) {
+        Some(rows) => rows.iter().map(|&r| r as usize).collect(),
+        None => (0..want.len() / width).collect(),
+    };
+    let got: Vec<f32> =
+        rows.iter().flat_map(|r| &logits[(first + r) * width..(first + r + 1) * width]).copied().collect();
+    check(what, &got, want, width);
+}
+
+/// Prompts of different lengths with their greedy continuations, as one ragged batch.
+fn check_multi(g: &Golden, subject: &dyn Subject, what: &str) {
+    let lengths = g.ints("multi_lengths");
+    let (ids, greedy) = (g.ints("multi_input_ids"), g.ints("multi_greedy_ids"));
+    let (row, steps) = (ids.len() / lengths.len(), greedy.len() / lengths.len());
+    let sequences: Vec<Vec<i32>> = (0..lengths.len())
+        .map(|i| {
+            let prompt = &ids[i * row..i * row + lengths[i] as usize];
+            chain(prompt, &greedy[i * steps..(i + 1) * steps - 1])
+        })
+        .collect();
+    let vocab = g.floats("prefill_logits").1;
+    for feed in [Feed::Prefill, Feed::Decode] {
+        for (i, rows) in subject.logits(&sequences, feed, 0).iter().enumerate() {
+            let first = lengths[i] as usize - 1;
+            let got: Vec<i32> = rows.logits.chunks(vocab).skip(first).map(|r| argmax(r) as i32).collect();
+            assert_eq!(got, &greedy[i * steps..(i + 1) * steps], "{what}: sequence {i}, {feed:?}");
+        }
+    }
+}
+
+/// Logits of the drafts after each position of the short prompt, and of three drafts after the whole one.
+fn check_drafts(g: &Golden, subject: &dyn Subject, what: &str) {
+    let (want, vocab) = g.floats("mtp_short_logits");
+    let short = g.ints("short_input_ids").to_vec();
+    for feed in [Feed::Prefill, Feed::Pieces(4), Feed::Decode] {
+        let rows = &subject.logits(std::slice::from_ref(&short), feed, 3)[0];
+        let first: Vec<f32> = rows.mtp.chunks(3 * vocab).flat_map(|r| &r[..vocab]).copied().collect();
+        check(&format!("{what} ({feed:?})"), &first, want, vocab);
+    }
+    let (want, _) = g.floats("mtp_draft_logits");
+    let prompt = g.ints("input_ids").to_vec();
+    let rows = &subject.logits(std::slice::from_ref(&prompt), Feed::Pieces(16), 3)[0];
+    let last = &rows.mtp[(prompt.len() - 1) * 3 * vocab..];
+    check(&format!("{what} after the prompt"), last, want, vocab);
+    let ids: Vec<i32> = last.chunks(vocab).map(|r| argmax(r) as i32).collect();
+    assert_eq!(ids, g.ints("mtp_draft_ids"), "{what}");
+}
+
+#[test]
+fn graph_interpreter() {
+    for name in FIXTURES {
+        check_all(&Interpreter::plain(&fixture(name)), name, "graph");
+    }
+}
+
+#[test]
+fn fused_graph_interpreter() {
+    let target = Target::named("x86-64-v3").expect("a known CPU");
+    for name in FIXTURES {
+        check_all(&Interpreter::fused(&fixture(name), &target), name, "fused graph");
+    }
+}
+
+/// The kernels of both widths on the smallest fixture, and of one on those that stress shapes.
+#[test]
+fn kernel_interpreter() {
+    let (wide, narrow) = ("x86-64-v4", "x86-64-v3");
+    for (name, cpu) in [("tiny", wide), ("tiny", narrow), ("odd", wide), ("dense-mix", narrow)] {
+        let target = Target::named(cpu).expect("a known CPU");
+        let target = if cpu == narrow { target.for_cranelift() } else { target };
+        check_all(&Interpreter::kernels(&fixture(name), &target), name, &format!("kernels for {cpu}"));
+    }
+}
+
+#[test]
+fn executables() {
+    for backend in backends() {
+        for name in FIXTURES {
+            check_all(&Exe::build(&fixture(name), backend, &[]), name, backend);
+        }
+    }
+}
+
+/// A token's logits have the same bits alone and in a batch, whole and in pieces, with one thread and with several.
+#[test]
+fn bits_do_not_depend_on_the_step() {
+    for backend in backends() {
+        let exe = Exe::build(&fixture("odd"), backend, &[]);
+        let g = golden("odd");
+        let one = chain(g.ints("input_ids"), g.ints("greedy_ids"));
+        let other = one.iter().rev().copied().collect::<Vec<i32>>();
+        let alone = &exe.logits(std::slice::from_ref(&one), Feed::Prefill, 0)[0].logits;
+        for feed in [Feed::Decode, Feed::Pieces(7)] {
+            let again = &exe.logits(std::slice::from_ref(&one), feed, 0)[0].logits;
+            assert!(same_bits(alone, again), "{backend}: {feed:?}");
+        }
+        let batch = exe.logits(&[other, one], Feed::Prefill, 0);
+        assert!(same_bits(alone, &batch[1].logits), "{backend}: in a batch");
+    }
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits())
+}
+
+/// Nats per token of the demo model, in windows, within 1e-4 of the published implementation's.
+#[test]
+fn demo_model_predicts_as_well() {
+    let dir = support::golden::root().join("examples/demo-model");
+    let text = std::fs::read_to_string(dir.join("golden_nll.json")).expect("the demo model has its golden file");
+    let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
+    let window = golden["window"].to_string();
+    for backend in backends() {
+        let exe = Exe::build(&dir, backend, &[]);
+        let ids = exe.ids(std::slice::from_ref(&tokens));
+        let out = exe.json("eval", &["--tokens", ids.to_str().expect("UTF-8"), "--window", &window]);
+        let (got, want) = (out["nats_per_token"].as_f64(), golden["nats_per_token"].as_f64());
+        let (got, want) = (got.expect("a number"), want.expect("a number"));
+        println!("{backend}: {got} nats per token, golden {want}");
+        assert!((got - want).abs() <= 1e-4, "{backend}: {got} nats per token, expected {want}");
+    }
+}
