@@ -70,7 +70,7 @@ fn the_step_takes_and_returns_each_state() {
     let model = load_fixture("tests/oracle/tiny");
     let step = model.module.function("step").expect("step");
     let params: Vec<&str> = step.params.iter().filter_map(|p| step.node(*p).name.as_deref()).collect();
-    let inputs = ["tokens", "positions", "cu_seqlens", "slot", "page_table", "logit_rows"];
+    let inputs = ["tokens", "positions", "cu_seqlens", "slot", "replay", "tentative", "page_table", "logit_rows"];
     assert_eq!(params[..6], inputs);
     assert_eq!(params[6..10], ["layers.0.conv_q", "layers.0.conv_k", "layers.0.conv_v", "layers.0.delta"]);
     assert_eq!(params[18..], ["layers.3.kv"]);

@@ -116,6 +116,8 @@ fn input(i: Input) -> abi::Input {
         Input::Positions => abi::Input::Positions,
         Input::CuSeqlens => abi::Input::CuSeqlens,
         Input::Slot => abi::Input::Slot,
+        Input::Replay => abi::Input::Replay,
+        Input::Tentative => abi::Input::Tentative,
         Input::PageTable => abi::Input::PageTable,
         Input::LogitRows => abi::Input::LogitRows,
         Input::Hidden => abi::Input::Hidden,

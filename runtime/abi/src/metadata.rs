@@ -157,6 +157,10 @@ pub enum Input {
     CuSeqlens,
     /// `slot[B]`, -1 for a padding sequence.
     Slot,
+    /// `replay[B]`: kept tokens of each sequence that are done first.
+    Replay,
+    /// `tentative[B]`: 1 if a sequence's tokens are kept instead of done.
+    Tentative,
     /// `page_table[B, P]`.
     PageTable,
     /// `logit_rows[R]`.
