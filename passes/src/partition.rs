@@ -1,14 +1,14 @@
 //! `partition`: which nodes are one kernel, and in which order kernels run.
 //!
 //! Every op that is work gets the number of its kernel; numbers ascend in execution order. An op that is not elementwise
-//! is a kernel of its own. Elementwise ops that feed one another and run over the same rows are one kernel, unless a
+//! is a kernel of its own. Elementwise ops that feed one another and give values of one shape are one kernel, unless a
 //! value would have to leave the kernel and come back.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use nextc_ir::graph::{Function, Module, NodeId};
 use nextc_ir::op::Class;
-use nextc_ir::{Dim, Target};
+use nextc_ir::{Shape, Target};
 
 use crate::{Error, Pass};
 
@@ -66,10 +66,10 @@ impl<'a> Groups<'a> {
     fn merge_neighbours(&mut self, function: &Function) {
         for user in 0..self.order.len() {
             for maker in self.makers[user].clone() {
-                let rows = rows(function, self.order[user]);
-                let same_rows = rows.is_some() && rows == self::rows(function, self.order[maker]);
+                let elems = elems(function, self.order[user]);
+                let same_elems = elems.is_some() && elems == self::elems(function, self.order[maker]);
                 let (from, to) = (self.group[maker], self.group[user]);
-                if same_rows && from != to && !self.leaves_and_returns(from, to) {
+                if same_elems && from != to && !self.leaves_and_returns(from, to) {
                     self.group.iter_mut().filter(|g| **g == to).for_each(|g| *g = from);
                 }
             }
@@ -116,9 +116,9 @@ impl<'a> Groups<'a> {
     }
 }
 
-/// The leading dimension of an elementwise op's result.
-fn rows(function: &Function, id: NodeId) -> Option<Dim> {
+/// What an elementwise op runs over: the shape of its result.
+fn elems(function: &Function, id: NodeId) -> Option<&Shape> {
     let node = function.node(id);
     let tensor = node.types.first()?.as_tensor()?;
-    (node.op.def().class == Class::Elementwise).then(|| tensor.shape.0.first().copied()).flatten()
+    (node.op.def().class == Class::Elementwise).then_some(&tensor.shape)
 }

@@ -153,6 +153,23 @@ fn elementwise_neighbours_share_a_kernel_unless_a_value_leaves_and_returns() {
     assert_eq!(kernels(&function), [vec!["sigmoid"], vec!["l2_norm"], vec!["neg", "add"]]);
 }
 
+/// A factor a row, and what it is multiplied with.
+fn gated() -> Function {
+    let mut f = Layer::new("gated");
+    let gate = f.param("gate", rows(&[1]));
+    let x = f.param("x", rows(&[16]));
+    let gate = f.op(Op::Sigmoid, &[gate]);
+    let x = f.op(Op::Neg, &[x]);
+    let out = f.op(Op::Mul, &[gate, x]);
+    f.finish(vec![out])
+}
+
+#[test]
+fn elementwise_ops_of_other_shapes_do_not_share_a_kernel() {
+    let function = until(vec![gated()], "partition").remove(0);
+    assert_eq!(kernels(&function), [vec!["sigmoid"], vec!["neg", "mul"]]);
+}
+
 /// A chain of matmuls with `count` elementwise ops of one width between them.
 fn chain(count: usize) -> Function {
     let mut f = Layer::new("chain");

@@ -171,7 +171,11 @@ fn work_per_token(cost: &Cost, row: &Row, step_tokens: u64) -> (f64, f64) {
     };
     // a prompt's own keys and values count once a step, not once a token
     let bytes = steps * cost.bytes(total / steps, batch, context);
-    (bytes / total, cost.token_flops + context * cost.context_flops)
+    let rows = match row.kind {
+        Kind::Decode => total,
+        Kind::Prefill => batch,
+    };
+    (bytes / total, cost.token_flops + context * cost.context_flops + rows / total * cost.row_flops)
 }
 
 fn result(row: &Row, rates: &[f64], engine: &Engine, limits: &Limits, step_tokens: u64) -> Value {
@@ -238,11 +242,11 @@ mod tests {
 
     #[test]
     fn a_prompt_reads_weights_once_a_step_and_decode_once_a_token() {
-        let cost = Cost { weight_bytes: 1000.0, token_flops: 2000.0, ..Cost::default() };
+        let cost = Cost { weight_bytes: 1000.0, token_flops: 2000.0, row_flops: 100.0, ..Cost::default() };
         let row = |kind, tokens, batch| Row { kind, tokens, depth: 0, batch };
-        assert_eq!(work_per_token(&cost, &row(Kind::Prefill, 100, 1), 50).0, 20.0);
-        assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 1), 50).0, 1000.0);
-        assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 4), 50), (250.0, 2000.0));
+        assert_eq!(work_per_token(&cost, &row(Kind::Prefill, 100, 1), 50), (20.0, 2001.0));
+        assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 1), 50), (1000.0, 2100.0));
+        assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 4), 50), (250.0, 2100.0));
     }
 
     #[test]

@@ -56,6 +56,9 @@ impl MachineArgs {
 
 /// Runs the command line; the executable's `main`.
 pub fn main() -> ExitCode {
+    // a closed pipe ends the program, as it ends others: nobody reads on
+    // SAFETY: no other thread runs yet, and the default action needs no handler of ours.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     let cli = Cli::parse();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -98,7 +98,7 @@ pub enum Error {
         error: std::io::Error,
     },
     /// There is not enough free memory for what was asked for.
-    #[error("{what} takes {needed} B, and {available} B of memory are available")]
+    #[error("{what}: {needed} B of memory needed, {available} B available")]
     TooLarge {
         /// What.
         what: &'static str,

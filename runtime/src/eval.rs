@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use nextc_abi::Model;
 use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
@@ -54,6 +55,7 @@ pub fn run(artifact: Artifact, args: &EvalArgs) -> Result<(), Error> {
     if args.mtp > 0 && !artifact.metadata().model.mtp {
         return Err(Error::NoMtp { model: artifact.metadata().model.name.clone(), option: "--mtp" });
     }
+    batch.check(&artifact.metadata().model, args.window)?;
     let mut engine = Engine::new(artifact, &args.machine.engine(batch.sequences.len()))?;
     let vocab_size = engine.metadata().model.vocab_size;
     let out =
@@ -109,6 +111,22 @@ impl Batch {
         let ids = |v: &Value| serde_json::from_value::<Vec<u32>>(v.clone()).map_err(|e| format!("{e}; {expected}"));
         let sequences = if numbered { items.iter().map(ids).collect::<Result<_, _>>()? } else { vec![ids(value)?] };
         Ok(Self { sequences, numbered })
+    }
+
+    /// Refuses tokens and lengths that the model does not take, before anything runs.
+    fn check(&self, model: &Model, window: Option<u32>) -> Result<(), Error> {
+        let (vocab_size, max_context) = (model.vocab_size, model.max_context);
+        for (sequence, tokens) in self.sequences.iter().enumerate() {
+            let unknown = tokens.iter().position(|&t| u64::from(t) >= vocab_size);
+            if let Some(index) = unknown {
+                return Err(Error::Token { token: tokens[index], index, sequence, vocab_size });
+            }
+            let adding = (tokens.len() as u64).min(window.map_or(u64::MAX, u64::from));
+            if adding > max_context {
+                return Err(Error::Context { sequence, have: 0, adding, max_context });
+            }
+        }
+        Ok(())
     }
 
     /// The name of a tensor of sequence `i`.
@@ -231,7 +249,7 @@ impl Eval<'_> {
                     out.write_row(&self.batch.name("logits", piece.number), i, logits)?;
                 }
                 let target = sequence.get(i + 1).copied();
-                if let Some(target) = target.filter(|&t| (t as usize) < logits.len()) {
+                if let Some(target) = target {
                     self.loss.add(logits, target);
                 }
                 following.push(target.unwrap_or_else(|| argmax(logits)));

@@ -1,5 +1,6 @@
 //! `nextc explain`: what each kernel does and costs, and what memory the model needs.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use nextc_ir::Module;
@@ -25,10 +26,11 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let kernels = compile::lower_to_kernels(&fused, &plan.target)?;
     let step = Step { tokens: args.tokens, context: args.context };
     let mut text = heading(&fused, &plan, step);
+    let mut described = BTreeSet::new();
     for (entry, title) in [("step", "a step"), ("draft", "a draft of the MTP module")] {
         let layers = account::layers(&fused, &kernels, &plan.target, entry, step);
         if !layers.is_empty() {
-            entry_text(&mut text, title, &layers, step);
+            entry_text(&mut text, title, &layers, step, &mut described);
         }
     }
     Memory::of(&kernels).write(&mut text, machine_bytes());
@@ -36,8 +38,8 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
 }
 
 fn put(text: &mut String, line: std::fmt::Arguments<'_>) {
-    text.write_fmt(line).expect("a string takes all text");
-    text.push('\n');
+    let line = line.to_string();
+    writeln!(text, "{}", line.trim_end()).expect("a string takes all text");
 }
 
 fn heading(fused: &Module, plan: &Plan, step: Step) -> String {
@@ -77,11 +79,12 @@ fn count(n: u64, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-fn entry_text(text: &mut String, title: &str, layers: &[LayerAccount], step: Step) {
+/// `described` are the kernels whose fusion has been told already.
+fn entry_text(text: &mut String, title: &str, layers: &[LayerAccount], step: Step, described: &mut BTreeSet<String>) {
     let total = |of: fn(&KernelAccount) -> f64| layers.iter().map(|l| l.calls as f64 * l.sum(of)).sum::<f64>();
     let ns = total(|k| k.ns);
     for layer in layers {
-        layer_text(text, layer, ns);
+        layer_text(text, layer, ns, described);
     }
     let launches: u64 = layers.iter().map(|l| l.calls * l.kernels.len() as u64).sum();
     put(
@@ -97,7 +100,7 @@ fn entry_text(text: &mut String, title: &str, layers: &[LayerAccount], step: Ste
     );
 }
 
-fn layer_text(text: &mut String, layer: &LayerAccount, total_ns: f64) {
+fn layer_text(text: &mut String, layer: &LayerAccount, total_ns: f64, described: &mut BTreeSet<String>) {
     let share = layer.calls as f64 * layer.sum(|k| k.ns) / total_ns;
     put(
         text,
@@ -122,7 +125,7 @@ fn layer_text(text: &mut String, layer: &LayerAccount, total_ns: f64) {
                 show::bar(share, BAR),
             ),
         );
-        if !kernel.doc.is_empty() {
+        if described.insert(kernel.name.clone()) {
             put(text, format_args!("{}", show::indent(&show::tidy(&kernel.doc), 6)));
         }
     }

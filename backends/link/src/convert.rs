@@ -6,7 +6,7 @@ use nextc_ir::cost::Cost;
 use nextc_ir::graph::{Function, Module};
 use nextc_ir::op::Op;
 use nextc_ir::schedule::{Arg, Extent, Input, KernelModule, Launch, Output, Program};
-use nextc_ir::shape::Sym;
+use nextc_ir::shape::{Dim, Sym};
 use nextc_ir::types::{StateKind, Type};
 
 use crate::error::LinkError;
@@ -151,7 +151,7 @@ fn cost_of_entry(inputs: &LinkInputs<'_>, program: &Program) -> abi::Cost {
         let bytes: u64 = once.iter().map(|&i| inputs.module.weights[i as usize].bytes()).sum();
         return abi::Cost { weight_bytes: bytes as f64, ..abi::Cost::default() };
     };
-    let c = cost_of(module, function);
+    let (c, row_flops) = cost_of(module, function);
     abi::Cost {
         weight_bytes: c.weight_bytes,
         expert_bytes: c.expert_bytes,
@@ -161,26 +161,28 @@ fn cost_of_entry(inputs: &LinkInputs<'_>, program: &Program) -> abi::Cost {
         state_bytes: c.state_bytes,
         context_bytes: c.context_bytes,
         token_flops: c.token_flops,
+        row_flops,
         context_flops: c.context_flops,
     }
 }
 
-/// The summed cost of a function and what it calls. Activations count as staying in the caches; rows of the embedding do not.
-fn cost_of(module: &Module, function: &Function) -> Cost {
-    let mut total = Cost::default();
+/// The summed cost of a function and what it calls, and its FLOPs a row of logits. Activations count as staying in the caches;
+/// rows of the embedding do not.
+fn cost_of(module: &Module, function: &Function) -> (Cost, f64) {
+    let mut total = (Cost::default(), 0.0);
     for id in function.order() {
         let node = function.node(id);
         let callee = node.attrs.str("function").filter(|_| node.op == Op::Call).and_then(|name| module.function(name));
-        let cost = match callee {
+        let (cost, row_flops) = match callee {
             Some(callee) => cost_of(module, callee),
             None => cost_of_node(function, id),
         };
-        total = total + cost;
+        total = (total.0 + cost, total.1 + row_flops);
     }
     total
 }
 
-fn cost_of_node(function: &Function, id: nextc_ir::NodeId) -> Cost {
+fn cost_of_node(function: &Function, id: nextc_ir::NodeId) -> (Cost, f64) {
     let node = function.node(id);
     let operands = function.operands(id);
     let types: Vec<&Type> = operands.iter().map(|&v| function.ty(v)).collect();
@@ -189,7 +191,12 @@ fn cost_of_node(function: &Function, id: nextc_ir::NodeId) -> Cost {
         (Op::Embed, [.., Type::Weight(w)]) => w.format.bytes(w.shape.iter().skip(1).product()) as f64,
         _ => 0.0,
     };
-    Cost { token_bytes, ..cost }
+    let cost = Cost { token_bytes, ..cost };
+    let first = node.types.first().and_then(Type::as_tensor).and_then(|t| t.shape.0.first().copied());
+    match first {
+        Some(Dim::Sym(Sym::R)) => (Cost { token_flops: 0.0, ..cost }, cost.token_flops),
+        _ => (cost, 0.0),
+    }
 }
 
 fn weight_table(module: &KernelModule) -> abi::WeightTable {

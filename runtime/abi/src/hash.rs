@@ -3,7 +3,7 @@
 /// A BLAKE3 hash.
 pub type Hash = [u8; 32];
 
-/// Bytes of a block of [`Blocks`].
+/// Bytes of a block of [`of_blocks`].
 pub const BLOCK_BYTES: u64 = 4 << 20;
 
 /// The hash of `bytes`.

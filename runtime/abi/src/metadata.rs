@@ -249,6 +249,8 @@ pub struct Cost {
     pub context_bytes: f64,
     /// FLOPs a token.
     pub token_flops: f64,
+    /// FLOPs a row of logits.
+    pub row_flops: f64,
     /// FLOPs a token for each token of context.
     pub context_flops: f64,
 }

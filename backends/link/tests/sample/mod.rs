@@ -31,7 +31,7 @@ pub fn embedding(token: u32) -> Vec<f32> {
 
 /// The logits after each token of a sequence.
 pub fn logits(tokens: &[u32]) -> Vec<Vec<f32>> {
-    let mut sum = vec![0.0; WIDTH];
+    let mut sum = [0.0; WIDTH];
     let mut step = |&token: &u32| {
         sum.iter_mut().zip(embedding(token)).for_each(|(s, x)| *s += x);
         sum.iter().map(|s| 2.0 * s).collect()
