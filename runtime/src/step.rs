@@ -291,6 +291,8 @@ mod tests {
             positions: vec![0, 1, 5],
             cu_seqlens: vec![0, 2, 3],
             slot: vec![0, 4],
+            replay: vec![0],
+            tentative: vec![0],
             page_table: vec![0, 1, 2, 0, 0, 0],
             logit_rows: vec![2],
             hidden: Vec::new(),

@@ -29,6 +29,7 @@ pub(crate) fn metadata(inputs: &LinkInputs<'_>, image: &Image) -> Result<abi::Me
         states: module.states.iter().map(state).collect(),
         arena: abi::Arena { fixed_bytes: module.arena.fixed_bytes, unit_bytes: module.arena.unit_bytes },
         page_tokens: module.page_tokens,
+        tentative_tokens: nextc_ir::types::TENTATIVE_TOKENS,
         assets: assets(inputs.assets),
     })
 }

@@ -32,6 +32,8 @@ pub struct Metadata {
     pub arena: Arena,
     /// Tokens in a page of KV.
     pub page_tokens: u64,
+    /// Tokens of a tentative step at most.
+    pub tentative_tokens: u64,
     /// Files of the section `assets`.
     pub assets: Vec<Asset>,
 }
