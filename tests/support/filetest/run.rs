@@ -1,7 +1,7 @@
 //! `test run`: a function of plain or fused ops on seeded inputs.
 //!
-//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend. The kernel
-//! interpreter must agree with the graph interpreter within the case's tolerance, and the backend's machine code with the
+//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend and width of
+//! vectors. The kernel interpreter must agree with the graph interpreter within the case's tolerance, and the backend's machine code with the
 //! kernel interpreter bit for bit. [`values`] says what the header's lines mean.
 
 use std::collections::HashMap;
@@ -41,32 +41,31 @@ pub fn check(case: &Case) -> Checked {
     Ok(())
 }
 
-/// A backend: its name, its target, and how it makes objects.
-pub struct Backend {
+/// What kernels are lowered for, and what makes objects of them.
+struct Backend {
     name: &'static str,
     target: Target,
-    objects: fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>,
+    /// `None` if this machine cannot run its code: then the kernel interpreter alone does.
+    objects: Option<Compile>,
 }
 
-/// All backends that are compiled in.
-pub fn backends() -> Vec<Backend> {
-    let cranelift = Backend {
-        name: "cranelift",
-        target: graph::target().for_cranelift(),
-        objects: |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]),
-    };
-    #[cfg(feature = "llvm")]
-    let llvm = Backend {
-        name: "llvm",
-        target: graph::target(),
-        objects: |module, target| nextc_llvm::compile(module, target).map_err(text),
-    };
-    vec![
-        cranelift,
-        #[cfg(feature = "llvm")]
-        llvm,
+type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
+
+/// One for each width of vectors.
+fn backends() -> [Backend; 3] {
+    let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
+    let runs_wide = Target::native().is_ok_and(|native| native.vector_bits == 512);
+    [
+        Backend { name: "cranelift", target: graph::target().for_cranelift(), objects: Some(cranelift) },
+        Backend { name: "256 bits", target: graph::target(), objects: LLVM },
+        Backend { name: "512 bits", target: graph::wide_target(), objects: LLVM.filter(|_| runs_wide) },
     ]
 }
+
+#[cfg(feature = "llvm")]
+const LLVM: Option<Compile> = Some(|module, target| nextc_llvm::compile(module, target).map_err(text));
+#[cfg(not(feature = "llvm"))]
+const LLVM: Option<Compile> = None;
 
 /// The passes that a function without callers needs.
 const PASSES: [&str; 4] = ["join", "rewrite", "layout", "partition"];
@@ -99,8 +98,9 @@ pub fn kernels(plain: &Module, target: &Target) -> Checked<Kernels> {
 impl Backend {
     fn compile(self, plain: &Module) -> Checked<Code> {
         let kernels = kernels(plain, &self.target)?;
-        let objects = (self.objects)(&kernels.module, &self.target)?;
-        Ok(Code { backend: self.name, kernels, loaded: Loaded::new(&objects)? })
+        let load = |compile: Compile| Loaded::new(&compile(&kernels.module, &self.target)?);
+        let loaded = self.objects.map(load).transpose()?;
+        Ok(Code { backend: self.name, kernels, loaded })
     }
 }
 
@@ -108,7 +108,7 @@ impl Backend {
 struct Code {
     backend: &'static str,
     kernels: Kernels,
-    loaded: Loaded,
+    loaded: Option<Loaded>,
 }
 
 impl Code {
@@ -119,8 +119,10 @@ impl Code {
             let places = binds.iter().map(|&b| frame.place(b)).collect::<Checked<Vec<_>>>()?;
             memory.grow(&frame.buffers);
             run(kernel, step.syms(), &mut frame.buffers, &places, Options::default()).map_err(text)?;
-            self.loaded.run(i, kernel, step.syms(), &mut memory, &places)?;
-            same_bits(kernel, &memory, &frame, &places)?;
+            if let Some(code) = &self.loaded {
+                code.run(i, kernel, step.syms(), &mut memory, &places)?;
+                same_bits(kernel, &memory, &frame, &places)?;
+            }
         }
         frame.compare(wanted, tolerance)
     }
@@ -191,6 +193,9 @@ impl<'a> Frame<'a> {
 
     /// Compares all results with those of the graph interpreter.
     fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
+        if wanted.len() != self.function.results.len() {
+            return Err("the passes changed the number of results".to_owned());
+        }
         for (i, (&v, wanted)) in self.function.results.iter().zip(wanted).enumerate() {
             let buffer = &self.buffers[self.buffer_of(v)?];
             let violation = match (self.function.ty(v), wanted) {

@@ -169,6 +169,11 @@ impl Fill {
 
 /// A value for each parameter of a function.
 pub fn arguments(case: &Case, function: &Function, step: &Step) -> Checked<Vec<Datum<f32>>> {
+    let names: Vec<&str> = function.params.iter().filter_map(|&p| function.node(p).name.as_deref()).collect();
+    let named = case.directives("value").map(|l| l.split(' ').next().unwrap_or_default());
+    if let Some(name) = named.into_iter().find(|name| !names.contains(name)) {
+        return Err(format!("`; value {name}`: there is no such parameter"));
+    }
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let one = |&param| {
         let node = function.node(param);
