@@ -1,8 +1,9 @@
 //! `test run`: a function of plain or fused ops on seeded inputs.
 //!
-//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend and width of
-//! vectors. The kernel interpreter must agree with the graph interpreter within the case's tolerance, and the backend's machine code with the
-//! kernel interpreter bit for bit. [`values`] says what the header's lines mean.
+//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend and width
+//! of vectors. The kernel interpreter must agree with the graph interpreter within the case's tolerance, the backend's machine
+//! code with the kernel interpreter bit for bit, and all widths with each other. [`values`](super::values) says what the
+//! header's lines mean.
 
 use std::collections::HashMap;
 
@@ -33,9 +34,13 @@ pub fn check(case: &Case) -> Checked {
     for step in steps(case)? {
         let args = arguments(case, function, &step)?;
         let wanted = evaluate(function, args.clone(), &WeightStore::new(), &Cx::new(PAGE_TOKENS)).map_err(text)?;
+        let mut first: Option<Vec<Vec<u32>>> = None;
         for code in &codes {
             let at = |e| format!("{}, {step:?}: {e}", code.backend);
-            code.check(&step, &args, &wanted, tolerance).map_err(at)?;
+            let bits = code.check(&step, &args, &wanted, tolerance).map_err(at)?;
+            if *first.get_or_insert_with(|| bits.clone()) != bits {
+                return Err(at(format!("other bits than {}", codes[0].backend)));
+            }
         }
     }
     Ok(())
@@ -112,7 +117,14 @@ struct Code {
 }
 
 impl Code {
-    fn check(&self, step: &Step, args: &[Datum<f32>], wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
+    /// Checks one step, and gives the bits of all results.
+    fn check(
+        &self,
+        step: &Step,
+        args: &[Datum<f32>],
+        wanted: &[Datum<f32>],
+        tolerance: Tolerance,
+    ) -> Checked<Vec<Vec<u32>>> {
         let mut frame = Frame::new(&self.kernels.function, step, args)?;
         let mut memory = Memory::of(&frame.buffers);
         for (i, (kernel, binds)) in self.kernels.module.kernels.iter().zip(&self.kernels.binds).enumerate() {
@@ -191,33 +203,39 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// Compares all results with those of the graph interpreter.
-    fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
+    /// Compares all results with those of the graph interpreter, and gives their bits.
+    fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked<Vec<Vec<u32>>> {
         if wanted.len() != self.function.results.len() {
             return Err("the passes changed the number of results".to_owned());
         }
-        for (i, (&v, wanted)) in self.function.results.iter().zip(wanted).enumerate() {
-            let buffer = &self.buffers[self.buffer_of(v)?];
-            let violation = match (self.function.ty(v), wanted) {
-                (Type::State(_), Datum::State(state)) => {
-                    tolerance.violation(&memory::read_state(state, &buffer.to_f32()), &memory::numbers(state))
-                }
-                (Type::Tensor(t), Datum::Int(array)) => {
-                    let flat = self.function.node(v.node).op == Op::NormRouter && v.result == 2;
-                    let found = memory::read(t, flat, array.data().len(), &buffer.to_i32());
-                    (found != array.data()).then(|| format!("found {found:?}, expected {:?}", array.data()))
-                }
-                (Type::Tensor(t), Datum::Float(array)) => {
-                    let found = memory::read(t, false, array.data().len(), &buffer.to_f32());
-                    tolerance.violation(&found, array.data())
-                }
-                (ty, _) => Some(format!("a result of type {ty}")),
-            };
-            if let Some(violation) = violation {
-                return Err(format!("result {i}, {}: {violation}", tolerance.name));
+        let each = self.function.results.iter().zip(wanted).enumerate();
+        each.map(|(i, (&v, wanted))| self.compare_one(v, wanted, tolerance).map_err(|e| format!("result {i}, {e}")))
+            .collect()
+    }
+
+    fn compare_one(&self, v: Value, wanted: &Datum<f32>, tolerance: Tolerance) -> Checked<Vec<u32>> {
+        let buffer = &self.buffers[self.buffer_of(v)?];
+        let (found, wanted) = match (self.function.ty(v), wanted) {
+            (Type::Tensor(t), Datum::Int(array)) => {
+                let flat = self.function.node(v.node).op == Op::NormRouter && v.result == 2;
+                let (found, wanted) = (memory::read(t, flat, array.data().len(), &buffer.to_i32()), array.data());
+                return match found == wanted {
+                    true => Ok(found.into_iter().map(i32::cast_unsigned).collect()),
+                    false => Err(format!("found {found:?}, expected {wanted:?}")),
+                };
             }
+            (Type::Tensor(t), Datum::Float(array)) => {
+                (memory::read(t, false, array.data().len(), &buffer.to_f32()), array.data().to_vec())
+            }
+            (Type::State(_), Datum::State(state)) => {
+                (memory::read_state(state, &buffer.to_f32()), memory::numbers(state))
+            }
+            (ty, _) => return Err(format!("of type {ty}")),
+        };
+        match tolerance.violation(&found, &wanted) {
+            Some(violation) => Err(format!("{}: {violation}", tolerance.name)),
+            None => Ok(found.into_iter().map(f32::to_bits).collect()),
         }
-        Ok(())
     }
 }
 
