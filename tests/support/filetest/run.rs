@@ -2,7 +2,8 @@
 //!
 //! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend and width
 //! of vectors. The kernel interpreter must agree with the graph interpreter within the case's tolerance, the backend's machine
-//! code with the kernel interpreter bit for bit, and all widths with each other. [`values`](super::values) says what the
+//! code with the kernel interpreter bit for bit, all widths with each other, and a sequence in parts with the same sequence in
+//! one step. [`values`](super::values) says what the
 //! header's lines mean.
 
 use std::collections::HashMap;
@@ -20,17 +21,22 @@ use nextc_passes::{PIPELINE, legalise::legalise, partition};
 
 use super::machine::{Loaded, Memory, module};
 use super::tolerance::Tolerance;
-use super::values::{PAGE_TOKENS, Step, arguments, steps};
+use super::values::{PAGE_TOKENS, Step, arguments, parts, steps};
 use super::{Case, Checked, graph, lines, memory, text};
 
 /// `test run`.
 pub fn check(case: &Case) -> Checked {
-    case.only(&["step", "rows", "value", "per-token"])?;
+    case.only(&["step", "parts", "rows", "value", "per-token"])?;
     let tolerance = Tolerance::named(case.option("tol").ok_or("`tol=NAME` is missing")?)?;
     let plain = graph::module(case)?;
     verify(&plain).map_err(lines)?;
     let [function] = plain.functions.as_slice() else { return Err("expected one function".to_owned()) };
     let codes = backends().into_iter().map(|b| b.compile(&plain)).collect::<Checked<Vec<_>>>()?;
+    for parts in parts(case)? {
+        for code in &codes {
+            code.check_parts(case, function, &parts).map_err(|e| format!("{}, {parts:?}: {e}", code.backend))?;
+        }
+    }
     for step in steps(case)? {
         let args = arguments(case, function, &step)?;
         let wanted = evaluate(function, args.clone(), &WeightStore::new(), &Cx::new(PAGE_TOKENS)).map_err(text)?;
@@ -126,6 +132,13 @@ impl Code {
         tolerance: Tolerance,
     ) -> Checked<Vec<Vec<u32>>> {
         let mut frame = Frame::new(&self.kernels.function, step, args)?;
+        self.run(&mut frame)?;
+        frame.compare(wanted, tolerance)
+    }
+
+    /// Runs all kernels.
+    fn run(&self, frame: &mut Frame<'_>) -> Checked {
+        let step = frame.step;
         let mut memory = Memory::of(&frame.buffers);
         for (i, (kernel, binds)) in self.kernels.module.kernels.iter().zip(&self.kernels.binds).enumerate() {
             let places = binds.iter().map(|&b| frame.place(b)).collect::<Checked<Vec<_>>>()?;
@@ -133,10 +146,30 @@ impl Code {
             run(kernel, step.syms(), &mut frame.buffers, &places, Options::default()).map_err(text)?;
             if let Some(code) = &self.loaded {
                 code.run(i, kernel, step.syms(), &mut memory, &places)?;
-                same_bits(kernel, &memory, &frame, &places)?;
+                same_bits(kernel, &memory, frame, &places)?;
             }
         }
-        frame.compare(wanted, tolerance)
+        Ok(())
+    }
+
+    /// A step in parts, each on the states that the one before has left, must give the bits of the whole step.
+    fn check_parts(&self, case: &Case, plain: &Function, (whole, parts): &(Step, Vec<Step>)) -> Checked {
+        let args = arguments(case, plain, whole)?;
+        let mut frame = Frame::new(&self.kernels.function, whole, &args)?;
+        self.run(&mut frame)?;
+        let mut left: Option<Frame<'_>> = None;
+        for (part, first) in parts.iter().zip(starts(parts)) {
+            let typed = plain.params.iter().map(|&p| &plain.node(p).types[0]).zip(&args);
+            let rows = typed.map(|(ty, arg)| part.rows_of(ty, arg, first)).collect::<Checked<Vec<_>>>()?;
+            let mut next = Frame::new(&self.kernels.function, part, &rows)?;
+            if let Some(left) = &left {
+                next.take_states(left);
+            }
+            self.run(&mut next)?;
+            frame.same_rows(&next, first)?;
+            left = Some(next);
+        }
+        left.map_or(Ok(()), |left| frame.same_states(&left))
     }
 }
 
@@ -203,6 +236,41 @@ impl<'a> Frame<'a> {
         }
     }
 
+    /// The buffers of the states.
+    fn states(&self) -> impl Iterator<Item = usize> {
+        let params = self.function.params.iter().map(|&node| Value { node, result: 0 });
+        params.filter(|v| matches!(self.function.ty(*v), Type::State(_))).map(|v| self.values[&v])
+    }
+
+    fn take_states(&mut self, before: &Frame<'_>) {
+        for state in self.states().collect::<Vec<_>>() {
+            self.buffers[state] = before.buffers[state].clone();
+        }
+    }
+
+    fn same_states(&self, other: &Frame<'_>) -> Checked {
+        match self.states().find(|&s| self.buffers[s] != other.buffers[s]) {
+            Some(state) => Err(format!("in parts, state parameter {state} ends with other bits than in one step")),
+            None => Ok(()),
+        }
+    }
+
+    /// The rows of `part` must be those of this step from row `first` on.
+    fn same_rows(&self, part: &Frame<'_>, first: usize) -> Checked {
+        for (i, &v) in self.function.results.iter().enumerate() {
+            let Type::Tensor(t) = self.function.ty(v) else { continue };
+            let row: usize = t.shape.eval(&[1; 4]).iter().product();
+            let count = part.step.syms()[0] as usize * row;
+            let buffers = (self.buffer_of(v)?, part.buffer_of(v)?);
+            let whole = memory::read(t, false, first * row + count, &self.buffers[buffers.0].to_i32());
+            let found = memory::read(t, false, count, &part.buffers[buffers.1].to_i32());
+            if whole[first * row..] != found {
+                return Err(format!("in parts, result {i} has other bits from row {first} on than in one step"));
+            }
+        }
+        Ok(())
+    }
+
     /// Compares all results with those of the graph interpreter, and gives their bits.
     fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked<Vec<Vec<u32>>> {
         if wanted.len() != self.function.results.len() {
@@ -237,6 +305,15 @@ impl<'a> Frame<'a> {
             None => Ok(found.into_iter().map(f32::to_bits).collect()),
         }
     }
+}
+
+/// The first row of each part.
+fn starts(parts: &[Step]) -> impl Iterator<Item = usize> {
+    parts.iter().scan(0, |next, part| {
+        let first = *next;
+        *next += part.syms()[0] as usize;
+        Some(first)
+    })
 }
 
 /// States are updated in place: every version lies where the parameter lies that it began as.
