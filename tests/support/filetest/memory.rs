@@ -1,0 +1,154 @@
+//! Values of the graph interpreter in the memory of kernels, and back: where ARCHITECTURE.md says that things lie.
+
+use nextc_ir::eval::{Datum, State};
+use nextc_ir::graph::{Function, NodeId};
+use nextc_ir::kernel::eval::Buffer;
+use nextc_ir::layout::{padded_index, tile_offset_bytes, tile_shape};
+use nextc_ir::shape::{pad, padded_elems};
+use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
+use nextc_ir::{Layout, Op, Type};
+
+use super::Checked;
+use super::values::{PAGE_TOKENS, Step};
+
+/// The memory of a parameter.
+pub fn of_param(function: &Function, param: NodeId, value: &Datum<f32>, step: &Step) -> Checked<Buffer> {
+    let ty = &function.node(param).types[0];
+    match (ty, value) {
+        (Type::Weight(w), Datum::Float(a)) => weight(w, in_rank(function, param), a.data()),
+        (Type::Tensor(t), Datum::Float(a)) => Ok(rows(t, false, words(a.data().iter().map(|x| x.to_bits())))),
+        (Type::Tensor(t), Datum::Int(a)) => {
+            let flat = function.node(param).name.as_deref() == Some("order");
+            Ok(rows(t, flat, words(a.data().iter().map(|x| x.cast_unsigned()))))
+        }
+        (Type::State(s), Datum::State(state)) => Ok(units(s, state, step.units(s.kind))),
+        _ => Err(format!("no memory for {ty}")),
+    }
+}
+
+/// Memory for a tensor that nobody has written yet.
+pub fn of_result(ty: &TensorType, step: &Step) -> Buffer {
+    let dims: Vec<u64> = ty.shape.eval(&step.syms()).into_iter().map(|d| d as u64).collect();
+    Buffer::uninit(padded_elems(&dims) * 4)
+}
+
+fn words(words: impl Iterator<Item = u32>) -> Vec<u32> {
+    words.collect()
+}
+
+fn from_words(words: &[u32]) -> Buffer {
+    Buffer::from_bytes(&words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+/// Where element `i` of a tensor lies: rows with their innermost dimension padded, or flat.
+fn element(ty: &TensorType, flat: bool, i: usize) -> usize {
+    match ty.shape.inner() {
+        Some(inner) if !flat && !inner.is_empty() => {
+            let elems: u64 = inner.iter().product();
+            (i as u64 / elems * padded_elems(&inner) + padded_index(&inner, i as u64 % elems)) as usize
+        }
+        _ => i,
+    }
+}
+
+fn rows(ty: &TensorType, flat: bool, words: Vec<u32>) -> Buffer {
+    let last = words.len().checked_sub(1).map_or(0, |i| element(ty, flat, i) + 1);
+    let mut out = vec![0; last.next_multiple_of(16)];
+    for (i, word) in words.into_iter().enumerate() {
+        out[element(ty, flat, i)] = word;
+    }
+    from_words(&out)
+}
+
+/// The numbers of a tensor in memory.
+pub fn read<E>(ty: &TensorType, flat: bool, count: usize, memory: &[E]) -> Vec<E>
+where
+    E: Copy,
+{
+    (0..count).map(|i| memory[element(ty, flat, i)]).collect()
+}
+
+/// How many dimensions of a matrix are inputs: those of the rows that it is multiplied with.
+fn in_rank(function: &Function, param: NodeId) -> usize {
+    let by_user = |(user, _): &(NodeId, nextc_ir::graph::Use)| {
+        let multiplies = matches!(function.node(*user).op, Op::Linear | Op::LinearResidual);
+        let x = function.operands(*user)[0];
+        function.ty(x).as_tensor().filter(|_| multiplies).map(|t| t.shape.rank() - 1)
+    };
+    function.users(param).iter().find_map(by_user).unwrap_or(1)
+}
+
+/// A weight as the packer lays it out; the pass `layout` has said how.
+fn weight(ty: &WeightType, in_rank: usize, values: &[f32]) -> Checked<Buffer> {
+    match ty.layout.ok_or("the weight has no layout")? {
+        Layout::Flat => Ok(flat(&ty.shape, values)),
+        Layout::Tile16 => Ok(tiles(ty, in_rank, values)),
+    }
+}
+
+fn flat(shape: &[u64], values: &[f32]) -> Buffer {
+    let (width, values) = match *shape {
+        [heads, width, taps] => {
+            let at = |i: u64| values[((i % (heads * width)) * taps + i / (heads * width)) as usize];
+            (width, (0..heads * width * taps).map(at).collect())
+        }
+        _ => (shape.last().copied().unwrap_or(1), values.to_vec()),
+    };
+    let mut out = vec![0; (values.len() as u64 / width * pad(width)) as usize];
+    for (i, x) in (0u64..).zip(values) {
+        out[padded_index(&[width], i) as usize] = x.to_bits();
+    }
+    from_words(&out)
+}
+
+fn tiles(ty: &WeightType, in_rank: usize, values: &[f32]) -> Buffer {
+    let (out_dims, in_dims) = ty.shape.split_at(ty.shape.len() - in_rank);
+    let tiles = tile_shape(out_dims, in_dims, ty.format);
+    let columns: u64 = in_dims.iter().product();
+    let mut bytes = vec![0; (tiles.tiles * tiles.tile_bytes) as usize];
+    for (i, &x) in (0u64..).zip(values) {
+        let (row, column) = (padded_index(out_dims, i / columns), padded_index(in_dims, i % columns));
+        let at = (row / 16 * tiles.tile_bytes + tile_offset_bytes(ty.format, row % 16, column)) as usize;
+        (ty.format.def().encode)(x, &mut bytes[at..at + ty.format.def().dtype.bytes() as usize]);
+    }
+    Buffer::from_bytes(&bytes)
+}
+
+/// Where element `i` of a slot or page lies in it.
+fn place(ty: &StateType, i: u64) -> u64 {
+    match ty.kind {
+        StateKind::Kv | StateKind::Conv => padded_index(&ty.dims[..2], i),
+        StateKind::Delta => padded_index(&ty.dims, i),
+    }
+}
+
+fn unit_words(ty: &StateType) -> u64 {
+    ty.bytes() / 4 * if ty.kind == StateKind::Kv { PAGE_TOKENS as u64 } else { 1 }
+}
+
+/// The words of a state's elements, in the order in which [`State::units`] has them.
+fn places(ty: &StateType, state: &State<f32>) -> Vec<usize> {
+    let of_unit = |(unit, values): (u32, &[f32])| {
+        let start = u64::from(unit) * unit_words(ty);
+        (0..values.len() as u64).map(|i| (start + place(ty, i)) as usize).collect::<Vec<_>>()
+    };
+    state.units().flat_map(of_unit).collect()
+}
+
+fn units(ty: &StateType, state: &State<f32>, units: usize) -> Buffer {
+    let mut out = vec![0; unit_words(ty) as usize * units];
+    for (at, x) in places(ty, state).into_iter().zip(numbers(state)) {
+        out[at] = x.to_bits();
+    }
+    from_words(&out)
+}
+
+/// The numbers of a state, slot by slot.
+pub fn numbers(state: &State<f32>) -> Vec<f32> {
+    state.units().flat_map(|(_, values)| values.to_vec()).collect()
+}
+
+/// The numbers of a state in memory, in the order of [`numbers`].
+pub fn read_state(state: &State<f32>, memory: &[f32]) -> Vec<f32> {
+    places(state.ty(), state).into_iter().map(|at| memory[at]).collect()
+}

@@ -1,0 +1,48 @@
+//! How far numbers may be from those of the graph interpreter: every tolerance there is, with its name.
+
+/// A named tolerance.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    pub name: &'static str,
+    /// Of the number itself.
+    of_number: f32,
+    /// Of the largest number of the same value.
+    of_largest: f32,
+}
+
+/// What numbers may be apart whatever they are, where anything is allowed: under the least normal number, the distance of
+/// neighbours no longer shrinks with them.
+const FLOOR: f32 = f32::MIN_POSITIVE * 1e-5;
+
+/// `exact`: moved, or rounded once. `rounding`: an elementwise function, a few roundings. `sum`: a sum of up to some hundred
+/// terms of both signs, in another order. `layer`: several such sums, one after the other. `scores`: a softmax of scores of
+/// some thousands, in which one rounding of a score is 1e-4 of its exponential.
+const TABLE: [Tolerance; 5] = [
+    Tolerance { name: "exact", of_number: 0.0, of_largest: 0.0 },
+    Tolerance { name: "rounding", of_number: 1e-6, of_largest: 0.0 },
+    Tolerance { name: "sum", of_number: 0.0, of_largest: 2e-6 },
+    Tolerance { name: "layer", of_number: 0.0, of_largest: 1e-5 },
+    Tolerance { name: "scores", of_number: 0.0, of_largest: 1e-4 },
+];
+
+impl Tolerance {
+    /// The tolerance called `name`.
+    pub fn named(name: &str) -> Result<Self, String> {
+        let names = TABLE.map(|t| t.name);
+        let found = TABLE.into_iter().find(|t| t.name == name);
+        found.ok_or_else(|| format!("there is no tolerance `{name}`, expected one of {names:?}"))
+    }
+
+    /// The first number that is too far from what is wanted, with its index. NaN is far from everything.
+    pub fn violation(self, found: &[f32], wanted: &[f32]) -> Option<String> {
+        let largest = wanted.iter().filter(|x| x.is_finite()).fold(0f32, |m, x| m.max(x.abs()));
+        let floor = if self.of_number + self.of_largest > 0.0 { FLOOR } else { 0.0 };
+        let allowed = |w: f32| self.of_number * w.abs() + self.of_largest * largest + floor;
+        let near = |f: f32, w: f32| f == w || (f - w).abs() <= allowed(w);
+        let at = found.iter().zip(wanted).position(|(&f, &w)| !near(f, w))?;
+        let (found, wanted) = (found[at], wanted[at]);
+        let distance = (found - wanted).abs();
+        let (number, most) = (distance / wanted.abs(), distance / largest);
+        Some(format!("element {at} is {found:e}, expected {wanted:e}: {number:.1e} of it, {most:.1e} of the largest"))
+    }
+}
