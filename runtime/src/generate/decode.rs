@@ -264,9 +264,7 @@ impl<'a> Running<'a, '_, '_> {
             if active.is_empty() {
                 break;
             }
-            // drafts must fit the context
-            let room = active.iter().map(|&i| model.max_context() - self.jobs[i].fed()).min().unwrap_or(0);
-            let drafts = self.planner.next(active.len()).min(room.saturating_sub(1));
+            let drafts = self.planner.next(active.len()).min(self.useful_drafts(model, &active));
             let step = Instant::now();
             let before = self.timings.decode_tokens;
             match drafts {
@@ -278,6 +276,14 @@ impl<'a> Running<'a, '_, '_> {
         }
         self.timings.decode_s = begun.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Drafts that fit the context of every sequence, and that at least one still wants.
+    fn useful_drafts(&self, model: &dyn Forward, active: &[usize]) -> usize {
+        let jobs = || active.iter().map(|&i| &self.jobs[i]);
+        let room = jobs().map(|job| model.max_context() - job.fed()).min().unwrap_or(0);
+        let wanted = jobs().map(|job| job.limit - job.tokens.len()).max().unwrap_or(0);
+        room.min(wanted).saturating_sub(1)
     }
 
     /// One token of each sequence.
