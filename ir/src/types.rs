@@ -5,7 +5,7 @@ use std::fmt;
 use crate::dtype::DType;
 use crate::format::Format;
 use crate::layout::Layout;
-use crate::shape::{Dim, Shape};
+use crate::shape::{Dim, LANES, Shape, pad};
 
 /// What a value of a graph is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,11 +47,16 @@ pub struct WeightType {
 pub enum StateKind {
     /// Keys (after norm and RoPE) and values, paged: `[num_kv_heads, head_dim]` a token.
     Kv,
-    /// The last inputs of a causal convolution: `[heads, head_dim, taps - 1]` a slot.
+    /// The last inputs of a causal convolution: `[heads, head_dim, taps - 1]` a slot, and behind them the inputs of a tentative step.
     Conv,
-    /// The matrix of the delta rule: `[num_v_heads, head_k_dim, head_v_dim]` a slot.
+    /// The matrix of the delta rule: `[num_v_heads, head_k_dim, head_v_dim]` a slot, and for each head behind it the updates
+    /// `(k, d, decay)` of a tentative step.
     Delta,
 }
+
+/// Tokens of a tentative step at most: a known token and the drafts that it is followed by. A tentative step changes neither windows nor
+/// matrices; it keeps what its tokens would have done, and the next step replays as many of them as were accepted.
+pub const TENTATIVE_TOKENS: u64 = 8;
 
 impl StateKind {
     /// Every kind.
@@ -84,12 +89,30 @@ pub struct StateType {
 impl StateType {
     /// Bytes as stored in f32: of one token for [`StateKind::Kv`] (keys and values), of one slot for the others.
     pub fn bytes(&self) -> u64 {
-        use crate::shape::pad;
+        match self.kind {
+            StateKind::Kv => self.step_bytes(),
+            StateKind::Conv => (self.dims[2] + TENTATIVE_TOKENS) * self.dims[0] * pad(self.dims[1]) * 4,
+            StateKind::Delta => self.dims[0] * self.delta_head_elems() * 4,
+        }
+    }
+
+    /// Bytes of that which an ordinary step reads and writes: without what is kept of tentative tokens.
+    pub fn step_bytes(&self) -> u64 {
         match self.kind {
             StateKind::Kv => 2 * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Conv => self.dims[2] * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Delta => self.dims[0] * self.dims[1] * pad(self.dims[2]) * 4,
         }
+    }
+
+    /// Elements of one head of a delta state: the matrix, then the kept updates.
+    pub fn delta_head_elems(&self) -> u64 {
+        self.dims[1] * pad(self.dims[2]) + TENTATIVE_TOKENS * self.delta_update_elems()
+    }
+
+    /// Elements of one kept update of a delta state: `k`, then `d`, then the decay, each padded.
+    pub fn delta_update_elems(&self) -> u64 {
+        pad(self.dims[1]) + pad(self.dims[2]) + LANES
     }
 }
 

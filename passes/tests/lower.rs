@@ -10,7 +10,7 @@ use nextc_ir::layout::{padded_index, tile_offset_bytes, tile_shape};
 use nextc_ir::op::Class;
 use nextc_ir::schedule::Input;
 use nextc_ir::shape::{Shape, Sym, pad, padded_elems};
-use nextc_ir::types::{StateKind, StateType};
+use nextc_ir::types::{StateKind, StateType, TENTATIVE_TOKENS};
 use nextc_ir::{Attrs, DType, Format, Op, Target, Type};
 use nextc_passes::lower::{lower_group, ports::Bind};
 
@@ -35,6 +35,8 @@ impl Random {
 /// The sequences of a step as (first position, tokens, slot), and the rows that are gathered.
 struct Step {
     runs: Vec<(i32, usize, i32)>,
+    /// Replayed tokens of each sequence, and whether it is tentative.
+    kept: Vec<(i32, i32)>,
     rows: Vec<i32>,
 }
 
@@ -51,6 +53,8 @@ impl Step {
                 ends
             }),
             Input::Slot => self.runs.iter().map(|r| r.2).collect(),
+            Input::Replay => self.kept.iter().map(|r| r.0).collect(),
+            Input::Tentative => self.kept.iter().map(|r| r.1).collect(),
             Input::PageTable => (0..self.page_count() as i32).rev().collect(),
             Input::LogitRows => self.rows.clone(),
             Input::Tokens | Input::Hidden => unreachable!("operands of their own"),
@@ -86,6 +90,8 @@ impl Step {
             &array(Input::Slot, &[b]),
             &array(Input::PageTable, &[b, self.pages()]),
         );
+        let kept = [Input::Replay, Input::Tentative].map(|input| array(input, &[b]));
+        let sequences = sequences.and_then(|s| s.with_tentative(&kept[0], &kept[1]));
         Datum::Sequences(sequences.expect("consistent sequences").into())
     }
 }
@@ -93,8 +99,15 @@ impl Step {
 /// Steps of one token, of a run that does not fill a block, and of several sequences: fresh, going on, and padding.
 fn steps() -> Vec<Step> {
     let several = [(0, 5, 1), (63, 3, 2), (9, 2, -1), (130, 1, 0)];
-    let runs = [vec![(0, 1, 0)], vec![(70, 1, 0)], vec![(0, 7, 0)], several.to_vec()];
-    runs.map(|runs| Step { runs, rows: vec![0] }).into()
+    let (plain, kept) = (vec![(0, 0); 4], vec![(0, 1), (2, 1), (1, 0), (3, 0)]);
+    let steps = [
+        (vec![(0, 1, 0)], plain[..1].to_vec()),
+        (vec![(70, 1, 0)], vec![(4, 1)]),
+        (vec![(0, 19, 0)], plain[..1].to_vec()),
+        (several.to_vec(), plain),
+        (several.to_vec(), kept),
+    ];
+    steps.map(|(runs, kept)| Step { runs, kept, rows: vec![0] }).into()
 }
 
 /// A parameter of a case: its name, its type, and how many innermost dimensions of a weight are inputs.
@@ -177,7 +190,24 @@ fn place(ty: &StateType, i: u64) -> u64 {
     let d = &ty.dims;
     match ty.kind {
         StateKind::Kv | StateKind::Conv => i / d[1] * pad(d[1]) + i % d[1],
-        StateKind::Delta => padded_index(d, i),
+        StateKind::Delta => {
+            let (matrix, update) = (d[1] * d[2], d[1] + d[2] + 1);
+            let (head, i) = (i / (matrix + TENTATIVE_TOKENS * update), i % (matrix + TENTATIVE_TOKENS * update));
+            head * ty.delta_head_elems()
+                + match i.checked_sub(matrix) {
+                    None => padded_index(&d[1..], i),
+                    Some(i) => d[1] * pad(d[2]) + i / update * ty.delta_update_elems() + within_update(d, i % update),
+                }
+        }
+    }
+}
+
+/// Where element `i` of a kept update lies: `k`, `d` and the decay are padded.
+fn within_update(d: &[u64], i: u64) -> u64 {
+    match i.checked_sub(d[1]) {
+        None => i,
+        Some(i) if i < d[2] => pad(d[1]) + i,
+        Some(_) => pad(d[1]) + pad(d[2]),
     }
 }
 
@@ -488,7 +518,7 @@ fn both_halves_of_the_experts() {
 
 #[test]
 fn rows_in_and_out() {
-    let step = Step { runs: vec![(0, 5, 0)], rows: vec![4, 0] };
+    let step = Step { runs: vec![(0, 5, 0)], kept: vec![(0, 0)], rows: vec![4, 0] };
     let tokens = Datum::ints(&[5], vec![0, 49, 17, 16, 3]).expect("the size fits");
     let chosen = Datum::ints(&[2], step.rows.clone()).expect("the size fits");
     let given = |name: &str| match name {

@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod decode;
+pub mod draft;
 mod output;
 pub mod requests;
 pub mod settings;
@@ -49,14 +50,50 @@ pub trait Forward {
     /// # Errors
     /// If memory for the step or for KV is lacking.
     fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError>;
+    /// As [`Forward::forward`] for one sequence, but gives the logits after each of the tokens: `[tokens.len(), vocab_size]`.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError>;
+    /// The model as one that drafts, if it can.
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        None
+    }
+}
+
+/// What speculative decoding needs of a model.
+pub trait Drafter {
+    /// Most tokens of a tentative step.
+    fn tentative_tokens(&self) -> usize;
+    /// Says that drafts will be asked for, so that what they need is kept from now on.
+    fn prepare(&mut self);
+    /// Drafts `count` tokens for each sequence after its `next` token, which the model has not been fed yet.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError>;
+    /// As [`Forward::forward`], but gives the logits of every token, and what was appended counts only once it is accepted.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError>;
+    /// Makes the first `tokens` of a sequence's tentative tokens its own.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn accept(&mut self, sequence: Sequence, tokens: usize) -> Result<(), ModelError>;
 }
 
 /// Why nothing, or no more, was generated.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
-    /// Speculation is asked for.
-    #[error("`--draft-tokens` is {0}: speculative decoding is not there yet, expected 0")]
-    Speculation(u32),
+    /// Drafts are asked for, and the model cannot draft.
+    #[error("`--draft-tokens` is {0}, but this model has no multi-token prediction; expected 0 or auto")]
+    NoDrafts(usize),
+    /// More drafts are asked for than a step can check.
+    #[error("`--draft-tokens` is {found}, expected at most {most}")]
+    TooManyDrafts {
+        /// How many.
+        found: usize,
+        /// How many there can be.
+        most: usize,
+    },
     /// The file of token ids is bad.
     #[error("{path}: {reason}")]
     Ids {
@@ -178,15 +215,15 @@ pub fn run(
     load_s: f64,
     out: &mut dyn Write,
 ) -> Result<(), GenerateError> {
-    if args.draft_tokens > 0 {
-        return Err(GenerateError::Speculation(args.draft_tokens));
-    }
+    let drafts = args.draft_tokens.planner(model)?;
     let settings = Settings::new(args, files.generation_config, &model.eos_token_ids())?;
+    settings.check(args, model.vocab_size())?;
     let requests = Requests::read(args, files, &settings.sampling)?;
     let limits = Limits {
-        step_tokens: args.step_tokens as usize,
         batch: args.batch as usize,
+        step_tokens: args.step_tokens as usize,
         ends: settings.ends(args),
+        drafts,
         logprobs: args.logprobs.map(|n| n as usize),
         prompt_logprobs: args.prompt_logprobs.map(|n| n as usize),
     };

@@ -131,7 +131,7 @@ impl Sampling {
         }
         let mut scores: Vec<Scored> =
             (0u32..).zip(logits).map(|(token, &logit)| Scored { token, logit: f64::from(logit) }).collect();
-        active.iter().for_each(|p| (p.apply)(self, history, &mut scores));
+        active.iter().for_each(|p| p.apply.run(self, history, &mut scores));
         Ok(softmax(&scores))
     }
 }

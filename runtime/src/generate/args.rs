@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::draft::DraftTokens;
 use super::settings::{parse_bias, parse_number};
 
 /// The arguments of `generate`.
@@ -70,9 +71,9 @@ pub struct GenerateArgs {
     /// The same for the tokens of the prompt.
     #[arg(long, value_name = "N", requires = "json", value_parser = clap::value_parser!(u32).range(0..=1000))]
     pub prompt_logprobs: Option<u32>,
-    /// Tokens to draft ahead; only 0 for now.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub draft_tokens: u32,
+    /// Tokens that the model's own multi-token prediction drafts ahead of each step: a number, or auto. The tokens stay the same.
+    #[arg(long, value_name = "K|auto", default_value = "auto", allow_hyphen_values = true)]
+    pub draft_tokens: DraftTokens,
     /// Most tokens of prompts in one step.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     pub step_tokens: u32,

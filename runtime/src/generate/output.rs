@@ -87,7 +87,7 @@ impl<'a> Output<'a> {
                 Form::One => objects.pop().unwrap_or(Json::Null),
                 _ => json!({"sequences": objects}),
             };
-            print(self.out, &format!("{whole}\n"))?;
+            print(self.out, &format!("{whole}\n")).map(drop)?;
         }
         if !self.json {
             eprintln!("{}", self.speed(timings));
@@ -130,7 +130,7 @@ impl<'a> Output<'a> {
                 "decode_tokens_per_s": completion.decode_tokens_per_s(),
                 "load_s": self.load_s,
             },
-            "mtp": {"drafted": 0, "accepted": 0},
+            "mtp": {"drafted": completion.drafted, "accepted": completion.accepted},
             "seed": request.sampling.seed,
         });
         if let Some(all) = &completion.logprobs {
@@ -191,7 +191,7 @@ impl Watch for Output<'_> {
         if let (Some(text), false) = (&mut stream.text, completion.stopped_by_text) {
             let rest = stream.stops.finish(&text.finish());
             match self.is_live() {
-                true => drop(print(self.out, &rest)?),
+                true => print(self.out, &rest).map(drop)?,
                 false => self.streams[i].complete.push_str(&rest),
             }
         }

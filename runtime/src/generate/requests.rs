@@ -175,7 +175,8 @@ impl Reader<'_> {
 
     /// Takes what is to be continued from an object.
     fn start(&self, object: &mut Map<String, Json>) -> Result<(Vec<u32>, Special), String> {
-        let given: Vec<_> = ["prompt", "tokens", "messages"].into_iter().filter(|key| object.contains_key(*key)).collect();
+        let given: Vec<_> =
+            ["prompt", "tokens", "messages"].into_iter().filter(|key| object.contains_key(*key)).collect();
         let [key] = given[..] else {
             return Err(format!("expected one of `prompt`, `tokens`, `messages`, found {}", given.len()));
         };
@@ -220,8 +221,7 @@ fn override_with(request: &mut Request, key: &str, value: &Json) -> Result<(), S
     Ok(())
 }
 
-const KEYS: &str =
-    "`prompt`, `system`, `tokens`, `messages`, `max_new_tokens`, `seed`, `stop`, `logit_bias`";
+const KEYS: &str = "`prompt`, `system`, `tokens`, `messages`, `max_new_tokens`, `seed`, `stop`, `logit_bias`";
 
 /// A text, or a list of texts.
 fn texts(key: &str, value: &Json) -> Result<Vec<String>, String> {
@@ -234,7 +234,8 @@ fn texts(key: &str, value: &Json) -> Result<Vec<String>, String> {
 
 /// `{"ID": VALUE}`.
 fn biases(value: &Json) -> Result<Vec<(u32, f64)>, String> {
-    let object = value.as_object().ok_or_else(|| format!("`logit_bias` is {value}, expected an object of token ids"))?;
+    let object =
+        value.as_object().ok_or_else(|| format!("`logit_bias` is {value}, expected an object of token ids"))?;
     let bias = |(id, value): (&String, &Json)| {
         let token = id.parse().map_err(|_| format!("`logit_bias` has `{id}`, expected a token id"))?;
         let number = value.as_f64().ok_or_else(|| format!("`logit_bias` of {id} is {value}, expected a number"))?;
@@ -245,12 +246,14 @@ fn biases(value: &Json) -> Result<Vec<(u32, f64)>, String> {
 }
 
 /// The lines of a file that are not blank, with their numbers from 1.
-fn read_lines(path: &Path) -> Result<Vec<(usize, String)>, GenerateError> {
+pub(super) fn read_lines(path: &Path) -> Result<Vec<(usize, String)>, GenerateError> {
     let bad = |reason: &str| GenerateError::Ids { path: path.to_owned(), reason: reason.to_owned() };
     let bytes = std::fs::read(path).map_err(|e| bad(&e.to_string()))?;
     let line = |(i, bytes): (usize, &[u8])| match std::str::from_utf8(bytes) {
         Ok(text) => Ok((i + 1, text.strip_suffix('\r').unwrap_or(text).to_owned())),
-        Err(e) => Err(GenerateError::Line { at: format!("{}:{}", path.display(), i + 1), reason: format!("not UTF-8: {e}") }),
+        Err(e) => {
+            Err(GenerateError::Line { at: format!("{}:{}", path.display(), i + 1), reason: format!("not UTF-8: {e}") })
+        }
     };
     let lines: Vec<_> = bytes.split(|&b| b == b'\n').enumerate().map(line).collect::<Result<_, _>>()?;
     let lines: Vec<_> = lines.into_iter().filter(|(_, text)| !text.trim().is_empty()).collect();

@@ -38,6 +38,24 @@ impl Settings {
         let own = eos_in(&config)?;
         Ok(Self { sampling, eos: if own.is_empty() { eos.to_vec() } else { own } })
     }
+
+    /// Refuses tokens that the model does not have.
+    /// # Errors
+    /// [`GenerateError::Option`] naming the option.
+    pub fn check(&self, args: &GenerateArgs, vocab_size: usize) -> Result<(), GenerateError> {
+        let biased = self.sampling.logit_bias.iter().map(|&(id, _)| ("--logit-bias", id));
+        let mut named = biased.chain(args.stop_token.iter().map(|&id| ("--stop-token", id)));
+        match named.find(|&(_, id)| id as usize >= vocab_size) {
+            Some((option, id)) => Err(GenerateError::Option { option, id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// The tokens that end a sequence.
+    pub fn ends(&self, args: &GenerateArgs) -> Vec<u32> {
+        let eos: &[u32] = if args.ignore_eos { &[] } else { &self.eos };
+        [eos, &args.stop_token].concat()
+    }
 }
 
 /// The checkpoint's way to choose; its temperature counts only if it says to sample.

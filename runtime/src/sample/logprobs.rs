@@ -22,7 +22,7 @@ impl Logprobs {
     /// Of `token`, with the `top` most probable; none if the model has no such token.
     pub fn of(logits: &[f32], token: u32, top: usize) -> Option<Self> {
         let chosen = f64::from(*logits.get(token as usize)?);
-        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max).into();
+        let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         let total: f64 = logits.iter().map(|&x| (f64::from(x) - largest).exp()).sum();
         let log_total = largest + total.ln();
         let top = most_probable(logits, top).into_iter();

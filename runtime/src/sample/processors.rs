@@ -7,6 +7,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{History, Sampling};
+use Apply::{Change, Narrow};
 
 /// A token that is still considered.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,22 +32,40 @@ pub struct Processor {
     pub name: &'static str,
     /// False where the setting changes nothing.
     pub is_on: fn(&Sampling) -> bool,
-    /// Changes logits, or leaves tokens out, but never the most probable one. Until `temperature` the scores are those of
-    /// all tokens, in order.
-    pub apply: fn(&Sampling, &History<'_>, &mut Vec<Scored>),
+    /// What it does.
+    pub apply: Apply,
+}
+
+/// What a processor does.
+#[derive(Clone, Copy, Debug)]
+pub enum Apply {
+    /// Changes logits; the scores are those of all tokens, in order.
+    Change(fn(&Sampling, &History<'_>, &mut [Scored])),
+    /// Chooses among tokens, and never leaves out the most probable one.
+    Narrow(fn(&Sampling, &mut Vec<Scored>)),
+}
+
+impl Apply {
+    /// Does it.
+    pub fn run(self, sampling: &Sampling, history: &History<'_>, scores: &mut Vec<Scored>) {
+        match self {
+            Self::Change(change) => change(sampling, history, scores),
+            Self::Narrow(narrow) => narrow(sampling, scores),
+        }
+    }
 }
 
 /// All of them, in order.
 #[rustfmt::skip]
 pub const PROCESSORS: &[Processor] = &[
-    Processor { name: "logit_bias",         is_on: |s| !s.logit_bias.is_empty(),     apply: logit_bias },
-    Processor { name: "repetition_penalty", is_on: |s| s.repetition_penalty != 1.0,  apply: repetition_penalty },
-    Processor { name: "presence_penalty",   is_on: |s| s.presence_penalty != 0.0,    apply: presence_penalty },
-    Processor { name: "frequency_penalty",  is_on: |s| s.frequency_penalty != 0.0,   apply: frequency_penalty },
-    Processor { name: "temperature",        is_on: |s| s.temperature != 1.0,         apply: temperature },
-    Processor { name: "top_k",              is_on: |s| s.top_k > 0,                  apply: top_k },
-    Processor { name: "top_p",              is_on: |s| s.top_p < 1.0,                apply: top_p },
-    Processor { name: "min_p",              is_on: |s| s.min_p > 0.0,                apply: min_p },
+    Processor { name: "logit_bias",         is_on: |s| !s.logit_bias.is_empty(),     apply: Change(logit_bias) },
+    Processor { name: "repetition_penalty", is_on: |s| s.repetition_penalty != 1.0,  apply: Change(repetition_penalty) },
+    Processor { name: "presence_penalty",   is_on: |s| s.presence_penalty != 0.0,    apply: Change(presence_penalty) },
+    Processor { name: "frequency_penalty",  is_on: |s| s.frequency_penalty != 0.0,   apply: Change(frequency_penalty) },
+    Processor { name: "temperature",        is_on: |s| s.temperature != 1.0,         apply: Narrow(temperature) },
+    Processor { name: "top_k",              is_on: |s| s.top_k > 0,                  apply: Narrow(top_k) },
+    Processor { name: "top_p",              is_on: |s| s.top_p < 1.0,                apply: Narrow(top_p) },
+    Processor { name: "min_p",              is_on: |s| s.min_p > 0.0,                apply: Narrow(min_p) },
 ];
 
 fn change(scores: &mut [Scored], token: u32, new: impl FnOnce(f64) -> f64) {
@@ -55,13 +74,13 @@ fn change(scores: &mut [Scored], token: u32, new: impl FnOnce(f64) -> f64) {
     }
 }
 
-fn logit_bias(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
+fn logit_bias(sampling: &Sampling, _: &History<'_>, scores: &mut [Scored]) {
     for &(token, bias) in &sampling.logit_bias {
         change(scores, token, |x| x + bias);
     }
 }
 
-fn repetition_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut Vec<Scored>) {
+fn repetition_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut [Scored]) {
     let penalty = sampling.repetition_penalty;
     let tokens: BTreeSet<u32> = history.prompt.iter().chain(history.output).copied().collect();
     for token in tokens {
@@ -69,14 +88,14 @@ fn repetition_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut V
     }
 }
 
-fn presence_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut Vec<Scored>) {
+fn presence_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut [Scored]) {
     let tokens: BTreeSet<u32> = history.output.iter().copied().collect();
     for token in tokens {
         change(scores, token, |x| x - sampling.presence_penalty);
     }
 }
 
-fn frequency_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut Vec<Scored>) {
+fn frequency_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut [Scored]) {
     let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
     history.output.iter().for_each(|&token| *counts.entry(token).or_default() += 1);
     for (token, count) in counts {
@@ -85,7 +104,7 @@ fn frequency_penalty(sampling: &Sampling, history: &History<'_>, scores: &mut Ve
 }
 
 /// Divides; at 0 only the most probable token stays.
-fn temperature(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
+fn temperature(sampling: &Sampling, scores: &mut Vec<Scored>) {
     if sampling.temperature == 0.0 {
         let best = scores.iter().copied().min_by(Scored::by_rank);
         *scores = best.into_iter().collect();
@@ -93,7 +112,7 @@ fn temperature(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
     scores.iter_mut().filter(|_| sampling.temperature > 0.0).for_each(|s| s.logit /= sampling.temperature);
 }
 
-fn top_k(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
+fn top_k(sampling: &Sampling, scores: &mut Vec<Scored>) {
     if sampling.top_k < scores.len() {
         scores.select_nth_unstable_by(sampling.top_k, Scored::by_rank);
         scores.truncate(sampling.top_k);
@@ -101,7 +120,7 @@ fn top_k(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
     }
 }
 
-fn top_p(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
+fn top_p(sampling: &Sampling, scores: &mut Vec<Scored>) {
     let largest = largest(scores);
     let weight = |s: &Scored| (s.logit - largest).exp();
     let total: f64 = scores.iter().map(weight).sum();
@@ -109,7 +128,7 @@ fn top_p(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
     scores.truncate(kept);
 }
 
-fn min_p(sampling: &Sampling, _: &History<'_>, scores: &mut Vec<Scored>) {
+fn min_p(sampling: &Sampling, scores: &mut Vec<Scored>) {
     let least = largest(scores) + sampling.min_p.ln();
     scores.retain(|s| s.logit >= least);
 }

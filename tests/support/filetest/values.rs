@@ -1,6 +1,7 @@
 //! The operands of a run: a step, and a value for each parameter from a seeded generator.
 //!
 //! - `; step 0+5@1 63+3@2`: sequences as FIRST+TOKENS@SLOT; several lines are several steps, none stands for [`STEPS`]
+//! - `; parts 4 1 2`: a new sequence of 7 tokens, in one step and in three, must give the same bits
 //! - `; rows 4 0`: the rows that are gathered (else the first)
 //! - `; value NAME spread X`: between -X and X (else 1); `cycle A B ..`: these in turn; `below N`: integers;
 //!   `choices N`: different experts of N for each token, to which `order` and `table` are made
@@ -39,6 +40,21 @@ pub fn steps(case: &Case) -> Checked<Vec<Step>> {
     let rows = case.directives("rows").next().unwrap_or("0");
     let rows: Vec<i32> = rows.split_whitespace().map(number).collect::<Checked<_>>()?;
     lines.into_iter().map(|l| Step::parse(l, &rows)).collect()
+}
+
+/// New sequences in slot 0, each as one step and in parts.
+pub fn parts(case: &Case) -> Checked<Vec<(Step, Vec<Step>)>> {
+    let one = |line: &str| {
+        let counts: Vec<usize> = line.split_whitespace().map(number).collect::<Checked<_>>()?;
+        let mut first = 0;
+        let parts = counts.into_iter().map(|tokens| {
+            first += tokens;
+            Step { runs: vec![((first - tokens) as i32, tokens, 0)], rows: vec![0] }
+        });
+        let parts: Vec<Step> = parts.collect();
+        Ok((Step { runs: vec![(0, first, 0)], rows: vec![0] }, parts))
+    };
+    case.directives("parts").map(one).collect()
 }
 
 fn number<T: std::str::FromStr>(text: &str) -> Checked<T> {
@@ -93,6 +109,27 @@ impl Step {
             *end += r.1 as i32;
             Some(*end)
         })
+    }
+
+    /// The rows of an argument that this part of a step has, from row `first` on; what is no tensor has none.
+    pub fn rows_of(&self, ty: &Type, arg: &Datum<f32>, first: usize) -> Checked<Datum<f32>> {
+        let of = |dims: &[usize]| {
+            let row: usize = dims.iter().skip(1).product();
+            let dims: Vec<usize> = std::iter::once(self.tokens()).chain(dims.iter().skip(1).copied()).collect();
+            (dims, first * row..(first + self.tokens()) * row)
+        };
+        match (ty, arg) {
+            (Type::Sequences, _) => self.sequences(),
+            (Type::Tensor(_), Datum::Float(a)) => {
+                let (dims, range) = of(a.dims());
+                Datum::floats(&dims, a.data()[range].to_vec()).map_err(text)
+            }
+            (Type::Tensor(_), Datum::Int(a)) => {
+                let (dims, range) = of(a.dims());
+                Datum::ints(&dims, a.data()[range].to_vec()).map_err(text)
+            }
+            (_, other) => Ok(other.clone()),
+        }
     }
 
     fn sequences(&self) -> Checked<Datum<f32>> {
@@ -169,6 +206,11 @@ impl Fill {
 
 /// A value for each parameter of a function.
 pub fn arguments(case: &Case, function: &Function, step: &Step) -> Checked<Vec<Datum<f32>>> {
+    let names: Vec<&str> = function.params.iter().filter_map(|&p| function.node(p).name.as_deref()).collect();
+    let named = case.directives("value").map(|l| l.split(' ').next().unwrap_or_default());
+    if let Some(name) = named.into_iter().find(|name| !names.contains(name)) {
+        return Err(format!("`; value {name}`: there is no such parameter"));
+    }
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let one = |&param| {
         let node = function.node(param);
