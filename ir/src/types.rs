@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::dtype::DType;
 use crate::format::Format;
-use crate::layout::Layout;
+use crate::layout::{Layout, padded_index};
 use crate::shape::{Dim, LANES, Shape, pad};
 
 /// What a value of a graph is.
@@ -103,6 +103,30 @@ impl StateType {
             StateKind::Conv => self.dims[2] * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Delta => self.dims[0] * self.dims[1] * pad(self.dims[2]) * 4,
         }
+    }
+
+    /// Where element `i` of a unit (a page, a slot) lies in memory, if a unit is numbered without padding as the graph interpreter
+    /// does: see [`crate::eval::State`].
+    pub fn stored_index(&self, i: u64) -> u64 {
+        let [heads, width, depth] = [0, 1, 2].map(|d| self.dims.get(d).copied().unwrap_or(1));
+        if self.kind != StateKind::Delta {
+            return padded_index(&[heads, width], i);
+        }
+        let (matrix, update) = (width * depth, width + depth + 1);
+        let head_elems = matrix + TENTATIVE_TOKENS * update;
+        let (head, i) = (i / head_elems, i % head_elems);
+        let within = match i.checked_sub(matrix) {
+            None => padded_index(&[width, depth], i),
+            Some(i) => {
+                let part = match i % update {
+                    k if k < width => k,
+                    d if d < width + depth => pad(width) + d - width,
+                    _ => pad(width) + pad(depth),
+                };
+                width * pad(depth) + i / update * self.delta_update_elems() + part
+            }
+        };
+        head * self.delta_head_elems() + within
     }
 
     /// Elements of one head of a delta state: the matrix, then the kept updates.

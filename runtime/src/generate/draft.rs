@@ -96,7 +96,8 @@ impl Planner {
             return untried;
         }
         self.steps += 1;
-        let neighbour = if self.steps / TRIAL_STEPS % 2 == 0 { self.best + 1 } else { self.best.saturating_sub(1) };
+        let neighbour =
+            if (self.steps / TRIAL_STEPS).is_multiple_of(2) { self.best + 1 } else { self.best.saturating_sub(1) };
         if self.steps.is_multiple_of(TRIAL_STEPS) { neighbour.min(self.speeds.len() - 1) } else { self.best }
     }
 

@@ -20,14 +20,17 @@ use super::{Case, Checked, text};
 pub const PAGE_TOKENS: usize = 64;
 
 /// One token of a new sequence and of an old one, a run that fills no block, and sequences that begin, go on across a page's
-/// border, are padding, and reach into a third page.
-const STEPS: [&str; 4] = ["0+1@0", "70+1@0", "0+7@0", "0+5@1 63+3@2 9+2@-1 130+1@0"];
+/// border, are padding, and reach into a third page; the last again, tentative (`?`) and after tentative steps (`~` accepted).
+const STEPS: [&str; 5] =
+    ["0+1@0", "70+1@0", "0+7@0", "0+5@1 63+3@2 9+2@-1 130+1@0", "0+5@1? 63+3@2~2? 9+2@-1 130+1@0~3"];
 
 /// A step.
 #[derive(Debug)]
 pub struct Step {
     /// First position, tokens, slot.
     runs: Vec<(i32, usize, i32)>,
+    /// Replayed tokens of each run, and 1 if it is tentative.
+    kept: Vec<[i32; 2]>,
     rows: Vec<i32>,
 }
 
@@ -49,10 +52,10 @@ pub fn parts(case: &Case) -> Checked<Vec<(Step, Vec<Step>)>> {
         let mut first = 0;
         let parts = counts.into_iter().map(|tokens| {
             first += tokens;
-            Step { runs: vec![((first - tokens) as i32, tokens, 0)], rows: vec![0] }
+            Step { runs: vec![((first - tokens) as i32, tokens, 0)], kept: vec![[0, 0]], rows: vec![0] }
         });
         let parts: Vec<Step> = parts.collect();
-        Ok((Step { runs: vec![(0, first, 0)], rows: vec![0] }, parts))
+        Ok((Step { runs: vec![(0, first, 0)], kept: vec![[0, 0]], rows: vec![0] }, parts))
     };
     case.directives("parts").map(one).collect()
 }
@@ -66,10 +69,14 @@ impl Step {
         let run = |word: &str| {
             let (first, rest) = word.split_once('+').ok_or("a run is FIRST+TOKENS@SLOT")?;
             let (tokens, slot) = rest.split_once('@').ok_or("a run is FIRST+TOKENS@SLOT")?;
-            Ok((number(first)?, number(tokens)?, number(slot)?))
+            let tentative = slot.ends_with('?');
+            let (slot, replay) =
+                slot.trim_end_matches('?').split_once('~').unwrap_or((slot.trim_end_matches('?'), "0"));
+            let kept = [number(replay)?, i32::from(tentative)];
+            Ok(((number(first)?, number(tokens)?, number(slot)?), kept))
         };
-        let runs = line.split_whitespace().map(run).collect::<Checked<_>>()?;
-        Ok(Self { runs, rows: rows.to_vec() })
+        let (runs, kept) = line.split_whitespace().map(run).collect::<Checked<Vec<_>>>()?.into_iter().unzip();
+        Ok(Self { runs, kept, rows: rows.to_vec() })
     }
 
     fn tokens(&self) -> usize {
@@ -97,6 +104,8 @@ impl Step {
             Input::Positions => self.runs.iter().flat_map(|&(first, n, _)| first..first + n as i32).collect(),
             Input::CuSeqlens => std::iter::once(0).chain(self.ends()).collect(),
             Input::Slot => self.runs.iter().map(|r| r.2).collect(),
+            Input::Replay => self.kept.iter().map(|k| k[0]).collect(),
+            Input::Tentative => self.kept.iter().map(|k| k[1]).collect(),
             // backwards, so that no page lies where its position would put it
             Input::PageTable => (0..self.units(StateKind::Kv) as i32).rev().collect(),
             Input::LogitRows => self.rows.clone(),
@@ -141,6 +150,8 @@ impl Step {
         let (positions, cu_seqlens) = (array(Input::Positions, &[t])?, array(Input::CuSeqlens, &[b + 1])?);
         let (slot, table) = (array(Input::Slot, &[b])?, array(Input::PageTable, &[b, self.pages()])?);
         let sequences = Sequences::new(&positions, &cu_seqlens, &slot, &table).map_err(text)?;
+        let (replay, tentative) = (array(Input::Replay, &[b])?, array(Input::Tentative, &[b])?);
+        let sequences = sequences.with_tentative(&replay, &tentative).map_err(text)?;
         Ok(Datum::Sequences(sequences.into()))
     }
 }
