@@ -359,9 +359,7 @@ impl Running<'_, '_> {
 
     /// A step of sequences past their prompts: each gains one token, or drafts are checked and it gains several. Gives how many in all.
     fn decode_step(&mut self, model: &mut dyn Forward) -> Result<usize, GenerateError> {
-        // drafts must fit the context
-        let room = self.jobs.iter().map(|job| model.max_context() - job.fed()).min().unwrap_or(0);
-        let drafts = self.planner.next(self.jobs.len()).min(room.saturating_sub(1));
+        let drafts = self.planner.next(self.jobs.len()).min(self.useful_drafts(model));
         let (begun, sequences) = (Instant::now(), self.jobs.len());
         let gained = match drafts {
             0 => self.plain_step(model)?,
@@ -369,6 +367,13 @@ impl Running<'_, '_> {
         };
         self.planner.observe(drafts, sequences, gained, begun.elapsed());
         Ok(gained)
+    }
+
+    /// Drafts that fit the context of every sequence, and that at least one still wants.
+    fn useful_drafts(&self, model: &dyn Forward) -> usize {
+        let room = self.jobs.iter().map(|job| model.max_context() - job.fed()).min().unwrap_or(0);
+        let wanted = self.jobs.iter().map(|job| job.limit - job.tokens.len()).max().unwrap_or(0);
+        room.min(wanted).saturating_sub(1)
     }
 
     /// One token of each sequence.

@@ -51,11 +51,12 @@ fn biases_and_penalties_change_greedy_choice() {
     check("", json!([7, 8, 9, 10]));
     check("--logit-bias 3=2.5", json!([3, 4, 5, 6]));
     check("--logit-bias 7=-10 --logit-bias 8=-10", json!([0, 1, 2, 3]));
-    // every time that 3 was chosen takes 1.2 from it: 3.5 against 2, 2.3 and 3.1 against 4, then as ever
+    // every time that 3 was chosen takes its share: 3.5 - 1.2 against 3; 8 - 1.5 against 3, 8 - 3 against 4, 8 - 4.5 against 5
     check("--logit-bias 3=3.5 --frequency-penalty 1.2", json!([3, 4, 5, 6]));
     check("--logit-bias 3=8 --frequency-penalty 1.5", json!([3, 3, 3, 4]));
     check("--logit-bias 3=8 --presence-penalty 4.5", json!([3, 3, 4, 5]));
-    check("--logit-bias 3=8 --repetition-penalty 4", json!([3, 4, 5, 6]));
+    // 8 / 4 against 3; then 5 is penalised because the prompt has it, then 4 because the answer has it
+    check("--logit-bias 3=8 --repetition-penalty 4", json!([3, 4, 3, 3]));
 }
 
 #[test]
