@@ -15,6 +15,6 @@ say "\$ nextc build examples/demo-model -o $out/demo"
 say "\$ $out/demo generate -p '$prompt'"
 "$out/demo" generate -p "$prompt" --max-new-tokens 96 --seed 1
 say "\$ $out/demo bench"
-"$out/demo" bench --prefill 256 --decode 64
+"$out/demo" bench --prefill 256 --decode 64 --profile
 say "\$ nextc explain examples/demo-model"
 "$nextc" explain examples/demo-model

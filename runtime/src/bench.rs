@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::limits::Limits;
 use crate::random::Random;
 use crate::state::SequenceId;
+use crate::step::KernelTime;
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]
@@ -24,6 +25,9 @@ pub struct BenchArgs {
     /// Numbers of tokens to generate one by one
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u64).range(1..))]
     decode: Vec<u64>,
+    /// Tokens of steps that check drafts: a known token and the drafts after it
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    verify: Vec<u64>,
     /// Tokens already in the state
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
     depth: Vec<u64>,
@@ -36,6 +40,9 @@ pub struct BenchArgs {
     /// Make weights up; no weights file is needed
     #[arg(long)]
     random_weights: bool,
+    /// Show how long each kernel takes in each row
+    #[arg(long)]
+    profile: bool,
     /// Print one line of JSON
     #[arg(long)]
     json: bool,
@@ -46,9 +53,26 @@ pub struct BenchArgs {
 /// What a row measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
+    /// One step of many tokens.
     Prefill,
+    /// Steps of one token.
     Decode,
+    /// Tentative steps of a few tokens, none of which is accepted.
+    Verify,
 }
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+/// Steps of a row that verifies.
+const VERIFY_STEPS: u64 = 16;
 
 /// One row of the table.
 #[derive(Clone, Copy, Debug)]
@@ -75,8 +99,12 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
         print_head(&engine, &limits);
     }
     for row in &rows {
+        engine.profile(args.profile);
         let rates = measure(&mut engine, row, args.repeats)?;
-        let result = result(row, &rates, &engine, &limits, options.step_tokens as u64);
+        let mut result = result(row, &rates, &engine, &limits, options.step_tokens as u64);
+        if args.profile {
+            result["kernels"] = kernels(&mut engine);
+        }
         if !args.json {
             print_row(&result);
         }
@@ -99,7 +127,8 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
 
 fn rows(args: &BenchArgs) -> Vec<Row> {
     let mut rows = Vec::new();
-    for (kind, lengths) in [(Kind::Prefill, &args.prefill), (Kind::Decode, &args.decode)] {
+    let kinds = [(Kind::Prefill, &args.prefill), (Kind::Decode, &args.decode), (Kind::Verify, &args.verify)];
+    for (kind, lengths) in kinds {
         for &batch in &args.batch {
             for &depth in &args.depth {
                 rows.extend(lengths.iter().map(|&tokens| Row { kind, tokens, depth, batch }));
@@ -129,7 +158,8 @@ fn measure(engine: &mut Engine, row: &Row, repeats: u32) -> Result<Vec<f64>, Err
         }
         let seconds = run_row(engine, row, &ids, u64::from(repeat))?;
         if repeat > 0 {
-            rates.push((row.tokens * row.batch) as f64 / seconds);
+            let steps = if row.kind == Kind::Verify { VERIFY_STEPS } else { 1 };
+            rates.push((row.tokens * row.batch * steps) as f64 / seconds);
         }
         ids.into_iter().for_each(|id| engine.end_sequence(id));
     }
@@ -154,6 +184,12 @@ fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Res
         return Ok(begun.elapsed().as_secs_f64());
     }
     let begun = Instant::now();
+    if row.kind == Kind::Verify {
+        for _ in 0..VERIFY_STEPS {
+            engine.forward_tentative(&batch_of(0..count))?;
+        }
+        return Ok(begun.elapsed().as_secs_f64());
+    }
     for i in 0..count {
         engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
     }
@@ -167,12 +203,13 @@ fn work_per_token(cost: &Cost, row: &Row, step_tokens: u64) -> (f64, f64) {
     let context = row.depth as f64 + tokens / 2.0;
     let steps = match row.kind {
         Kind::Decode => tokens,
+        Kind::Verify => 1.0,
         Kind::Prefill => (total / step_tokens as f64).ceil().max(1.0),
     };
     // a prompt's own keys and values count once a step, not once a token
     let bytes = steps * cost.bytes(total / steps, batch, context);
     let rows = match row.kind {
-        Kind::Decode => total,
+        Kind::Decode | Kind::Verify => total,
         Kind::Prefill => batch,
     };
     (bytes / total, cost.token_flops + context * cost.context_flops + rows / total * cost.row_flops)
@@ -184,7 +221,7 @@ fn result(row: &Row, rates: &[f64], engine: &Engine, limits: &Limits, step_token
     let roofline = 1.0 / (bytes / limits.read_bytes_per_s).max(flops / limits.flops_per_s);
     let median = median(rates);
     json!({
-        "kind": match row.kind { Kind::Prefill => "prefill", Kind::Decode => "decode" },
+        "kind": row.kind.name(),
         "tokens": row.tokens,
         "depth": row.depth,
         "batch": row.batch,
@@ -196,6 +233,20 @@ fn result(row: &Row, rates: &[f64], engine: &Engine, limits: &Limits, step_token
         "roofline_tokens_per_s": roofline,
         "roofline_share": median / roofline,
     })
+}
+
+/// What each kernel took since it was last asked, the longest first.
+fn kernels(engine: &mut Engine) -> Value {
+    let times = engine.profile(true);
+    let mut named: Vec<_> = engine.metadata().kernels.iter().map(|k| k.name.as_str()).zip(times).collect();
+    named.retain(|(_, t)| t.runs > 0);
+    named.sort_by(|(_, a), (_, b)| b.seconds.total_cmp(&a.seconds));
+    let total: f64 = named.iter().map(|(_, t)| t.seconds).sum();
+    let each = |(name, t): &(&str, KernelTime)| {
+        let microseconds = t.seconds / t.runs as f64 * 1e6;
+        json!({"kernel": name, "runs": t.runs, "us_per_run": microseconds, "share": t.seconds / total})
+    };
+    named.iter().map(each).collect()
 }
 
 /// The middle of sorted numbers.
@@ -234,6 +285,12 @@ fn print_row(row: &Value) {
         number("roofline_tokens_per_s"),
         number("roofline_share") * 100.0
     );
+    for k in row["kernels"].as_array().into_iter().flatten() {
+        let number = |key: &str| k[key].as_f64().unwrap_or(0.0);
+        let bar = "█".repeat((number("share") * 40.0).round() as usize);
+        let name = k["kernel"].as_str().unwrap_or_default();
+        println!("    {name:34} {:>10.1} us {:>5.1}%  {bar}", number("us_per_run"), number("share") * 100.0);
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::artifact::Artifact;
 use crate::error::Error;
 use crate::memory;
 use crate::state::{SequenceId, States};
-use crate::step::{Executor, MAX_DIM, Rows, StepInputs};
+use crate::step::{Executor, KernelTime, MAX_DIM, Rows, StepInputs};
 use crate::weights::Weights;
 
 /// How an engine is set up.
@@ -129,6 +129,11 @@ impl Engine {
     /// Threads of the team.
     pub fn threads(&self) -> usize {
         self.executor.threads()
+    }
+
+    /// Begins to measure each kernel, or stops; gives what was measured before, by kernel.
+    pub fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
+        self.executor.profile(go_on, self.artifact.metadata().kernels.len())
     }
 
     /// True if [`Engine::draft`] works.

@@ -27,6 +27,7 @@ pub use artifact::Artifact;
 pub use engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
 pub use error::Error;
 pub use state::SequenceId;
+pub use step::KernelTime;
 pub use step::Rows;
 
 /// Metadata of a model without kernels, for tests.

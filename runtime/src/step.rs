@@ -1,5 +1,7 @@
 //! One step: the inputs of an entry point, the addresses of its kernels' arguments, and their run on the thread team.
 
+use std::time::Instant;
+
 use nextc_abi::{Arg, Input, KernelFn, Metadata, Program};
 
 use crate::artifact::Artifact;
@@ -108,6 +110,8 @@ impl<'a> Rows<'a> {
 /// A launch with its addresses.
 #[derive(Debug)]
 struct ResolvedLaunch {
+    /// Index of its kernel.
+    kernel: usize,
     entry: KernelFn,
     tail: Option<KernelFn>,
     tasks: i64,
@@ -132,6 +136,17 @@ pub(crate) struct Executor {
     scratch_bytes: u64,
     /// One for each program.
     resolved: Vec<Option<Resolved>>,
+    /// Runs and time of each kernel, while that is asked for.
+    profile: Option<Vec<KernelTime>>,
+}
+
+/// How often a kernel ran, and how long it took from its start until all threads were done.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KernelTime {
+    /// Launches.
+    pub runs: u64,
+    /// Seconds of all of them.
+    pub seconds: f64,
 }
 
 impl Executor {
@@ -147,12 +162,18 @@ impl Executor {
             scratch: reserve("scratch", scratch_bytes * threads as u64)?,
             scratch_bytes,
             resolved: metadata.programs.iter().map(|_| None).collect(),
+            profile: None,
         })
     }
 
     /// Threads of the team.
     pub fn threads(&self) -> usize {
         self.pool.threads()
+    }
+
+    /// Gives what was measured of each kernel and begins anew, or stops measuring.
+    pub fn profile(&mut self, go_on: bool, kernels: usize) -> Vec<KernelTime> {
+        std::mem::replace(&mut self.profile, go_on.then(|| vec![KernelTime::default(); kernels])).unwrap_or_default()
     }
 
     /// Runs entry point `program` on `inputs`.
@@ -173,7 +194,8 @@ impl Executor {
             self.resolved[program] = Some(resolve(artifact, &metadata.programs[program], dims, &addresses));
         }
         if let Some(resolved) = &self.resolved[program] {
-            run_launches(&mut self.pool, resolved, self.scratch.address(), self.scratch_bytes);
+            let profile = self.profile.as_deref_mut();
+            run_launches(&mut self.pool, resolved, (self.scratch.address(), self.scratch_bytes), profile);
         }
         Ok(())
     }
@@ -248,13 +270,20 @@ fn resolve(artifact: &Artifact, program: &Program, dims: [u64; 4], at: &Addresse
         }));
         let tasks = i64::try_from(kernel.grid.eval(&dims)).unwrap_or(i64::MAX);
         let tail = kernel.tail.map(|t| artifact.entry(t));
-        resolved.launches.push(ResolvedLaunch { entry: artifact.entry(kernel.entry), tail, tasks, args });
+        let (kernel, entry) = (launch.kernel as usize, artifact.entry(kernel.entry));
+        resolved.launches.push(ResolvedLaunch { kernel, entry, tail, tasks, args });
     }
     resolved
 }
 
-fn run_launches(pool: &mut Pool, resolved: &Resolved, scratch: u64, scratch_bytes: u64) {
+fn run_launches(
+    pool: &mut Pool,
+    resolved: &Resolved,
+    (scratch, scratch_bytes): (u64, u64),
+    mut profile: Option<&mut [KernelTime]>,
+) {
     for launch in &resolved.launches {
+        let begun = profile.is_some().then(Instant::now);
         let args = SharedArgs(resolved.args[launch.args..].as_ptr());
         let own_scratch = |thread: usize| (scratch + thread as u64 * scratch_bytes) as *mut u8;
         pool.run(launch.tasks, &|thread, first, last| {
@@ -267,6 +296,10 @@ fn run_launches(pool: &mut Pool, resolved: &Resolved, scratch: u64, scratch_byte
         if let Some(tail) = launch.tail {
             // SAFETY: as above; all tasks are done, so the tail runs alone.
             unsafe { tail(args.0, own_scratch(0), 0, 0) }
+        }
+        if let (Some(times), Some(begun)) = (profile.as_deref_mut(), begun) {
+            times[launch.kernel].runs += 1;
+            times[launch.kernel].seconds += begun.elapsed().as_secs_f64();
         }
     }
 }

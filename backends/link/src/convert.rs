@@ -54,7 +54,8 @@ fn model(module: &KernelModule) -> abi::Model {
 }
 
 fn target(inputs: &LinkInputs<'_>) -> abi::Target {
-    abi::Target { arch: "x86_64".to_owned(), cpu: inputs.target.cpu.clone(), features: inputs.target.features.clone() }
+    let features = inputs.target.required_features().into_iter().map(str::to_owned).collect();
+    abi::Target { arch: "x86_64".to_owned(), cpu: inputs.target.cpu.clone(), features }
 }
 
 fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, LinkError> {
