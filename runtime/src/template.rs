@@ -121,6 +121,11 @@ impl ChatTemplate {
         template.render(Serde(self.variables(chat))).map_err(|error| self.explain(&error))
     }
 
+    /// True if the template reads the variable `name`.
+    pub fn reads(&self, name: &str) -> bool {
+        self.env.templates().any(|(_, template)| template.undeclared_variables(false).contains(name))
+    }
+
     fn variables(&self, chat: &Chat) -> Map<String, Json> {
         let mut variables = self.special_tokens.clone();
         variables.insert("messages".to_owned(), Json::Array(chat.messages.clone()));

@@ -1,0 +1,251 @@
+//! A sequence that is kept between turns: what it has been fed, and the snapshots it can go back to.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use super::error::ChatError;
+use super::model::ChatModel;
+use crate::sample::Sampling;
+use crate::snapshot::Snapshot;
+
+/// Snapshots that are kept; the oldest goes first.
+pub const MAX_SNAPSHOTS: usize = 8;
+
+/// How to answer, and when to stop.
+#[derive(Clone, Debug)]
+pub struct Answering {
+    /// Most new tokens.
+    pub max_new_tokens: usize,
+    /// Most tokens of a prompt in one step.
+    pub step_tokens: usize,
+    /// Tokens that end an answer.
+    pub eos: Vec<u32>,
+    /// How to choose tokens.
+    pub sampling: Sampling,
+}
+
+/// A conversation as token ids, to be answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// All of it.
+    pub tokens: Vec<u32>,
+    /// How many of them stand before the beginning of the answer: later turns begin with these even where the template
+    /// writes the answer anew. 0 if that is not known.
+    pub stable: usize,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The model ended it.
+    Stop,
+    /// It is as long as allowed.
+    Length,
+    /// Whoever watched it ended it.
+    Interrupted,
+}
+
+/// What a turn cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TurnStats {
+    /// Tokens of the prompt that were fed.
+    pub fed: usize,
+    /// Tokens of the prompt that the sequence had already.
+    pub reused: usize,
+    /// Seconds until the first token of the answer.
+    pub prefill_s: f64,
+    /// Tokens of the answer.
+    pub answer: usize,
+    /// Seconds for them after the first.
+    pub decode_s: f64,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Its tokens, without the one that ended it.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub end: End,
+    /// What it cost.
+    pub stats: TurnStats,
+}
+
+/// What watches an answer: called with each token, and with none between the steps of a prompt.
+pub type Watch<'a> = dyn FnMut(Option<u32>) -> Result<ControlFlow<()>, ChatError> + 'a;
+
+/// A model's sequence, its tokens and snapshots.
+pub struct Session<M> {
+    model: M,
+    fed: Vec<u32>,
+    /// By length, at most [`MAX_SNAPSHOTS`].
+    snapshots: Vec<Snapshot>,
+}
+
+impl<M: ChatModel> Session<M> {
+    /// A session that has been fed nothing.
+    pub fn new(model: M) -> Self {
+        Self { model, fed: Vec::new(), snapshots: Vec::new() }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// What the sequence has been fed.
+    pub fn fed(&self) -> &[u32] {
+        &self.fed
+    }
+
+    /// Snapshots and the bytes they take.
+    pub fn snapshots(&self) -> (usize, u64) {
+        (self.snapshots.len(), self.snapshots.iter().map(|s| s.bytes.len() as u64).sum())
+    }
+
+    /// Answers a conversation; feeds what the sequence has not been fed.
+    /// # Errors
+    /// [`ChatError`] if the prompt does not fit, or the model fails.
+    pub fn answer(&mut self, prompt: &Prompt, how: &Answering, watch: &mut Watch<'_>) -> Result<Answer, ChatError> {
+        let max_context = self.model.max_context();
+        if prompt.tokens.len() > max_context {
+            return Err(ChatError::Full { tokens: prompt.tokens.len(), max_context });
+        }
+        let begun = Instant::now();
+        self.go_back_for(&prompt.tokens)?;
+        let mut stats = TurnStats { reused: self.fed.len(), ..TurnStats::default() };
+        let logits = self.prefill(prompt, how.step_tokens, watch);
+        stats.fed = self.fed.len() - stats.reused;
+        stats.prefill_s = begun.elapsed().as_secs_f64();
+        let mut answer = Answer { tokens: Vec::new(), end: End::Interrupted, stats };
+        if let Some(logits) = logits? {
+            self.decode(logits, prompt.tokens.len(), how, &mut answer, watch)?;
+        }
+        self.keep_snapshot()?;
+        Ok(answer)
+    }
+
+    /// Forgets the snapshot at `tokens` tokens, since later turns go on from a later one.
+    pub fn forget_snapshot(&mut self, tokens: usize) {
+        self.snapshots.retain(|s| s.tokens != tokens as u64);
+    }
+
+    /// Forgets everything.
+    /// # Errors
+    /// [`ChatError::Model`] if the sequence is lost.
+    pub fn reset(&mut self) -> Result<(), ChatError> {
+        self.fed.clear();
+        self.snapshots.clear();
+        self.model.rewind().map_err(ChatError::Model)
+    }
+
+    /// Takes over a state that `read` gives the model; `tokens` are what it was fed.
+    pub(super) fn replace(
+        &mut self,
+        tokens: Vec<u32>,
+        read: impl FnOnce(&mut M) -> std::io::Result<()>,
+    ) -> Result<std::io::Result<()>, ChatError> {
+        self.reset()?;
+        let result = read(&mut self.model);
+        match result {
+            Ok(()) => self.fed = tokens,
+            Err(_) => self.reset()?,
+        }
+        if result.is_ok() && !self.fed.is_empty() {
+            self.keep_snapshot()?;
+        }
+        Ok(result)
+    }
+
+    /// Goes back to where the sequence is a prefix of `tokens`, and shorter, so that there is a token to feed.
+    fn go_back_for(&mut self, tokens: &[u32]) -> Result<(), ChatError> {
+        let equal = self.fed.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let most = equal.min(tokens.len().saturating_sub(1));
+        if self.fed.len() > most {
+            self.snapshots.retain(|s| s.tokens <= most as u64);
+            match self.snapshots.last() {
+                Some(snapshot) => self.model.restore(snapshot),
+                None => self.model.rewind(),
+            }
+            .map_err(ChatError::Model)?;
+            self.fed.truncate(self.snapshots.last().map_or(0, |s| s.tokens as usize));
+        }
+        Ok(())
+    }
+
+    /// Feeds the rest of the prompt; gives the logits after it, or none if it was interrupted.
+    fn prefill(
+        &mut self,
+        prompt: &Prompt,
+        step_tokens: usize,
+        watch: &mut Watch<'_>,
+    ) -> Result<Option<Vec<f32>>, ChatError> {
+        let mut logits = Vec::new();
+        for end in [prompt.stable, prompt.tokens.len()] {
+            while self.fed.len() < end {
+                if watch(None)?.is_break() {
+                    return Ok(None);
+                }
+                let until = end.min(self.fed.len() + step_tokens.max(1));
+                logits = self.feed(&prompt.tokens[self.fed.len()..until])?;
+                if until == end && end == prompt.stable {
+                    self.keep_snapshot()?;
+                }
+            }
+        }
+        Ok(Some(logits))
+    }
+
+    fn feed(&mut self, tokens: &[u32]) -> Result<Vec<f32>, ChatError> {
+        let logits = self.model.feed(tokens).map_err(ChatError::Model)?.to_vec();
+        self.fed.extend_from_slice(tokens);
+        Ok(logits)
+    }
+
+    fn decode(
+        &mut self,
+        mut logits: Vec<f32>,
+        position: usize,
+        how: &Answering,
+        answer: &mut Answer,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ChatError> {
+        let begun = Instant::now();
+        let most = how.max_new_tokens.min(self.model.max_context() - position);
+        loop {
+            if answer.tokens.len() >= most {
+                answer.end = End::Length;
+                break;
+            }
+            let at = u32::try_from(position + answer.tokens.len()).unwrap_or(u32::MAX);
+            let token = how.sampling.choose(&logits, 0, at)?;
+            answer.stats.answer += 1;
+            if how.eos.contains(&token) {
+                answer.end = End::Stop;
+                break;
+            }
+            answer.tokens.push(token);
+            if watch(Some(token))?.is_break() {
+                answer.end = End::Interrupted;
+                break;
+            }
+            if answer.tokens.len() < most {
+                logits = self.feed(&[token])?;
+            }
+        }
+        answer.stats.decode_s = begun.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Remembers the sequence as it is now.
+    fn keep_snapshot(&mut self) -> Result<(), ChatError> {
+        let length = self.fed.len() as u64;
+        if length > 0 && self.snapshots.last().is_none_or(|s| s.tokens < length) {
+            if self.snapshots.len() == MAX_SNAPSHOTS {
+                self.snapshots.remove(0);
+            }
+            self.snapshots.push(self.model.snapshot().map_err(ChatError::Model)?);
+        }
+        Ok(())
+    }
+}
