@@ -99,7 +99,7 @@ fn a_prompt_is_answered_and_a_seed_repeats() {
     let word = greedy.split_whitespace().nth(2).expect("three words");
     let stopped = ask(&["--temperature", "0", "--stop", word]);
     assert_eq!(stopped.trim_end_matches('\n'), &greedy[..greedy.find(word).expect("it is there")]);
-    fails(&exe, &["generate", "-p", "x", "--draft-tokens", "2"], 1, "speculative decoding is not there yet");
+    fails(&exe, &["generate", "-p", "x", "--draft-tokens", "8"], 1, "at most 7");
     fails(&exe, &["generate"], 2, "--prompt");
     fails(&exe, &["generate", "--tokens", "/nonexistent.json"], 1, "/nonexistent.json");
 }

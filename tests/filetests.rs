@@ -22,3 +22,13 @@ macro_rules! folders {
 }
 
 folders!(text, verify, specialise, join, rewrite, layout, partition, memory, lower, emit, run, kernel, config);
+
+#[test]
+fn every_op_is_run() {
+    filetest::check_ops_are_run();
+}
+
+#[test]
+fn every_rule_fires() {
+    filetest::check_rules_fire();
+}

@@ -88,6 +88,89 @@ fn check_drafts(g: &Golden, subject: &dyn Subject, what: &str) {
     assert_eq!(ids, g.ints("mtp_draft_ids"), "{what}");
 }
 
+/// The drafts of every round of the recorded speculative decodings: those after the token before the round's known one.
+fn check_rounds(g: &Golden, subject: &dyn Subject, what: &str) {
+    let whole = chain(g.ints("input_ids"), g.ints("greedy_ids"));
+    let vocab = g.floats("prefill_logits").1;
+    for k in (1..=3).filter(|k| g.has(&format!("spec_k{k}_start"))) {
+        let rows = &subject.logits(std::slice::from_ref(&whole), Feed::Prefill, k)[0];
+        let drafts: Vec<i32> = rows.mtp.chunks(vocab).map(|r| argmax(r) as i32).collect();
+        let (starts, want) = (g.ints(&format!("spec_k{k}_start")), g.ints(&format!("spec_k{k}_draft_ids")));
+        for (round, &start) in starts.iter().enumerate() {
+            let got = &drafts[(start as usize - 1) * k..start as usize * k];
+            assert_eq!(got, &want[round * k..(round + 1) * k], "{what}: K = {k}, round {round}");
+        }
+    }
+}
+
+/// Tokens that an executable generates, and how many of its drafts were right.
+fn generate(exe: &Exe, prompts: &[Vec<i32>], args: &[&str]) -> (Vec<Vec<i32>>, u64) {
+    let ids = exe.ids(prompts);
+    let fixed = ["--tokens", ids.to_str().expect("UTF-8"), "--ignore-eos", "--json"];
+    let out = exe.json("generate", &[&fixed, args].concat());
+    let one = [out.clone()];
+    let sequences = out["sequences"].as_array().map_or(one.as_slice(), Vec::as_slice);
+    let tokens = |s: &serde_json::Value| serde_json::from_value(s["tokens"].clone()).expect("token ids");
+    let right = sequences.iter().filter_map(|s| s["mtp"]["accepted"].as_u64()).sum();
+    (sequences.iter().map(tokens).collect(), right)
+}
+
+/// Greedy speculative decoding: the published tokens, with as many right drafts as recorded.
+fn check_speculation(g: &Golden, exe: &Exe, what: &str) {
+    let prompt = g.ints("input_ids").to_vec();
+    let length = g.ints("greedy_ids").len().to_string();
+    for k in (1..=3).filter(|k| g.has(&format!("spec_k{k}_start"))) {
+        let args = ["--temperature", "0", "--max-new-tokens", &length, "--draft-tokens", &k.to_string()];
+        let (tokens, right) = generate(exe, std::slice::from_ref(&prompt), &args);
+        assert_eq!(tokens[0], g.ints("greedy_ids"), "{what}: K = {k}");
+        // the record also counts a draft of the very last token, which nobody needs to make
+        let last = (prompt.len() + g.ints("greedy_ids").len()) as i32 - 2;
+        let rounds = g.ints(&format!("spec_k{k}_start")).iter().zip(g.ints(&format!("spec_k{k}_accepted")));
+        let want: i32 = rounds.map(|(start, accepted)| *accepted.min(&(last - start))).sum();
+        assert_eq!(right, want as u64, "{what}: right drafts, K = {k}");
+    }
+}
+
+#[test]
+fn speculative_decoding_gives_the_published_tokens() {
+    for backend in backends() {
+        for name in FIXTURES {
+            let (exe, g) = (Exe::build(&fixture(name), backend, &[]), golden(name));
+            check_rounds(&g, &exe, &format!("{name} on {backend}"));
+            check_speculation(&g, &exe, &format!("{name} on {backend}"));
+        }
+    }
+}
+
+/// Whatever the model, the prompts, the number of drafts, the batch and the way of choosing: with drafts the tokens are those without.
+#[test]
+fn drafts_never_change_a_token() {
+    let mut seed = 0x2545_f491_4f6c_dd1du64;
+    let mut random = |n: u64| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed % n
+    };
+    for backend in backends() {
+        for (name, vocab) in [("tiny", 512), ("odd", 515), ("dense-mix", 768), ("long", 320)] {
+            let exe = Exe::build(&fixture(name), backend, &[]);
+            for _ in 0..6 {
+                let prompts: Vec<Vec<i32>> =
+                    (0..1 + random(4)).map(|_| (0..1 + random(70)).map(|_| random(vocab) as i32).collect()).collect();
+                let (k, chance) = ((1 + random(7)).to_string(), random(1000).to_string());
+                let temperature = ["0", "0.8", "1.3"][random(3) as usize];
+                let args = ["--max-new-tokens", "40", "--temperature", temperature, "--seed", &chance];
+                let (plain, _) = generate(&exe, &prompts, &[&args[..], &["--draft-tokens", "0"]].concat());
+                for drafts in [k.as_str(), "auto"] {
+                    let (checked, _) = generate(&exe, &prompts, &[&args[..], &["--draft-tokens", drafts]].concat());
+                    assert_eq!(checked, plain, "{name} on {backend}: {drafts} drafts, {args:?}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn graph_interpreter() {
     for name in FIXTURES {

@@ -70,12 +70,13 @@ fn the_step_takes_and_returns_each_state() {
     let model = load_fixture("tests/oracle/tiny");
     let step = model.module.function("step").expect("step");
     let params: Vec<&str> = step.params.iter().filter_map(|p| step.node(*p).name.as_deref()).collect();
-    let inputs = ["tokens", "positions", "cu_seqlens", "slot", "page_table", "logit_rows"];
-    assert_eq!(params[..6], inputs);
-    assert_eq!(params[6..10], ["layers.0.conv_q", "layers.0.conv_k", "layers.0.conv_v", "layers.0.delta"]);
-    assert_eq!(params[18..], ["layers.3.kv"]);
-    assert_eq!(step.results.len(), 2 + params.len() - 6);
-    for (param, result) in step.params[6..].iter().zip(&step.results[2..]) {
+    let inputs = ["tokens", "positions", "cu_seqlens", "slot", "replay", "tentative", "page_table", "logit_rows"];
+    let count = inputs.len();
+    assert_eq!(params[..count], inputs);
+    assert_eq!(params[count..count + 4], ["layers.0.conv_q", "layers.0.conv_k", "layers.0.conv_v", "layers.0.delta"]);
+    assert_eq!(params[count + 12..], ["layers.3.kv"]);
+    assert_eq!(step.results.len(), 2 + params.len() - count);
+    for (param, result) in step.params[count..].iter().zip(&step.results[2..]) {
         assert_eq!(step.node(*param).types[0], *step.ty(*result));
     }
     let draft = model.module.function("draft").expect("draft");

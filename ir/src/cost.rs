@@ -75,7 +75,10 @@ pub fn elementwise(operands: &[&Type], results: &[Type], _: &Attrs) -> Cost {
 /// Operands, results and states move once; arithmetic does not count.
 pub fn streaming(operands: &[&Type], results: &[Type], attrs: &Attrs) -> Cost {
     let state = operands.iter().filter_map(|t| t.as_state()).filter(|s| s.kind != crate::types::StateKind::Kv);
-    Cost { state_bytes: 2.0 * state.map(|s| s.bytes() as f64).sum::<f64>(), ..elementwise(operands, results, attrs) }
+    Cost {
+        state_bytes: 2.0 * state.map(|s| s.step_bytes() as f64).sum::<f64>(),
+        ..elementwise(operands, results, attrs)
+    }
 }
 
 /// One row of the weight a token.
@@ -122,7 +125,7 @@ pub fn attention(operands: &[&Type], results: &[Type], attrs: &Attrs) -> Cost {
 /// The state is read and written once a sequence; seven FLOPs an element and token.
 pub fn delta(operands: &[&Type], results: &[Type], attrs: &Attrs) -> Cost {
     let states = operands.iter().filter_map(|t| t.as_state());
-    let state_bytes: f64 = states.map(|s| s.bytes() as f64).sum();
+    let state_bytes: f64 = states.map(|s| s.step_bytes() as f64).sum();
     let token_flops = 7.0 * state_bytes / 4.0;
     Cost { state_bytes: 2.0 * state_bytes, token_flops, ..elementwise(operands, results, attrs) }
 }

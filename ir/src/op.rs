@@ -134,8 +134,10 @@ ops! {
     Proj = "proj" ("tuple"; "index") Structure => step::shape_proj, cost::free, step::eval_proj;
     /// Several values as one operand.
     Bundle = "bundle" ("items..."; ) Structure => step::shape_bundle, cost::free, step::eval_bundle;
-    /// The sequences of a step. positions `i32[T]`, cu_seqlens `i32[B+1]`, slot `i32[B]`, page_table `i32[B, P]`.
-    Sequences = "sequences" ("positions", "cu_seqlens", "slot", "page_table"; ) Structure => step::shape_sequences, cost::free, step::eval_sequences;
+    /// The sequences of a step. positions `i32[T]`, cu_seqlens `i32[B+1]`, slot `i32[B]`, replay `i32[B]`, tentative `i32[B]`, page_table `i32[B, P]`.
+    /// A tentative sequence leaves convolution and delta states as they are but for what its tokens would do, which the next
+    /// step does first for `replay` of them.
+    Sequences = "sequences" ("positions", "cu_seqlens", "slot", "replay", "tentative", "page_table"; ) Structure => step::shape_sequences, cost::free, step::eval_sequences;
 
     // ---- layout: rows in and out
     /// Row `tokens[t]` of the embedding table: `[T, hidden_size]`.

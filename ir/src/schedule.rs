@@ -99,6 +99,10 @@ pub enum Input {
     CuSeqlens,
     /// `slot[B]`, -1 for a padding sequence.
     Slot,
+    /// `replay[B]`: how many tokens of the sequence's last step, which was tentative, were accepted; 0 after an ordinary one.
+    Replay,
+    /// `tentative[B]`: 1 if this step's tokens may yet be taken back, at most [`crate::types::TENTATIVE_TOKENS`] of them.
+    Tentative,
     /// `page_table[B, P]`, rows without padding.
     PageTable,
     /// `logit_rows[R]`.
@@ -109,8 +113,17 @@ pub enum Input {
 
 impl Input {
     /// Every input.
-    pub const ALL: [Self; 7] =
-        [Self::Tokens, Self::Positions, Self::CuSeqlens, Self::Slot, Self::PageTable, Self::LogitRows, Self::Hidden];
+    pub const ALL: [Self; 9] = [
+        Self::Tokens,
+        Self::Positions,
+        Self::CuSeqlens,
+        Self::Slot,
+        Self::Replay,
+        Self::Tentative,
+        Self::PageTable,
+        Self::LogitRows,
+        Self::Hidden,
+    ];
 
     /// The parameter's name in the entry functions.
     pub const fn name(self) -> &'static str {
@@ -119,6 +132,8 @@ impl Input {
             Self::Positions => "positions",
             Self::CuSeqlens => "cu_seqlens",
             Self::Slot => "slot",
+            Self::Replay => "replay",
+            Self::Tentative => "tentative",
             Self::PageTable => "page_table",
             Self::LogitRows => "logit_rows",
             Self::Hidden => "hidden",

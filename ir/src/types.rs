@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::dtype::DType;
 use crate::format::Format;
-use crate::layout::Layout;
-use crate::shape::{Dim, Shape};
+use crate::layout::{Layout, padded_index};
+use crate::shape::{Dim, LANES, Shape, pad};
 
 /// What a value of a graph is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,11 +47,16 @@ pub struct WeightType {
 pub enum StateKind {
     /// Keys (after norm and RoPE) and values, paged: `[num_kv_heads, head_dim]` a token.
     Kv,
-    /// The last inputs of a causal convolution: `[heads, head_dim, taps - 1]` a slot.
+    /// The last inputs of a causal convolution: `[heads, head_dim, taps - 1]` a slot, and behind them the inputs of a tentative step.
     Conv,
-    /// The matrix of the delta rule: `[num_v_heads, head_k_dim, head_v_dim]` a slot.
+    /// The matrix of the delta rule: `[num_v_heads, head_k_dim, head_v_dim]` a slot, and for each head behind it the updates
+    /// `(k, d, decay)` of a tentative step.
     Delta,
 }
+
+/// Tokens of a tentative step at most: a known token and the drafts that it is followed by. A tentative step changes neither windows nor
+/// matrices; it keeps what its tokens would have done, and the next step replays as many of them as were accepted.
+pub const TENTATIVE_TOKENS: u64 = 8;
 
 impl StateKind {
     /// Every kind.
@@ -84,12 +89,54 @@ pub struct StateType {
 impl StateType {
     /// Bytes as stored in f32: of one token for [`StateKind::Kv`] (keys and values), of one slot for the others.
     pub fn bytes(&self) -> u64 {
-        use crate::shape::pad;
+        match self.kind {
+            StateKind::Kv => self.step_bytes(),
+            StateKind::Conv => (self.dims[2] + TENTATIVE_TOKENS) * self.dims[0] * pad(self.dims[1]) * 4,
+            StateKind::Delta => self.dims[0] * self.delta_head_elems() * 4,
+        }
+    }
+
+    /// Bytes of that which an ordinary step reads and writes: without what is kept of tentative tokens.
+    pub fn step_bytes(&self) -> u64 {
         match self.kind {
             StateKind::Kv => 2 * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Conv => self.dims[2] * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Delta => self.dims[0] * self.dims[1] * pad(self.dims[2]) * 4,
         }
+    }
+
+    /// Where element `i` of a unit (a page, a slot) lies in memory, if a unit is numbered without padding as the graph interpreter
+    /// does: see [`crate::eval::State`].
+    pub fn stored_index(&self, i: u64) -> u64 {
+        let [heads, width, depth] = [0, 1, 2].map(|d| self.dims.get(d).copied().unwrap_or(1));
+        if self.kind != StateKind::Delta {
+            return padded_index(&[heads, width], i);
+        }
+        let (matrix, update) = (width * depth, width + depth + 1);
+        let head_elems = matrix + TENTATIVE_TOKENS * update;
+        let (head, i) = (i / head_elems, i % head_elems);
+        let within = match i.checked_sub(matrix) {
+            None => padded_index(&[width, depth], i),
+            Some(i) => {
+                let part = match i % update {
+                    k if k < width => k,
+                    d if d < width + depth => pad(width) + d - width,
+                    _ => pad(width) + pad(depth),
+                };
+                width * pad(depth) + i / update * self.delta_update_elems() + part
+            }
+        };
+        head * self.delta_head_elems() + within
+    }
+
+    /// Elements of one head of a delta state: the matrix, then the kept updates.
+    pub fn delta_head_elems(&self) -> u64 {
+        self.dims[1] * pad(self.dims[2]) + TENTATIVE_TOKENS * self.delta_update_elems()
+    }
+
+    /// Elements of one kept update of a delta state: `k`, then `d`, then the decay, each padded.
+    pub fn delta_update_elems(&self) -> u64 {
+        pad(self.dims[1]) + pad(self.dims[2]) + LANES
     }
 }
 

@@ -198,6 +198,8 @@ fn sequences_of_a_batch_do_not_see_each_other() {
         positions: vec![0, 0, 0, 1, 2, 0],
         cu_seqlens: vec![0, 1, 2, 5, 6],
         slot: vec![4, -1, 7, 0],
+        replay: Vec::new(),
+        tentative: Vec::new(),
         page_table: vec![9, -1, -1, -1, 3, 5, 8, -1],
         pages_per_sequence: 2,
         logit_rows: vec![1, 4, 3, 2],

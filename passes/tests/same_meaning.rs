@@ -23,6 +23,8 @@ fn args(function: &Function, step: &Step, rng: &mut Rng) -> Vec<Datum<f64>> {
             Some("positions") => Datum::Int(step.positions.clone()),
             Some("cu_seqlens") => Datum::Int(step.cu_seqlens.clone()),
             Some("slot") => Datum::Int(step.slot.clone()),
+            Some("replay") => Datum::Int(step.replay.clone()),
+            Some("tentative") => Datum::Int(step.tentative.clone()),
             Some("page_table") => Datum::Int(step.page_table.clone()),
             name => step.datum(&node.types[0], name == Some("ssq"), rng),
         }

@@ -21,14 +21,15 @@ use serde_json::{Map, Value as Json};
 
 use crate::artifact::Artifact;
 use crate::error::Error;
-use crate::generate::{TextFiles, settings::Settings};
+use crate::generate::{Forward, TextFiles, settings::Settings};
 use crate::template::ChatTemplate;
+use crate::text::Model;
 use crate::tokenizer::{Special, TextStream, Tokenizer};
 use args::ChatArgs;
 use conversation::Conversation;
 pub use error::ChatError;
 use input::{COMMANDS, Line, Lines, Request, read_message};
-use model::{ChatModel, EngineModel};
+use model::{ChatModel, OneSequence};
 use session::{Answering, End, MAX_SNAPSHOTS, Session, TurnStats};
 use thoughts::{Run, Thoughts};
 
@@ -56,14 +57,17 @@ fn converse(artifact: Artifact, chat_args: &ChatArgs) -> Result<(), Error> {
     let tokenizer = files.tokenizer.get().map_err(ChatError::from)?;
     let variables = variables(chat_args, &template)?;
     let settings = Settings::new(args, files.generation_config, &artifact.metadata().model.eos_token_ids)?;
+    let mut model = OneSequence::begin(Model::open(artifact, args)?)?;
     let answering = Answering {
         max_new_tokens: chat_args.max_answer(),
         step_tokens: args.step_tokens as usize,
         eos: settings.eos,
         sampling: settings.sampling,
+        drafts: args.draft_tokens.planner(&mut model)?,
     };
-    let threads = args.threads.unwrap_or_else(crate::pool::available_threads);
-    let model = EngineModel::open(artifact, threads, answering.step_tokens)?;
+    if let Some(drafter) = model.drafter().filter(|_| answering.drafts.may_draft()) {
+        drafter.prepare();
+    }
     let out = std::io::stdout();
     let mut chat = Chat {
         session: Session::new(model),
@@ -91,7 +95,7 @@ fn variables(args: &ChatArgs, template: &ChatTemplate) -> Result<Map<String, Jso
 }
 
 /// A chat with all that belongs to it.
-struct Chat<'a, M> {
+struct Chat<'a, M: ChatModel> {
     session: Session<M>,
     conversation: Conversation,
     template: ChatTemplate,
@@ -194,7 +198,7 @@ impl<M: ChatModel> Chat<'_, M> {
             out: &mut self.out,
         };
         interrupt::take();
-        let result = self.session.answer(&prompt, &self.answering, &mut |token| {
+        let result = self.session.answer(&prompt, &mut self.answering, &mut |token| {
             if let Some(token) = token {
                 shown.push(token)?;
             }
@@ -225,7 +229,7 @@ impl<M: ChatModel> Chat<'_, M> {
         let model = self.session.model();
         let (snapshots, snapshot_bytes) = self.session.snapshots();
         format!(
-            "last turn: {} fed, {} reused, {:.1} tokens/s | answer: {}, {:.1} tokens/s\n\
+            "last turn: {} fed, {} reused, {:.1} tokens/s | answer: {}, {:.1} tokens/s, {} of {} right\n\
              chat: {}, {} of {} tokens\n\
              memory: {:.1} MB of state, {:.1} MB in {} (at most {MAX_SNAPSHOTS}) | seed {}\n",
             count(last.fed, "token"),
@@ -233,10 +237,12 @@ impl<M: ChatModel> Chat<'_, M> {
             rate(last.fed, last.prefill_s),
             count(last.answer, "token"),
             rate(last.answer.saturating_sub(1), last.decode_s),
+            last.accepted,
+            count(last.drafted, "draft"),
             count(self.turns(), "turn"),
             fed,
             model.max_context(),
-            model.state_bytes(fed) as f64 / 1e6,
+            model.state_bytes() as f64 / 1e6,
             snapshot_bytes as f64 / 1e6,
             count(snapshots, "snapshot"),
             self.answering.sampling.seed,

@@ -35,14 +35,28 @@ pub enum LogitRows {
     All,
     /// For the last token of each sequence; long prompts are cut into steps.
     Last,
+    /// For none.
+    None,
 }
 
-/// What a step gave: a row for each token that was asked for.
+impl LogitRows {
+    /// The rows of a step whose sequences end at `cu_seqlens`.
+    fn of(self, cu_seqlens: &[i32]) -> Vec<i32> {
+        let ends = &cu_seqlens[1..];
+        match self {
+            Self::All => (0..ends.last().copied().unwrap_or(0)).collect(),
+            Self::Last => ends.iter().map(|end| end - 1).collect(),
+            Self::None => Vec::new(),
+        }
+    }
+}
+
+/// What a step gave.
 #[derive(Clone, Copy, Debug)]
 pub struct Output<'a> {
-    /// Logits, `vocab_size` wide.
+    /// Logits of the tokens that were asked for, `vocab_size` wide.
     pub logits: Rows<'a>,
-    /// Hidden rows after the final norm, `hidden_size` wide.
+    /// Hidden rows of all tokens after the final norm, `hidden_size` wide.
     pub hidden: Rows<'a>,
 }
 
@@ -151,12 +165,38 @@ impl Engine {
             self.feed_ahead(&mut parts)?;
         }
         let mut inputs = self.inputs(&parts)?;
-        inputs.logit_rows = match rows {
-            LogitRows::All => (0..inputs.tokens.len() as i32).collect(),
-            LogitRows::Last => inputs.cu_seqlens[1..].iter().map(|end| end - 1).collect(),
-        };
+        inputs.logit_rows = rows.of(&inputs.cu_seqlens);
         self.run_parts(&parts, &inputs)?;
         self.output(self.step, &inputs.dims())
+    }
+
+    /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. The sequences stay as they are until
+    /// [`Engine::accept`] says how many of the tokens are theirs.
+    /// # Errors
+    /// As [`Engine::forward`], and [`Error::Step`] for more tokens than a state can keep.
+    pub fn forward_tentative(&mut self, batch: &[(SequenceId, &[u32])]) -> Result<Output<'_>, Error> {
+        let most = self.metadata().tentative_tokens as usize;
+        if batch.iter().any(|(_, tokens)| tokens.len() > most) {
+            return Err(Error::Step("more tentative tokens than a state keeps"));
+        }
+        let parts = self.check_batch(batch)?;
+        let mut inputs = self.inputs(&parts)?;
+        inputs.tentative.fill(1);
+        inputs.logit_rows = LogitRows::All.of(&inputs.cu_seqlens);
+        self.executor.run(&self.artifact, &self.weights, &self.states, self.step, &inputs)?;
+        for part in &parts {
+            // what was replayed is done now
+            self.states.set_tokens(part.sequence, part.position, 0)?;
+        }
+        self.output(self.step, &inputs.dims())
+    }
+
+    /// Makes the first `tokens` tokens of the sequence's last step, which was tentative, its own.
+    /// # Errors
+    /// [`Error::Step`] if the sequence has ended.
+    pub fn accept(&mut self, sequence: SequenceId, tokens: u32) -> Result<(), Error> {
+        let have = self.tokens(sequence)?;
+        self.states.set_tokens(sequence, have + u64::from(tokens), tokens)
     }
 
     /// Feeds the draft; the sequence's own length stays as it is. Entries of the draft's KV from `position` on are written.
@@ -176,10 +216,7 @@ impl Engine {
             parts.push(Part { sequence: d.sequence, position: d.position, tokens: d.tokens });
         }
         let mut inputs = self.inputs(&parts)?;
-        inputs.logit_rows = match rows {
-            LogitRows::All => (0..inputs.tokens.len() as i32).collect(),
-            LogitRows::Last => inputs.cu_seqlens[1..].iter().map(|end| end - 1).collect(),
-        };
+        inputs.logit_rows = rows.of(&inputs.cu_seqlens);
         let padded = width.next_multiple_of(16);
         for row in batch.iter().flat_map(|d| d.hidden.chunks_exact(width)) {
             inputs.hidden.extend_from_slice(row);
@@ -251,7 +288,7 @@ impl Engine {
     fn run_parts(&mut self, parts: &[Part<'_>], inputs: &StepInputs) -> Result<(), Error> {
         self.executor.run(&self.artifact, &self.weights, &self.states, self.step, inputs)?;
         for part in parts {
-            self.states.set_tokens(part.sequence, part.position + part.tokens.len() as u64)?;
+            self.states.set_tokens(part.sequence, part.position + part.tokens.len() as u64, 0)?;
         }
         Ok(())
     }
@@ -271,6 +308,8 @@ impl Engine {
             inputs.positions.extend(positions);
             inputs.cu_seqlens.push(inputs.tokens.len() as i32);
             inputs.slot.push(sequence.slot as i32);
+            inputs.replay.push(sequence.replay as i32);
+            inputs.tentative.push(0);
             let filled = inputs.page_table.len() + width;
             inputs.page_table.extend(sequence.pages.iter().map(|&p| p as i32));
             inputs.page_table.resize(filled, 0);

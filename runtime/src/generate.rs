@@ -4,6 +4,7 @@
 //! stop texts ([`stop`]), defaults of the checkpoint ([`settings`]) and what is printed.
 
 pub mod decode;
+pub mod draft;
 pub mod settings;
 pub mod stop;
 
@@ -17,6 +18,7 @@ use crate::sample::SampleError;
 use crate::template::{Chat, ChatTemplate, TemplateError};
 use crate::tokenizer::{LazyTokenizer, Special, TextStream, Tokenizer, TokenizerError};
 use decode::{Completion, Finish, Limits, Timings};
+use draft::DraftTokens;
 use settings::Settings;
 use stop::StopTexts;
 
@@ -46,14 +48,46 @@ pub trait Forward {
     /// # Errors
     /// If memory for the step or for KV is lacking.
     fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError>;
+    /// The model as one that drafts, if it can.
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        None
+    }
+}
+
+/// What speculative decoding needs of a model.
+pub trait Drafter {
+    /// Most tokens of a tentative step.
+    fn tentative_tokens(&self) -> usize;
+    /// Says that drafts will be asked for, so that what they need is kept from now on.
+    fn prepare(&mut self);
+    /// Drafts `count` tokens for each sequence after its `next` token, which the model has not been fed yet.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError>;
+    /// As [`Forward::forward`], but gives the logits of every token, and what was appended counts only once it is accepted.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError>;
+    /// Makes the first `tokens` of a sequence's tentative tokens its own.
+    /// # Errors
+    /// As [`Forward::forward`].
+    fn accept(&mut self, sequence: Sequence, tokens: usize) -> Result<(), ModelError>;
 }
 
 /// Why nothing, or no more, was generated.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
-    /// Speculation is asked for.
-    #[error("`--draft-tokens` is {0}: speculative decoding is not there yet, expected 0")]
-    Speculation(u32),
+    /// Drafts are asked for, and the model cannot draft.
+    #[error("`--draft-tokens` is {0}, but this model has no multi-token prediction; expected 0 or auto")]
+    NoDrafts(usize),
+    /// More drafts are asked for than a step can check.
+    #[error("`--draft-tokens` is {found}, expected at most {most}")]
+    TooManyDrafts {
+        /// How many.
+        found: usize,
+        /// How many there can be.
+        most: usize,
+    },
     /// The file of token ids is bad.
     #[error("{path}: {reason}")]
     Ids {
@@ -148,9 +182,9 @@ pub struct GenerateArgs {
     /// Go on after a token that ends the answer.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Tokens to draft ahead; only 0 for now.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub draft_tokens: u32,
+    /// Tokens that the model's own multi-token prediction drafts ahead of each step: a number, or auto. The tokens stay the same.
+    #[arg(long, value_name = "K|auto", default_value = "auto")]
+    pub draft_tokens: DraftTokens,
     /// Most tokens of a prompt in one step.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     pub step_tokens: u32,
@@ -203,9 +237,7 @@ pub fn run(
     load_s: f64,
     out: &mut dyn Write,
 ) -> Result<(), GenerateError> {
-    if args.draft_tokens > 0 {
-        return Err(GenerateError::Speculation(args.draft_tokens));
-    }
+    let drafts = args.draft_tokens.planner(model)?;
     let settings = Settings::new(args, files.generation_config, &model.eos_token_ids())?;
     let prompts = prompts(args, files)?;
     let limits = Limits {
@@ -213,6 +245,7 @@ pub fn run(
         step_tokens: args.step_tokens as usize,
         eos: if args.ignore_eos { Vec::new() } else { settings.eos.clone() },
         sampling: settings.sampling,
+        drafts,
     };
     let mut texts = Texts::new(args, files, &prompts, out)?;
     let (completions, timings) =
@@ -405,7 +438,7 @@ impl Report<'_> {
                     "decode_tokens_per_s": completion.decode_tokens_per_s(),
                     "load_s": self.load_s,
                 },
-                "mtp": {"drafted": 0, "accepted": 0},
+                "mtp": {"drafted": completion.drafted, "accepted": completion.accepted},
                 "seed": self.settings.sampling.seed,
             })
         };

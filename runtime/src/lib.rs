@@ -54,6 +54,7 @@ pub(crate) fn sample_metadata() -> nextc_abi::Metadata {
         states: Vec::new(),
         arena: Arena::default(),
         page_tokens: 16,
+        tentative_tokens: 8,
         assets: Vec::new(),
     }
 }

@@ -1,6 +1,7 @@
 //! What one sequence carries, as bytes: snapshots of its slot to go back to, and all of it to be written to a file.
 //!
-//! A snapshot holds what cannot be taken back otherwise: convolution windows and delta matrices. KV is kept by length, so a
+//! A snapshot holds what cannot be taken back otherwise: convolution windows and delta matrices, with what
+//! tentative tokens left there. KV is kept by length, so a
 //! sequence goes back to a snapshot only while it holds the tokens that were fed until then.
 
 use std::io::{self, Read, Write};
@@ -9,13 +10,15 @@ use nextc_abi::StateKind;
 
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::state::{SequenceId, States};
+use crate::state::{Sequence, SequenceId, States};
 
 /// The recurrent states of a sequence at some length.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Tokens that the sequence had been fed.
     pub tokens: u64,
+    /// How many of them the next step must do first, as they were tentative.
+    pub replay: u32,
     /// The bytes of its slot, state after state.
     pub bytes: Vec<u8>,
 }
@@ -75,7 +78,8 @@ impl Engine {
         let spans = self.states.slot_spans(sequence)?;
         let mut bytes = Vec::with_capacity(spans.iter().map(|s| s.bytes).sum());
         spans.iter().for_each(|span| bytes.extend_from_slice(self.states.bytes_of(span)));
-        Ok(Snapshot { tokens: self.states.tokens(sequence)?, bytes })
+        let &Sequence { tokens, replay, .. } = self.states.get(sequence)?;
+        Ok(Snapshot { tokens, replay, bytes })
     }
 
     /// Takes a sequence back to a snapshot of it. Its first `snapshot.tokens` tokens must be the same as then.
@@ -95,7 +99,7 @@ impl Engine {
             self.states.bytes_of_mut(span).copy_from_slice(bytes);
             rest = after;
         }
-        self.states.set_tokens(sequence, snapshot.tokens)
+        self.states.set_tokens(sequence, snapshot.tokens, snapshot.replay)
     }
 
     /// Takes a sequence back to its beginning.
@@ -103,7 +107,7 @@ impl Engine {
     /// [`Error::Step`] if it has ended.
     pub fn rewind(&mut self, sequence: SequenceId) -> Result<(), Error> {
         // kernels take position 0 as a fresh sequence
-        self.states.set_tokens(sequence, 0)
+        self.states.set_tokens(sequence, 0, 0)
     }
 
     /// Bytes that [`Engine::write_state`] writes for a sequence of `tokens` tokens.
@@ -111,15 +115,17 @@ impl Engine {
         let metadata = self.metadata();
         let page_tokens = metadata.page_tokens.max(1);
         let kv_tokens = tokens.div_ceil(page_tokens) * page_tokens;
-        metadata.state_bytes_per_sequence() + metadata.kv_bytes_per_token() * kv_tokens
+        REPLAY_BYTES + metadata.state_bytes_per_sequence() + metadata.kv_bytes_per_token() * kv_tokens
     }
 
     /// Writes all that a sequence carries.
     /// # Errors
     /// The writer's; a sequence that has ended is invalid input.
     pub fn write_state(&self, sequence: SequenceId, out: &mut dyn Write) -> io::Result<()> {
-        let spans = self.states.tokens(sequence).and_then(|tokens| self.states.all_spans(sequence, tokens));
-        spans.map_err(invalid)?.iter().try_for_each(|span| out.write_all(self.states.bytes_of(span)))
+        let &Sequence { tokens, replay, .. } = self.states.get(sequence).map_err(invalid)?;
+        let spans = self.states.all_spans(sequence, tokens).map_err(invalid)?;
+        out.write_all(&replay.to_le_bytes())?;
+        spans.iter().try_for_each(|span| out.write_all(self.states.bytes_of(span)))
     }
 
     /// Reads what [`Engine::write_state`] wrote of a sequence of `tokens` tokens.
@@ -128,10 +134,19 @@ impl Engine {
     pub fn read_state(&mut self, sequence: SequenceId, tokens: u64, input: &mut dyn Read) -> io::Result<()> {
         self.states.grow(sequence, 0, tokens).map_err(invalid)?;
         let spans = self.states.all_spans(sequence, tokens).map_err(invalid)?;
+        let mut replay = [0; REPLAY_BYTES as usize];
+        input.read_exact(&mut replay)?;
+        let replay = u32::from_le_bytes(replay);
+        if u64::from(replay) > self.metadata().tentative_tokens.min(tokens) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "more tentative tokens than a state keeps"));
+        }
         spans.iter().try_for_each(|span| input.read_exact(self.states.bytes_of_mut(span)))?;
-        self.states.set_tokens(sequence, tokens).map_err(invalid)
+        self.states.set_tokens(sequence, tokens, replay).map_err(invalid)
     }
 }
+
+/// Bytes of the number of tokens to replay.
+const REPLAY_BYTES: u64 = 4;
 
 fn invalid(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, error)

@@ -50,6 +50,8 @@ pub(crate) struct Sequence {
     pub slot: u32,
     pub pages: Vec<u32>,
     pub tokens: u64,
+    /// Accepted tokens of the last step, which was tentative: the next step does them first.
+    pub replay: u32,
 }
 
 /// The states of all sequences.
@@ -104,7 +106,7 @@ impl States {
     /// [`Error::Slots`] if there are as many as were reserved.
     pub fn begin(&mut self) -> Result<SequenceId, Error> {
         let slot = self.slots.take().ok_or(Error::Slots { slots: self.max_sequences })?;
-        let sequence = Some(Sequence { slot, pages: Vec::new(), tokens: 0 });
+        let sequence = Some(Sequence { slot, pages: Vec::new(), tokens: 0, replay: 0 });
         let free = self.sequences.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.sequences.push(None);
@@ -156,9 +158,10 @@ impl States {
         Ok(())
     }
 
-    /// Says that a sequence has `tokens` tokens now.
-    pub(crate) fn set_tokens(&mut self, id: SequenceId, tokens: u64) -> Result<(), Error> {
-        self.get_mut(id)?.tokens = tokens;
+    /// Says that a sequence has `tokens` tokens now, of which `replay` are kept from a tentative step.
+    pub(crate) fn set_tokens(&mut self, id: SequenceId, tokens: u64, replay: u32) -> Result<(), Error> {
+        let sequence = self.get_mut(id)?;
+        (sequence.tokens, sequence.replay) = (tokens, replay);
         Ok(())
     }
 
@@ -179,7 +182,7 @@ impl States {
                 page.chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&random.between(-1.0, 1.0).to_le_bytes()));
             }
         }
-        self.set_tokens(id, tokens)
+        self.set_tokens(id, tokens, 0)
     }
 
     /// Tokens of a sequence.
@@ -227,7 +230,7 @@ mod tests {
     fn a_context_that_is_too_long_says_by_how_much() {
         let mut states = States::reserve(&metadata(), 1).unwrap();
         let a = states.begin().unwrap();
-        states.set_tokens(a, 90).unwrap();
+        states.set_tokens(a, 90, 0).unwrap();
         let error = states.grow(a, 0, 200).unwrap_err();
         assert_eq!(error.to_string(), "sequence 0: 90 + 110 tokens are 100 more than the context of 100");
     }

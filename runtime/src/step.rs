@@ -14,7 +14,7 @@ use crate::weights::Weights;
 const SLACK_BYTES: u64 = 64;
 
 /// Number of inputs an entry point can have.
-const INPUTS: usize = 7;
+const INPUTS: usize = 9;
 
 /// The inputs of a step, as its kernels read them.
 #[derive(Debug, Default)]
@@ -23,6 +23,10 @@ pub(crate) struct StepInputs {
     pub positions: Vec<i32>,
     pub cu_seqlens: Vec<i32>,
     pub slot: Vec<i32>,
+    /// `[B]`: kept tokens that are done first.
+    pub replay: Vec<i32>,
+    /// `[B]`: 1 if the tokens are kept instead of done.
+    pub tentative: Vec<i32>,
     /// `[B, P]`.
     pub page_table: Vec<i32>,
     pub logit_rows: Vec<i32>,
@@ -46,6 +50,8 @@ impl StepInputs {
             bytes(&self.positions),
             bytes(&self.cu_seqlens),
             bytes(&self.slot),
+            bytes(&self.replay),
+            bytes(&self.tentative),
             bytes(&self.page_table),
             bytes(&self.logit_rows),
             bytes(&self.hidden),
@@ -59,9 +65,11 @@ const fn input_index(input: Input) -> usize {
         Input::Positions => 1,
         Input::CuSeqlens => 2,
         Input::Slot => 3,
-        Input::PageTable => 4,
-        Input::LogitRows => 5,
-        Input::Hidden => 6,
+        Input::Replay => 4,
+        Input::Tentative => 5,
+        Input::PageTable => 6,
+        Input::LogitRows => 7,
+        Input::Hidden => 8,
     }
 }
 
@@ -283,6 +291,8 @@ mod tests {
             positions: vec![0, 1, 5],
             cu_seqlens: vec![0, 2, 3],
             slot: vec![0, 4],
+            replay: vec![0],
+            tentative: vec![0],
             page_table: vec![0, 1, 2, 0, 0, 0],
             logit_rows: vec![2],
             hidden: Vec::new(),

@@ -52,11 +52,14 @@ impl Stepper for KernelSession<'_> {
                 |r: &[f32]| r.iter().copied().chain(std::iter::repeat_n(0.0, padded - width)).collect::<Vec<f32>>();
             Buffer::from_f32(&data.chunks(width).flat_map(row).collect::<Vec<f32>>())
         };
+        let zeros = || Buffer::from_i32(&vec![0; inputs.slot.len()]);
         let mut buffers = vec![
             (Input::Tokens, Buffer::from_i32(&inputs.tokens)),
             (Input::Positions, Buffer::from_i32(&inputs.positions)),
             (Input::CuSeqlens, Buffer::from_i32(&inputs.cu_seqlens)),
             (Input::Slot, Buffer::from_i32(&inputs.slot)),
+            (Input::Replay, zeros()),
+            (Input::Tentative, zeros()),
             (Input::PageTable, Buffer::from_i32(&inputs.page_table)),
             (Input::LogitRows, Buffer::from_i32(&inputs.logit_rows)),
         ];

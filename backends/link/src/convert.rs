@@ -29,6 +29,7 @@ pub(crate) fn metadata(inputs: &LinkInputs<'_>, image: &Image) -> Result<abi::Me
         states: module.states.iter().map(state).collect(),
         arena: abi::Arena { fixed_bytes: module.arena.fixed_bytes, unit_bytes: module.arena.unit_bytes },
         page_tokens: module.page_tokens,
+        tentative_tokens: nextc_ir::types::TENTATIVE_TOKENS,
         assets: assets(inputs.assets),
     })
 }
@@ -116,6 +117,8 @@ fn input(i: Input) -> abi::Input {
         Input::Positions => abi::Input::Positions,
         Input::CuSeqlens => abi::Input::CuSeqlens,
         Input::Slot => abi::Input::Slot,
+        Input::Replay => abi::Input::Replay,
+        Input::Tentative => abi::Input::Tentative,
         Input::PageTable => abi::Input::PageTable,
         Input::LogitRows => abi::Input::LogitRows,
         Input::Hidden => abi::Input::Hidden,

@@ -17,16 +17,15 @@ pub(super) fn embed(w: &Weights) -> Result<Part, BuildError> {
     Ok(p.finish(vec![x, ssq]))
 }
 
-/// `@head(x, ssq, rows, gain, w) -> (logits, hidden)`: norm and head of the rows asked for.
+/// `@head(x, ssq, rows, gain, w) -> (logits, hidden)`: the norm of all rows, which the draft continues from, and the head of the rows asked for.
 pub(super) fn head(w: &Weights, c: &ModelConfig, name: &str, gain: &str, head: &str) -> Result<Part, BuildError> {
     let mut p = PartBuilder::new(w, name, "");
     let [x, ssq] = p.stream(stream_types(c));
     let rows = p.input("rows", Type::i32(Shape::new([Sym::R])));
     let gain = p.weight_as("gain", gain.into());
     let head = p.weight_as("w", head.into());
-    let x = p.op(Op::GatherRows, &[x, rows])?;
-    let ssq = p.op(Op::GatherRows, &[ssq, rows])?;
     let hidden = p.op_with(Op::RmsNormSsq, &[x, ssq, gain], eps(c.rms_norm_eps))?;
-    let logits = p.op(Op::Linear, &[hidden, head])?;
+    let asked = p.op(Op::GatherRows, &[hidden, rows])?;
+    let logits = p.op(Op::Linear, &[asked, head])?;
     Ok(p.finish(vec![logits, hidden]))
 }

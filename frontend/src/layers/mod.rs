@@ -3,7 +3,7 @@
 //! Everything is in plain ops; the passes merge functions that are equal and fuse what stands in them. An entry function
 //! holds nothing but parameters, weights, the sequences of the step and calls:
 //!
-//! - `@step(tokens, positions, cu_seqlens, slot, page_table, logit_rows, states...) -> (logits, hidden, states...)`
+//! - `@step(tokens, positions, cu_seqlens, slot, replay, tentative, page_table, logit_rows, states...) -> (logits, hidden, states...)`
 //! - `@draft(the same six, hidden, mtp.kv) -> (logits, hidden, mtp.kv)`, where there is an MTP module
 
 mod attention;
@@ -83,7 +83,7 @@ struct Entry {
     f: FunctionBuilder,
     tokens: Value,
     logit_rows: Value,
-    seqs: [Value; 4],
+    seqs: [Value; 6],
     weights: IndexMap<String, Value>,
     states: IndexMap<String, Value>,
 }
@@ -97,6 +97,8 @@ impl Entry {
             input("positions", vec![Sym::T.into()]),
             input("cu_seqlens", vec![Dim::SymPlus(Sym::B, 1)]),
             input("slot", vec![Sym::B.into()]),
+            input("replay", vec![Sym::B.into()]),
+            input("tentative", vec![Sym::B.into()]),
             input("page_table", vec![Sym::B.into(), Sym::P.into()]),
         ];
         let logit_rows = input("logit_rows", vec![Sym::R.into()]);

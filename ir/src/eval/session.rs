@@ -22,6 +22,10 @@ pub struct StepInputs<F> {
     pub cu_seqlens: Vec<i32>,
     /// The state slot of each sequence, -1 for padding: `[B]`.
     pub slot: Vec<i32>,
+    /// How many kept tokens of each sequence are replayed first, `[B]`; empty for none.
+    pub replay: Vec<i32>,
+    /// 1 for each sequence whose tokens are tentative, `[B]`; empty for none.
+    pub tentative: Vec<i32>,
     /// The KV pages of each sequence, `[B, pages_per_sequence]`.
     pub page_table: Vec<i32>,
     /// Width of the page table.
@@ -41,6 +45,8 @@ impl<F> StepInputs<F> {
             positions: (first..first + count).collect(),
             cu_seqlens: vec![0, count],
             slot: vec![0],
+            replay: Vec::new(),
+            tentative: Vec::new(),
             page_table: (0..pages_per_sequence as i32).collect(),
             pages_per_sequence,
             logit_rows: (0..count).collect(),
@@ -132,6 +138,10 @@ impl<'m, F: Real> Session<'m, F> {
             "positions" => vector(&inputs.positions),
             "cu_seqlens" => vector(&inputs.cu_seqlens),
             "slot" => vector(&inputs.slot),
+            "replay" | "tentative" => {
+                let given = if name == "replay" { &inputs.replay } else { &inputs.tentative };
+                if given.is_empty() { vector(&vec![0; inputs.slot.len()]) } else { vector(given) }
+            }
             "logit_rows" => vector(&inputs.logit_rows),
             "page_table" => {
                 let dims = [inputs.slot.len(), inputs.pages_per_sequence];

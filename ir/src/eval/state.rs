@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use super::EvalError;
 use super::datum::{Array, Real};
-use crate::types::{StateKind, StateType};
+use crate::types::{StateKind, StateType, TENTATIVE_TOKENS};
 
 /// One version of a state: units (pages of KV, slots of the others) that exist once they are touched, zero before.
 ///
 /// A unit holds, row-major and without padding: KV `[num_kv_heads][k, v][page_tokens][head_dim]`; conv
-/// `[taps - 1][heads][width]`, oldest first; delta `[num_v_heads][head_k_dim][head_v_dim]`. A clone shares its units
-/// until one is written.
+/// `[taps - 1][heads][width]`, oldest first, then the inputs of tentative tokens; delta for each value head
+/// `[head_k_dim][head_v_dim]`, then `k`, `d` and the decay of each tentative token. A clone shares its units until one is
+/// written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State<F> {
     ty: StateType,
@@ -24,7 +25,14 @@ impl<F: Real> State<F> {
     /// A state that nothing was written to.
     pub fn new(ty: &StateType, page_tokens: usize) -> Self {
         let elems = ty.dims.iter().product::<u64>() as usize;
-        let unit_elems = if ty.kind == StateKind::Kv { 2 * page_tokens * elems } else { elems };
+        let kept = TENTATIVE_TOKENS as usize;
+        let dims: Vec<usize> = ty.dims.iter().map(|&d| d as usize).collect();
+        let unit_elems = match (ty.kind, dims.as_slice()) {
+            (StateKind::Kv, _) => 2 * page_tokens * elems,
+            (StateKind::Conv, [heads, width, _]) => elems + kept * heads * width,
+            (StateKind::Delta, [heads, dk, dv]) => elems + kept * heads * (dk + dv + 1),
+            _ => elems,
+        };
         Self { ty: ty.clone(), unit_elems, units: BTreeMap::new() }
     }
 
@@ -78,6 +86,10 @@ pub struct Run {
     pub tokens: Range<usize>,
     /// The slot of its state.
     pub slot: u32,
+    /// Kept tokens that come before it.
+    pub replay: usize,
+    /// Whether its tokens are kept instead of done.
+    pub tentative: bool,
 }
 
 /// The sequences of a step, checked: rows are within the step, no slot is owned twice.
@@ -122,9 +134,28 @@ impl Sequences {
             if let Some(p) = positions[tokens.clone()].iter().find(|&&p| p < 0) {
                 return wrong(format!("position {p} of sequence {sequence} is negative"));
             }
-            runs.push(Run { sequence, tokens, slot });
+            runs.push(Run { sequence, tokens, slot, replay: 0, tentative: false });
         }
         Ok(Self { positions, runs, page_table: page_table.data().to_vec(), pages })
+    }
+
+    /// The same with `replay` and `tentative` `[B]`.
+    /// # Errors
+    /// [`EvalError::Sequences`] if more tokens are kept or replayed than a state holds.
+    pub fn with_tentative(mut self, replay: &Array<i32>, tentative: &Array<i32>) -> Result<Self, EvalError> {
+        let most = TENTATIVE_TOKENS as usize;
+        for run in &mut self.runs {
+            let of = |a: &Array<i32>| a.data().get(run.sequence).copied().and_then(|n| usize::try_from(n).ok());
+            let (Some(replay), Some(tentative)) = (of(replay), of(tentative)) else {
+                return Err(EvalError::Sequences(format!("sequence {} has no `replay` or `tentative`", run.sequence)));
+            };
+            if replay > most || (tentative != 0 && run.tokens.len() > most) {
+                let reason = format!("sequence {}: more than {most} tokens replayed or tentative", run.sequence);
+                return Err(EvalError::Sequences(reason));
+            }
+            (run.replay, run.tentative) = (replay, tentative != 0);
+        }
+        Ok(self)
     }
 
     /// The sequences that have a slot and tokens.

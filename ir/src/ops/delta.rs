@@ -159,7 +159,7 @@ pub fn conv1d<F: Real>(
     for run in seqs.runs() {
         let mut window = vec![F::default(); (taps - 1) * channels];
         if let Some(unit) = conv.unit(run.slot).filter(|_| !seqs.begins(run)) {
-            window.copy_from_slice(unit);
+            window.copy_from_slice(&unit[run.replay * channels..][..(taps - 1) * channels]);
         }
         window.extend_from_slice(&x.data()[run.tokens.start * channels..run.tokens.end * channels]);
         for (i, t) in run.tokens.clone().enumerate() {
@@ -168,7 +168,8 @@ pub fn conv1d<F: Real>(
                 data[t * channels + c] = F::of(products.sum());
             }
         }
-        conv.unit_mut(run.slot).copy_from_slice(&window[run.tokens.len() * channels..]);
+        let kept = if run.tentative { &window[..] } else { &window[run.tokens.len() * channels..] };
+        conv.unit_mut(run.slot)[..kept.len()].copy_from_slice(kept);
     }
     Ok((Array::new(x.dims(), data)?, conv))
 }
@@ -206,23 +207,33 @@ struct DeltaToken<'a, F> {
 }
 
 impl<F: Real> DeltaToken<'_, F> {
-    /// `S ← exp(g)·S;  d = beta·(v − Sᵀk);  S ← S + k dᵀ;  out = Sᵀq`, with `state` = `S` `[head_k_dim][head_v_dim]`.
-    fn step(&self, state: &mut [F], out: &mut [F]) {
-        let (width, decay) = (self.v.len(), self.g.exp());
+    /// `S ← exp(g)·S;  d = beta·(v − Sᵀk);  S ← S + k dᵀ;  out = Sᵀq`, with `state` = `S` `[head_k_dim][head_v_dim]`. Gives `k`, `d` and the
+    /// decay, from which [`replay`] does the same to `S`.
+    fn step(&self, state: &mut [F], out: &mut [F]) -> Vec<F> {
+        let (width, decay) = (self.v.len(), F::of(self.g.exp()).get());
         let mut read = vec![0.0; width];
         for (row, k) in state.chunks_exact(width).zip(self.k) {
             let k = decay * k.get();
             read.iter_mut().zip(row).for_each(|(r, s)| *r += s.get() * k);
         }
-        let change: Vec<f64> = read.iter().zip(self.v).map(|(r, v)| self.beta * (v.get() - r)).collect();
+        let change: Vec<F> = read.iter().zip(self.v).map(|(r, v)| F::of(self.beta * (v.get() - r))).collect();
+        let update: Vec<F> = self.k.iter().chain(&change).copied().chain([F::of(decay)]).collect();
+        replay(state, &update, width);
         let mut mixed = vec![0.0; width];
-        for ((row, k), q) in state.chunks_exact_mut(width).zip(self.k).zip(self.q) {
-            for ((s, d), m) in row.iter_mut().zip(&change).zip(&mut mixed) {
-                *s = F::of(decay * s.get() + k.get() * d);
-                *m += s.get() * q.get();
-            }
+        for (row, q) in state.chunks_exact(width).zip(self.q) {
+            row.iter().zip(&mut mixed).for_each(|(s, m)| *m += s.get() * q.get());
         }
         out.iter_mut().zip(&mixed).for_each(|(o, m)| *o = F::of(*m));
+        update
+    }
+}
+
+/// `S ← decay·S + k dᵀ` for one update `(k, d, decay)`.
+fn replay<F: Real>(state: &mut [F], update: &[F], width: usize) {
+    let (k, rest) = update.split_at(state.len() / width);
+    let (change, decay) = (&rest[..width], rest[width].get());
+    for (row, k) in state.chunks_exact_mut(width).zip(k) {
+        row.iter_mut().zip(change).for_each(|(s, d)| *s = F::of(decay * s.get() + k.get() * d.get()));
     }
 }
 
@@ -259,11 +270,16 @@ impl<F: Real> DeltaInputs<'_, F> {
         let (mut data, mut delta) = (vec![F::default(); self.v.data().len()], delta.clone());
         for run in seqs.runs() {
             let state = delta.unit_mut(run.slot);
-            if seqs.begins(run) {
-                state.fill(F::default());
-            }
-            for t in run.tokens.clone() {
-                for (head, state) in state.chunks_exact_mut(dk * dv).enumerate() {
+            let head_elems = state.len() / num_v_heads;
+            for (head, unit) in state.chunks_exact_mut(head_elems).enumerate() {
+                let (matrix, kept) = unit.split_at_mut(dk * dv);
+                if seqs.begins(run) {
+                    matrix.fill(F::default());
+                }
+                let update_elems = dk + dv + 1;
+                kept.chunks_exact(update_elems).take(run.replay).for_each(|update| replay(matrix, update, dv));
+                let mut tentative = if run.tentative { matrix.to_vec() } else { Vec::new() };
+                for (i, t) in run.tokens.clone().enumerate() {
                     let at = t * num_v_heads + head;
                     let key = t * num_k_heads + head / (num_v_heads / num_k_heads);
                     let token = DeltaToken {
@@ -273,7 +289,13 @@ impl<F: Real> DeltaInputs<'_, F> {
                         g: self.g.data()[at].get(),
                         beta: self.beta.data()[at].get(),
                     };
-                    token.step(state, &mut data[at * dv..(at + 1) * dv]);
+                    let out = &mut data[at * dv..(at + 1) * dv];
+                    if run.tentative {
+                        let update = token.step(&mut tentative, out);
+                        kept[i * update_elems..(i + 1) * update_elems].copy_from_slice(&update);
+                    } else {
+                        token.step(matrix, out);
+                    }
                 }
             }
         }

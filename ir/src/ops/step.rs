@@ -39,14 +39,17 @@ pub fn shape_bundle(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeError>
     Ok(vec![Type::Bundle(types.iter().map(|&t| t.clone()).collect())])
 }
 
-/// positions `i32[T]`, cu_seqlens `i32[B+1]`, slot `i32[B]`, page_table `i32[B, P]`.
+/// positions `i32[T]`, cu_seqlens `i32[B+1]`, slot, replay and tentative `i32[B]`, page_table `i32[B, P]`.
 /// # Errors
 /// [`ShapeError`] naming the operand that is something else.
 pub fn shape_sequences(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeError> {
-    let [positions, cu_seqlens, slot, page_table] = operands(["positions", "cu_seqlens", "slot", "page_table"], types)?;
+    let [positions, cu_seqlens, slot, replay, tentative, page_table] =
+        operands(["positions", "cu_seqlens", "slot", "replay", "tentative", "page_table"], types)?;
     positions.is_i32(Sym::T.into(), &[])?;
     cu_seqlens.is_i32(Dim::SymPlus(Sym::B, 1), &[])?;
-    slot.is_i32(Sym::B.into(), &[])?;
+    for each in [slot, replay, tentative] {
+        each.is_i32(Sym::B.into(), &[])?;
+    }
     page_table.is(&Type::i32(Shape::new([Sym::B, Sym::P])))?;
     Ok(vec![Type::Sequences])
 }
@@ -79,7 +82,8 @@ pub fn eval_bundle<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<V
 /// # Errors
 /// [`EvalError::Sequences`] if they contradict each other.
 pub fn eval_sequences<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
-    let [positions, cu_seqlens, slot, page_table] = eval::operands(args)?;
+    let [positions, cu_seqlens, slot, replay, tentative, page_table] = eval::operands(args)?;
     let sequences = Sequences::new(positions.int()?, cu_seqlens.int()?, slot.int()?, page_table.int()?)?;
+    let sequences = sequences.with_tentative(replay.int()?, tentative.int()?)?;
     Ok(vec![Datum::Sequences(Arc::new(sequences))])
 }

@@ -1,20 +1,23 @@
 //! `gated_delta_net`: a DeltaNet mixer between its projections, token by token.
 //!
-//! task     one key head of one sequence, with the value heads that share it
+//! task     one key head of one sequence, with the value heads that share it; tokens in blocks of 8
+//! replay   before the first block: S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
 //! conv     q, k and v: causal convolution over the window in the conv state, SiLU; the window moves on
 //! prologue q ← scale · q / |q|,  k ← k / |k|,  α = exp(-exp(a_log) · softplus(a + dt_bias)),  β = sigmoid(b)
-//! read     y = Sᵀk,  w = Sᵀq  over the old state, some columns at a time
-//! update   d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
+//! sweep    some columns of S at a time, token by token: y = Sᵀk,  w = Sᵀq  over the old state, then
+//!          d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
 //! epilogue out = rms_norm(o, norm) · silu(z)
-//! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory at one token
+//! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head, sequence and block: bound by memory at one token
 //!
+//! A tentative sequence sweeps a copy of the columns and keeps k, d, α of each token and its inputs of the convolution
+//! behind the window, so that the next step can replay as many as were accepted: the same operations in the same order.
 //! A sequence whose first token of the step has position 0 begins with zero states.
 //! Source: arXiv:2412.06464; the single-read form is algebra on its recurrence.
 
-use nextc_ir::graph::Value;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::{Extent, Input};
 use nextc_ir::shape::{LANES, Sym, pad};
+use nextc_ir::types::TENTATIVE_TOKENS;
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
@@ -52,8 +55,18 @@ impl Stream {
     /// Pointer to the oldest row of head `head`'s window in slot `slot`; rows are `row()` elements apart.
     fn window(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
         let base = k.param(self.conv);
-        let slot = row_ptr(k, base, slot, (self.taps - 1) * self.row());
+        let slot = row_ptr(k, base, slot, (self.taps - 1 + TENTATIVE_TOKENS) * self.row());
         row_ptr(k, slot, head, pad(self.width))
+    }
+
+    /// Moves the window on by the accepted tokens of a tentative step, whose inputs lie behind it.
+    fn accept(&self, k: &mut KernelBuilder, window: Val, tokens: Val) {
+        let ahead = row_ptr(k, window, tokens, self.row());
+        k.for_range(pad(self.width), LANES, |k, c| {
+            let rows: Vec<Val> = (0..self.taps - 1).map(|tap| k.add_const(c, tap * self.row())).collect();
+            let inputs: Vec<Val> = rows.iter().map(|&at| k.load_f32x16(ahead, at)).collect();
+            rows.iter().zip(inputs).for_each(|(&at, x)| k.store(window, at, x));
+        });
     }
 
     fn clear(&self, k: &mut KernelBuilder, window: Val) {
@@ -66,29 +79,36 @@ impl Stream {
         }
     }
 
-    /// `out = silu(conv1d(x))` for one head of one token; the window moves on by one.
-    fn step(&self, k: &mut KernelBuilder, t: Val, head: Val, window: Val, out: Val) {
+    /// `out = silu(conv1d(x))` for one head of one token. The window moves on by one; or, where `kept` says that so many tentative
+    /// tokens came before, it stays and the input is put behind theirs.
+    fn step(&self, k: &mut KernelBuilder, t: Val, head: Val, window: Val, out: Val, kept: (Val, Val)) {
         let (x, w) = (k.param(self.x), k.param(self.w));
         let x = row_ptr(k, x, t, self.row());
         let x = row_ptr(k, x, head, pad(self.width));
         let w = row_ptr(k, w, head, pad(self.width));
+        let (tentative, before) = kept;
+        let window = row_ptr(k, window, before, self.row());
         k.for_range(pad(self.width), LANES, |k, c| {
-            let mut inputs = Vec::new();
-            for tap in 0..self.taps - 1 {
-                let at = k.add_const(c, tap * self.row());
-                inputs.push(k.load_f32x16(window, at));
-            }
+            let rows: Vec<Val> = (0..self.taps).map(|tap| k.add_const(c, tap * self.row())).collect();
+            let (newest, older) = rows.split_last().expect("a convolution has taps");
+            let mut inputs: Vec<Val> = older.iter().map(|&at| k.load_f32x16(window, at)).collect();
             inputs.push(k.load_f32x16(x, c));
             let mut sum = k.splat_f32(16, 0.0);
-            for (tap, &input) in inputs.iter().enumerate() {
-                let at = k.add_const(c, tap as u64 * self.row());
+            for (&at, &input) in rows.iter().zip(&inputs) {
                 let weight = k.load_f32x16(w, at);
                 sum = k.fma(weight, input, sum);
             }
-            for (tap, &input) in inputs.iter().enumerate().skip(1) {
-                let at = k.add_const(c, (tap as u64 - 1) * self.row());
-                k.store(window, at, input);
-            }
+            k.if_else(
+                tentative,
+                |k| {
+                    k.store(window, *newest, inputs[inputs.len() - 1]);
+                    Vec::new()
+                },
+                |k| {
+                    older.iter().zip(&inputs[1..]).for_each(|(&at, &x)| k.store(window, at, x));
+                    Vec::new()
+                },
+            );
             let value = k.silu(sum);
             k.store(out, c, value);
         });
@@ -130,15 +150,10 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Result<Lowered, LowerError> {
         norm_eps: site.float("norm_eps"),
         vector_bits: site.target.vector_bits,
     };
-    let sequences = SequencePorts::new(site.named("seqs"), &mut ports);
+    let sequences = SequencePorts::new(&mut ports);
     let heads = mixer.q.heads;
     let mut k = ports.builder(site, Extent::from(Sym::B) * heads.into());
-    let scratch = Scratch {
-        q: k.alloc(DType::F32, pad(mixer.q.width)),
-        k: k.alloc(DType::F32, pad(mixer.k.width)),
-        v: k.alloc(DType::F32, pad(mixer.v.width)),
-        o: k.alloc(DType::F32, pad(mixer.v.width)),
-    };
+    let scratch = Scratch::alloc(&mut k, &mixer);
     let task = k.task();
     let (b, head) = (k.div_const(task, heads), k.rem_const(task, heads));
     let run = sequences.run(&mut k, b);
@@ -164,6 +179,8 @@ pub struct SequencePorts {
     positions: Port,
     cu_seqlens: Port,
     slot: Port,
+    replay: Port,
+    tentative: Port,
 }
 
 /// The tokens of one sequence in a step.
@@ -175,24 +192,34 @@ pub struct Run {
     pub begin: Val,
     /// One past its last token.
     pub end: Val,
+    /// Kept tokens of a tentative step that come before it.
+    pub replay: Val,
+    /// Whether its tokens are kept instead of done.
+    pub tentative: Val,
     positions: Port,
 }
 
 impl SequencePorts {
     /// The ports.
-    pub fn new(_seqs: Value, ports: &mut Ports) -> Self {
+    pub fn new(ports: &mut Ports) -> Self {
         Self {
             positions: ports.step(Input::Positions),
             cu_seqlens: ports.step(Input::CuSeqlens),
             slot: ports.step(Input::Slot),
+            replay: ports.step(Input::Replay),
+            tentative: ports.step(Input::Tentative),
         }
     }
 
     /// The tokens of sequence `b`.
     pub fn run(&self, k: &mut KernelBuilder, b: Val) -> Run {
-        let (cu_seqlens, slot) = (k.param(self.cu_seqlens), k.param(self.slot));
+        let [cu_seqlens, slot, replay, tentative] =
+            [self.cu_seqlens, self.slot, self.replay, self.tentative].map(|p| k.param(p));
         let next = k.add_const(b, 1);
+        let (zero, tentative) = (k.const_i64(0), k.load_index(tentative, b));
         Run {
+            replay: k.load_index(replay, b),
+            tentative: k.cmp(Pred::Ne, tentative, zero),
             slot: k.load_index(slot, b),
             begin: k.load_index(cu_seqlens, b),
             end: k.load_index(cu_seqlens, next),
@@ -201,11 +228,65 @@ impl SequencePorts {
     }
 }
 
+/// Tokens that are swept over the state together.
+const BLOCK: u64 = TENTATIVE_TOKENS;
+
+/// What is computed of a block of tokens, a row a token.
 struct Scratch {
+    /// `[BLOCK][pad(head_k_dim)]`.
     q: Val,
+    /// As `q`.
     k: Val,
+    /// `[BLOCK]`: `k · q`.
+    kq: Val,
+    /// `[BLOCK][pad(head_v_dim)]`.
     v: Val,
+    /// As `v`.
     o: Val,
+    /// `[BLOCK]`.
+    alpha: Val,
+    /// `[BLOCK]`.
+    beta: Val,
+    /// `[head_k_dim][columns of a sweep]`: the state of a tentative sequence.
+    copy: Val,
+}
+
+impl Scratch {
+    fn alloc(k: &mut KernelBuilder, mixer: &Mixer) -> Self {
+        let mut rows = |width: u64| k.alloc(DType::F32, BLOCK * width);
+        let (dk, dv) = (pad(mixer.k.width), pad(mixer.v.width));
+        let (q, key, kq, v, o) = (rows(dk), rows(dk), rows(1), rows(dv), rows(dv));
+        let (alpha, beta) = (rows(1), rows(1));
+        Self { q, k: key, kq, v, o, alpha, beta, copy: k.alloc(DType::F32, mixer.k.width * mixer.sweep_elems()) }
+    }
+}
+
+/// A block of tokens of one sequence.
+struct Block<'a> {
+    run: &'a Run,
+    /// The first token.
+    first: Val,
+    /// How many.
+    count: Val,
+    /// Kept tokens that are replayed before it.
+    replay: Val,
+}
+
+impl Block<'_> {
+    /// Runs `body(row in scratch, token)` for each token.
+    fn each(&self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder, Val, Val)) {
+        let zero = k.const_i64(0);
+        k.for_each((zero, self.count, 1), |k, i| {
+            let t = k.add(self.first, i);
+            body(k, i, t);
+        });
+    }
+
+    /// What a convolution wants to know of row `i`: whether it is tentative, and how many tentative tokens come before it.
+    fn kept(&self, k: &mut KernelBuilder, i: Val) -> (Val, Val) {
+        let zero = k.const_i64(0);
+        (self.run.tentative, k.select(self.run.tentative, i, zero))
+    }
 }
 
 impl Mixer {
@@ -219,39 +300,119 @@ impl Mixer {
         k.add(base, i)
     }
 
+    fn matrix_elems(&self) -> u64 {
+        self.k.width * pad(self.v.width)
+    }
+
+    /// Elements of `(k, d, α)` of a kept token.
+    fn update_elems(&self) -> u64 {
+        pad(self.k.width) + pad(self.v.width) + LANES
+    }
+
     fn state(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
-        let elems = self.k.width * pad(self.v.width);
+        let elems = self.matrix_elems() + TENTATIVE_TOKENS * self.update_elems();
         let base = k.param(self.delta);
         let slot = row_ptr(k, base, slot, self.v.heads * elems);
         row_ptr(k, slot, head, elems)
+    }
+
+    /// Pointers to `k`, `d` and `α` of kept token `i`.
+    fn update(&self, k: &mut KernelBuilder, state: Val, i: Val) -> [Val; 3] {
+        let at = k.mul_const(i, self.update_elems());
+        let at = k.add_const(at, self.matrix_elems());
+        let one = row_ptr(k, state, at, 1);
+        [0, pad(self.k.width), pad(self.k.width) + pad(self.v.width)].map(|elems| {
+            let bytes = k.index(elems * 4);
+            k.offset(one, bytes)
+        })
     }
 
     fn run(&self, k: &mut KernelBuilder, run: &Run, head: Val, scratch: &Scratch) {
         let q_window = self.q.window(k, run.slot, head);
         let k_window = self.k.window(k, run.slot, head);
         let some = k.cmp(Pred::Lt, run.begin, run.end);
+        let zero = k.const_i64(0);
         k.if_then(some, |k| {
             let positions = k.param(run.positions);
             let first = k.load_index(positions, run.begin);
-            let zero = k.const_i64(0);
             let fresh = k.cmp(Pred::Eq, first, zero);
             k.if_then(fresh, |k| self.clear(k, run.slot, head, (q_window, k_window)));
+            let kept = k.cmp(Pred::Gt, run.replay, zero);
+            k.if_then(kept, |k| self.accept(k, run, head, (q_window, k_window)));
         });
-        k.for_each((run.begin, run.end, 1), |k, t| {
-            self.q.step(k, t, head, q_window, scratch.q);
-            self.k.step(k, t, head, k_window, scratch.k);
-            l2_normalise(k, scratch.q, self.q.width, self.eps, self.scale);
-            l2_normalise(k, scratch.k, self.k.width, self.eps, 1.0);
-            let kq = dot_rows(k, scratch.k, scratch.q, pad(self.q.width));
+        k.for_each((run.begin, run.end, BLOCK), |k, first| {
+            let (left, most) = (k.sub(run.end, first), k.index(BLOCK));
+            let count = k.min_i64(left, most);
+            let is_first = k.cmp(Pred::Eq, first, run.begin);
+            let replay = k.select(is_first, run.replay, zero);
+            let block = Block { run, first, count, replay };
+            block.each(k, |k, i, t| {
+                let (q, key) =
+                    (row_ptr(k, scratch.q, i, pad(self.q.width)), row_ptr(k, scratch.k, i, pad(self.k.width)));
+                let kept = block.kept(k, i);
+                self.q.step(k, t, head, q_window, q, kept);
+                self.k.step(k, t, head, k_window, key, kept);
+                l2_normalise(k, q, self.q.width, self.eps, self.scale);
+                l2_normalise(k, key, self.k.width, self.eps, 1.0);
+                let kq = dot_rows(k, key, q, pad(self.q.width));
+                k.store(scratch.kq, i, kq);
+            });
             k.for_range(self.shared_heads(), 1, |k, i| {
                 let v_head = self.value_head(k, head, i);
-                let window = self.v.window(k, run.slot, v_head);
-                self.v.step(k, t, v_head, window, scratch.v);
-                let (alpha, beta) = self.gate(k, t, v_head);
-                let state = self.state(k, run.slot, v_head);
-                self.update(k, scratch, state, (alpha, beta, kq));
-                self.epilogue(k, t, v_head, scratch.o);
+                self.value_block(k, &block, v_head, scratch);
             });
+        });
+    }
+
+    /// A block of tokens of one value head.
+    fn value_block(&self, k: &mut KernelBuilder, block: &Block<'_>, head: Val, scratch: &Scratch) {
+        let window = self.v.window(k, block.run.slot, head);
+        let state = self.state(k, block.run.slot, head);
+        let zero = k.const_i64(0);
+        block.each(k, |k, i, t| {
+            let v = row_ptr(k, scratch.v, i, pad(self.v.width));
+            let kept = block.kept(k, i);
+            self.v.step(k, t, head, window, v, kept);
+            let (alpha, beta) = self.gate(k, t, head);
+            k.store(scratch.alpha, i, alpha);
+            k.store(scratch.beta, i, beta);
+        });
+        // before anything is kept of this block, as it would overwrite what is replayed
+        let columns = pad(self.v.width);
+        k.for_range(columns, self.sweep_elems(), |k, column| self.replay(k, block, state, column));
+        k.if_else(
+            block.run.tentative,
+            |k| {
+                block.each(k, |k, i, _| self.keep(k, i, state, scratch));
+                k.for_range(columns, self.sweep_elems(), |k, column| {
+                    self.copy_columns(k, state, scratch.copy, column);
+                    let place = Columns { matrix: scratch.copy, stride: self.sweep_elems(), at: zero, column };
+                    self.sweep(k, block, scratch, &place, Some(state));
+                });
+                Vec::new()
+            },
+            |k| {
+                k.for_range(columns, self.sweep_elems(), |k, column| {
+                    let place = Columns { matrix: state, stride: columns, at: column, column };
+                    self.sweep(k, block, scratch, &place, None);
+                });
+                Vec::new()
+            },
+        );
+        block.each(k, |k, i, t| {
+            let o = row_ptr(k, scratch.o, i, pad(self.v.width));
+            self.epilogue(k, t, head, o);
+        });
+    }
+
+    /// Moves the windows of a key head and its value heads on by the accepted tokens.
+    fn accept(&self, k: &mut KernelBuilder, run: &Run, head: Val, (q_window, k_window): (Val, Val)) {
+        self.q.accept(k, q_window, run.replay);
+        self.k.accept(k, k_window, run.replay);
+        k.for_range(self.shared_heads(), 1, |k, i| {
+            let v_head = self.value_head(k, head, i);
+            let window = self.v.window(k, run.slot, v_head);
+            self.v.accept(k, window, run.replay);
         });
     }
 
@@ -264,7 +425,7 @@ impl Mixer {
             let window = self.v.window(k, slot, v_head);
             self.v.clear(k, window);
             let state = self.state(k, slot, v_head);
-            k.for_range(self.k.width * pad(self.v.width), LANES, |k, at| k.store(state, at, zero));
+            k.for_range(self.matrix_elems(), LANES, |k, at| k.store(state, at, zero));
         });
     }
 
@@ -282,61 +443,113 @@ impl Mixer {
     }
 
     /// Vectors of columns that are swept together: two accumulators each, in half of the registers.
-    fn chunks(&self, columns: u64) -> u64 {
-        let most = u64::from(self.vector_bits) / 128;
+    fn chunks(&self) -> u64 {
+        let (most, columns) = (u64::from(self.vector_bits) / 128, pad(self.v.width) / LANES);
         [4, 2, 1].into_iter().find(|&n| n <= most && columns.is_multiple_of(n)).expect("1 divides everything")
     }
 
-    /// One token of the recurrence on one head's state; the output goes to `scratch.o`.
-    fn update(&self, k: &mut KernelBuilder, scratch: &Scratch, state: Val, (alpha, beta, kq): (Val, Val, Val)) {
-        let stride = pad(self.v.width);
-        let chunks = self.chunks(stride / LANES);
-        let [alpha, beta, kq] = [alpha, beta, kq].map(|x| k.splat(x, 16));
-        let zero = k.splat_f32(16, 0.0);
-        let (lo, rows) = (k.const_i64(0), k.index(self.k.width));
-        k.for_range(stride, chunks * LANES, |k, column| {
-            let at = |k: &mut KernelBuilder, i: Val, c: u64| {
-                let row = k.mul_const(i, stride);
-                let at = k.add(row, column);
-                k.add_const(at, c * LANES)
-            };
-            let init = vec![zero; 2 * chunks as usize];
-            let sums = k.for_carry((lo, rows, 1), &init, |k, i, acc| {
-                let (ki, qi) = (k.load_f32(scratch.k, i), k.load_f32(scratch.q, i));
+    /// Columns of a sweep.
+    fn sweep_elems(&self) -> u64 {
+        self.chunks() * LANES
+    }
+
+    /// `S ← fma(k, d, α S)` on some columns for each accepted token of the tentative step before.
+    fn replay(&self, k: &mut KernelBuilder, block: &Block<'_>, state: Val, column: Val) {
+        let zero = k.const_i64(0);
+        let place = Columns { matrix: state, stride: pad(self.v.width), at: column, column };
+        k.for_each((zero, block.replay, 1), |k, i| {
+            let [key, d, alpha] = self.update(k, state, i);
+            let alpha = k.load_f32(alpha, zero);
+            let alpha = k.splat(alpha, 16);
+            let deltas: Vec<Val> = (0..self.chunks())
+                .map(|c| {
+                    let at = k.add_const(column, c * LANES);
+                    k.load_f32x16(d, at)
+                })
+                .collect();
+            self.apply(k, &place, key, alpha, &deltas);
+        });
+    }
+
+    /// Keeps `k` and `α` of token `i` of the block; its `d` is kept as columns are swept.
+    fn keep(&self, k: &mut KernelBuilder, i: Val, state: Val, scratch: &Scratch) {
+        let [key, _, alpha] = self.update(k, state, i);
+        let from = row_ptr(k, scratch.k, i, pad(self.k.width));
+        k.for_range(pad(self.k.width), LANES, |k, c| {
+            let x = k.load_f32x16(from, c);
+            k.store(key, c, x);
+        });
+        let (zero, decay) = (k.const_i64(0), k.load_f32(scratch.alpha, i));
+        k.store(alpha, zero, decay);
+    }
+
+    fn copy_columns(&self, k: &mut KernelBuilder, state: Val, copy: Val, column: Val) {
+        k.for_range(self.k.width, 1, |k, i| {
+            let from = row_ptr(k, state, i, pad(self.v.width));
+            let to = row_ptr(k, copy, i, self.sweep_elems());
+            for c in 0..self.chunks() {
+                let (at, place) = (k.add_const(column, c * LANES), k.index(c * LANES));
+                let x = k.load_f32x16(from, at);
+                k.store(to, place, x);
+            }
+        });
+    }
+
+    /// A block of the recurrence on some columns of one head's state; outputs go to `scratch.o`, and `d` to the kept updates of `keep`.
+    fn sweep(&self, k: &mut KernelBuilder, block: &Block<'_>, scratch: &Scratch, place: &Columns, keep: Option<Val>) {
+        let (zero, rows, zeros) = (k.const_i64(0), k.index(self.k.width), k.splat_f32(16, 0.0));
+        block.each(k, |k, i, _| {
+            let (key, q) = (row_ptr(k, scratch.k, i, pad(self.k.width)), row_ptr(k, scratch.q, i, pad(self.q.width)));
+            let (v, o) = (row_ptr(k, scratch.v, i, pad(self.v.width)), row_ptr(k, scratch.o, i, pad(self.v.width)));
+            let [alpha, beta, kq] = [scratch.alpha, scratch.beta, scratch.kq].map(|p| {
+                let x = k.load_f32(p, i);
+                k.splat(x, 16)
+            });
+            let init = vec![zeros; 2 * self.chunks() as usize];
+            let sums = k.for_carry((zero, rows, 1), &init, |k, row, acc| {
+                let (ki, qi) = (k.load_f32(key, row), k.load_f32(q, row));
                 let (ki, qi) = (k.splat(ki, 16), k.splat(qi, 16));
                 let mut next = Vec::new();
-                for c in 0..chunks {
-                    let place = at(k, i, c);
-                    let s = k.load_f32x16(state, place);
-                    next.push(k.fma(s, ki, acc[2 * c as usize]));
-                    next.push(k.fma(s, qi, acc[2 * c as usize + 1]));
+                for (c, pair) in acc.chunks(2).enumerate() {
+                    let at = place.index(k, row, c as u64);
+                    let s = k.load_f32x16(place.matrix, at);
+                    next.push(k.fma(s, ki, pair[0]));
+                    next.push(k.fma(s, qi, pair[1]));
                 }
                 next
             });
             let mut deltas = Vec::new();
-            for c in 0..chunks {
-                let (y, w) = (sums[2 * c as usize], sums[2 * c as usize + 1]);
-                let place = k.add_const(column, c * LANES);
-                let v = k.load_f32x16(scratch.v, place);
-                let decayed = k.fmul(alpha, y);
+            for (c, pair) in sums.chunks(2).enumerate() {
+                let at = k.add_const(place.column, c as u64 * LANES);
+                let v = k.load_f32x16(v, at);
+                let decayed = k.fmul(alpha, pair[0]);
                 let error = k.fsub(v, decayed);
                 let d = k.fmul(beta, error);
-                let kept = k.fmul(alpha, w);
-                let o = k.fma(kq, d, kept);
-                k.store(scratch.o, place, o);
+                let mixed = k.fmul(alpha, pair[1]);
+                let out = k.fma(kq, d, mixed);
+                k.store(o, at, out);
+                if let Some(state) = keep {
+                    let [_, kept, _] = self.update(k, state, i);
+                    k.store(kept, at, d);
+                }
                 deltas.push(d);
             }
-            k.for_each((lo, rows, 1), |k, i| {
-                let ki = k.load_f32(scratch.k, i);
-                let ki = k.splat(ki, 16);
-                for (c, &d) in deltas.iter().enumerate() {
-                    let place = at(k, i, c as u64);
-                    let s = k.load_f32x16(state, place);
-                    let decayed = k.fmul(alpha, s);
-                    let new = k.fma(ki, d, decayed);
-                    k.store(state, place, new);
-                }
-            });
+            self.apply(k, place, key, alpha, &deltas);
+        });
+    }
+
+    /// `S ← fma(k, d, α S)` on some columns: the one place where a state changes.
+    fn apply(&self, k: &mut KernelBuilder, place: &Columns, key: Val, alpha: Val, deltas: &[Val]) {
+        k.for_range(self.k.width, 1, |k, row| {
+            let ki = k.load_f32(key, row);
+            let ki = k.splat(ki, 16);
+            for (c, &d) in deltas.iter().enumerate() {
+                let at = place.index(k, row, c as u64);
+                let s = k.load_f32x16(place.matrix, at);
+                let decayed = k.fmul(alpha, s);
+                let new = k.fma(ki, d, decayed);
+                k.store(place.matrix, at, new);
+            }
         });
     }
 
@@ -374,6 +587,27 @@ impl Mixer {
                 k.for_range(pad(self.v.width), LANES, |k, c| k.store(out, c, zero));
             });
         });
+    }
+}
+
+/// Some columns of a head's state.
+struct Columns {
+    /// Where its rows lie.
+    matrix: Val,
+    /// Elements from one row to the next.
+    stride: u64,
+    /// The first column's place in a row.
+    at: Val,
+    /// The first column's number.
+    column: Val,
+}
+
+impl Columns {
+    /// Index of vector `chunk` of row `row`.
+    fn index(&self, k: &mut KernelBuilder, row: Val, chunk: u64) -> Val {
+        let row = k.mul_const(row, self.stride);
+        let at = k.add(row, self.at);
+        k.add_const(at, chunk * LANES)
     }
 }
 

@@ -21,7 +21,7 @@ use nextc_ir::kernel::Kernel;
 use nextc_ir::op::Class;
 use nextc_ir::schedule::{ArenaPlan, Arg, Input, KernelModule, Launch, Output, PackedWeight, Program, StateDecl};
 use nextc_ir::shape::{Dim, padded_elems};
-use nextc_ir::{Layout, Module, Op, Target, Type};
+use nextc_ir::{Module, Op, Target, Type};
 
 use ports::{Bind, Lowered, Site};
 
@@ -102,13 +102,12 @@ fn callee<'m>(module: &'m Module, f: &Function, node: NodeId) -> Result<&'m Func
     module.function(name).ok_or_else(|| LowerError::NotReady { function: f.name.clone(), what: what() })
 }
 
-/// The weight table with layouts: matrices in tiles, the rest flat (the rule that the pass `layout` writes into the types).
+/// The weight table with the layouts that the pass `layout` writes into the types.
 fn packed_weights(module: &Module) -> Vec<PackedWeight> {
-    let layout = |in_rank: usize| if in_rank > 0 { Layout::Tile16 } else { Layout::Flat };
     let entry = |(name, decl): (&String, &nextc_ir::graph::WeightDecl)| PackedWeight {
         name: name.clone(),
         decl: decl.clone(),
-        layout: layout(decl.in_rank),
+        layout: crate::layout::of_decl(decl),
     };
     module.weights.iter().map(entry).collect()
 }

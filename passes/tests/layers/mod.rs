@@ -257,10 +257,9 @@ pub fn head(name: &str, s: &Sizes) -> Function {
     let mut f = Layer::new(name);
     let (x, ssq) = f.stream(s);
     let at = f.param("logit_rows", Type::i32(Shape::new([Sym::R])));
-    let x = f.op(Op::GatherRows, &[x, at]);
-    let ssq = f.op(Op::GatherRows, &[ssq, at]);
     let hidden = f.normed(s, x, ssq);
-    let logits = f.linear(hidden, "head", &[s.vocab, s.hidden]);
+    let asked = f.op(Op::GatherRows, &[hidden, at]);
+    let logits = f.linear(asked, "head", &[s.vocab, s.hidden]);
     f.finish(vec![logits, hidden])
 }
 
@@ -309,7 +308,10 @@ impl Entry {
         let slot = b.param("slot", Type::i32(Shape::new([Sym::B])));
         let page_table = b.param("page_table", Type::i32(Shape::new([Sym::B, Sym::P])));
         let rows = b.param("logit_rows", Type::i32(Shape::new([Sym::R])));
-        let seqs = b.op(Op::Sequences, &[positions, cu_seqlens, slot, page_table]).expect("these are sequences");
+        let [replay, tentative] = ["replay", "tentative"].map(|n| b.param(n, Type::i32(Shape::new([Sym::B]))));
+        let seqs = b
+            .op(Op::Sequences, &[positions, cu_seqlens, slot, replay, tentative, page_table])
+            .expect("these are sequences");
         Self { b, tokens, rows, seqs }
     }
 }

@@ -46,6 +46,8 @@ pub struct Step {
     pub positions: Array<i32>,
     pub cu_seqlens: Array<i32>,
     pub slot: Array<i32>,
+    pub replay: Array<i32>,
+    pub tentative: Array<i32>,
     pub page_table: Array<i32>,
 }
 
@@ -65,13 +67,17 @@ impl Step {
             tokens: positions.len(),
             cu_seqlens: ints(&[runs.len() + 1], ends),
             slot: ints(&[runs.len()], runs.iter().map(|r| r.2).collect()),
+            replay: ints(&[runs.len()], vec![0, 2, 0]),
+            tentative: ints(&[runs.len()], vec![0, 1, 0]),
             page_table: ints(&[runs.len(), PAGES], table),
             positions: ints(&[positions.len()], positions),
         }
     }
 
     pub fn sequences(&self) -> Sequences {
-        Sequences::new(&self.positions, &self.cu_seqlens, &self.slot, &self.page_table).expect("the step is sound")
+        let sequences = Sequences::new(&self.positions, &self.cu_seqlens, &self.slot, &self.page_table);
+        let sequences = sequences.and_then(|s| s.with_tentative(&self.replay, &self.tentative));
+        sequences.expect("the step is sound")
     }
 
     /// T, B, P and R.

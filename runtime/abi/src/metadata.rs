@@ -32,6 +32,8 @@ pub struct Metadata {
     pub arena: Arena,
     /// Tokens in a page of KV.
     pub page_tokens: u64,
+    /// Tokens of a tentative step at most.
+    pub tentative_tokens: u64,
     /// Files of the section `assets`.
     pub assets: Vec<Asset>,
 }
@@ -157,6 +159,10 @@ pub enum Input {
     CuSeqlens,
     /// `slot[B]`, -1 for a padding sequence.
     Slot,
+    /// `replay[B]`: kept tokens of each sequence that are done first.
+    Replay,
+    /// `tentative[B]`: 1 if a sequence's tokens are kept instead of done.
+    Tentative,
     /// `page_table[B, P]`.
     PageTable,
     /// `logit_rows[R]`.

@@ -38,6 +38,9 @@ struct SamplingArgs {
     /// Seed of the random numbers [default: another one each time]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
+    /// Tokens to draft ahead of each step, a number or auto; the answers stay the same [default: auto]
+    #[arg(long, value_name = "K|auto")]
+    draft_tokens: Option<String>,
 }
 
 impl ChatArgs {
@@ -49,7 +52,13 @@ impl ChatArgs {
             args: GenerateArgs,
         }
         let s = &self.sampling;
-        let options = [("temperature", &s.temperature), ("top-k", &s.top_k), ("top-p", &s.top_p), ("seed", &s.seed)];
+        let options = [
+            ("temperature", &s.temperature),
+            ("top-k", &s.top_k),
+            ("top-p", &s.top_p),
+            ("seed", &s.seed),
+            ("draft-tokens", &s.draft_tokens),
+        ];
         let given = options.iter().filter_map(|(name, value)| Some(format!("--{name}={}", value.as_ref()?)));
         let argv = ["generate".to_owned(), format!("--prompt={prompt}")].into_iter().chain(given);
         let mut args = Generate::parse_from(argv).args;

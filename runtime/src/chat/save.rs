@@ -53,7 +53,7 @@ pub fn save<M: ChatModel>(
         model: model.name().to_owned(),
         fingerprint: model.fingerprint().to_owned(),
         tokens: session.fed().to_vec(),
-        state_bytes: model.state_bytes(session.fed().len()),
+        state_bytes: model.state_bytes(),
         seed,
         conversation: conversation.clone(),
     };
@@ -149,9 +149,8 @@ fn fits<M: ChatModel>(path: &Path, header: &Header, state_bytes: u64, model: &M)
             fingerprint: short(model.fingerprint()),
         });
     }
-    let expected = model.state_bytes(header.tokens.len());
-    if state_bytes != expected || header.state_bytes != expected {
-        return Err(damaged(path, format!("{state_bytes} B of state, expected {expected}")));
+    if state_bytes != header.state_bytes {
+        return Err(damaged(path, format!("{state_bytes} B of state, expected {}", header.state_bytes)));
     }
     let unknown = header.tokens.iter().any(|&t| t as usize >= model.vocab_size());
     if unknown || header.tokens.len() > model.max_context() {

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use super::error::ChatError;
 use super::model::ChatModel;
+use crate::generate::draft::Planner;
 use crate::sample::Sampling;
-use crate::snapshot::Snapshot;
 
 /// Snapshots that are kept; the oldest goes first.
 pub const MAX_SNAPSHOTS: usize = 8;
@@ -22,6 +22,8 @@ pub struct Answering {
     pub eos: Vec<u32>,
     /// How to choose tokens.
     pub sampling: Sampling,
+    /// How many tokens to draft.
+    pub drafts: Planner,
 }
 
 /// A conversation as token ids, to be answered.
@@ -58,6 +60,10 @@ pub struct TurnStats {
     pub answer: usize,
     /// Seconds for them after the first.
     pub decode_s: f64,
+    /// Tokens that were drafted.
+    pub drafted: usize,
+    /// Those that were right.
+    pub accepted: usize,
 }
 
 /// An answer.
@@ -75,11 +81,18 @@ pub struct Answer {
 pub type Watch<'a> = dyn FnMut(Option<u32>) -> Result<ControlFlow<()>, ChatError> + 'a;
 
 /// A model's sequence, its tokens and snapshots.
-pub struct Session<M> {
+pub struct Session<M: ChatModel> {
     model: M,
     fed: Vec<u32>,
     /// By length, at most [`MAX_SNAPSHOTS`].
-    snapshots: Vec<Snapshot>,
+    snapshots: Vec<Snapshot<M::Kept>>,
+}
+
+struct Snapshot<K> {
+    /// Tokens that the sequence had been fed.
+    tokens: usize,
+    bytes: u64,
+    kept: K,
 }
 
 impl<M: ChatModel> Session<M> {
@@ -100,13 +113,13 @@ impl<M: ChatModel> Session<M> {
 
     /// Snapshots and the bytes they take.
     pub fn snapshots(&self) -> (usize, u64) {
-        (self.snapshots.len(), self.snapshots.iter().map(|s| s.bytes.len() as u64).sum())
+        (self.snapshots.len(), self.snapshots.iter().map(|s| s.bytes).sum())
     }
 
     /// Answers a conversation; feeds what the sequence has not been fed.
     /// # Errors
     /// [`ChatError`] if the prompt does not fit, or the model fails.
-    pub fn answer(&mut self, prompt: &Prompt, how: &Answering, watch: &mut Watch<'_>) -> Result<Answer, ChatError> {
+    pub fn answer(&mut self, prompt: &Prompt, how: &mut Answering, watch: &mut Watch<'_>) -> Result<Answer, ChatError> {
         let max_context = self.model.max_context();
         if prompt.tokens.len() > max_context {
             return Err(ChatError::Full { tokens: prompt.tokens.len(), max_context });
@@ -119,7 +132,7 @@ impl<M: ChatModel> Session<M> {
         stats.prefill_s = begun.elapsed().as_secs_f64();
         let mut answer = Answer { tokens: Vec::new(), end: End::Interrupted, stats };
         if let Some(logits) = logits? {
-            self.decode(logits, prompt.tokens.len(), how, &mut answer, watch)?;
+            self.decode(&logits, prompt.tokens.len(), how, &mut answer, watch)?;
         }
         self.keep_snapshot()?;
         Ok(answer)
@@ -127,7 +140,7 @@ impl<M: ChatModel> Session<M> {
 
     /// Forgets the snapshot at `tokens` tokens, since later turns go on from a later one.
     pub fn forget_snapshot(&mut self, tokens: usize) {
-        self.snapshots.retain(|s| s.tokens != tokens as u64);
+        self.snapshots.retain(|s| s.tokens != tokens);
     }
 
     /// Forgets everything.
@@ -162,13 +175,13 @@ impl<M: ChatModel> Session<M> {
         let equal = self.fed.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         let most = equal.min(tokens.len().saturating_sub(1));
         if self.fed.len() > most {
-            self.snapshots.retain(|s| s.tokens <= most as u64);
+            self.snapshots.retain(|s| s.tokens <= most);
             match self.snapshots.last() {
-                Some(snapshot) => self.model.restore(snapshot),
+                Some(snapshot) => self.model.go_back(&snapshot.kept),
                 None => self.model.rewind(),
             }
             .map_err(ChatError::Model)?;
-            self.fed.truncate(self.snapshots.last().map_or(0, |s| s.tokens as usize));
+            self.fed.truncate(self.snapshots.last().map_or(0, |s| s.tokens));
         }
         Ok(())
     }
@@ -197,55 +210,113 @@ impl<M: ChatModel> Session<M> {
     }
 
     fn feed(&mut self, tokens: &[u32]) -> Result<Vec<f32>, ChatError> {
-        let logits = self.model.feed(tokens).map_err(ChatError::Model)?.to_vec();
+        let sequence = self.model.sequence();
+        let logits = self.model.forward(&[(sequence, tokens)]).map_err(ChatError::Model)?.to_vec();
         self.fed.extend_from_slice(tokens);
         Ok(logits)
     }
 
+    /// Steps until the answer ends. The newest token of an answer is not fed before the step that needs it.
     fn decode(
         &mut self,
-        mut logits: Vec<f32>,
+        logits: &[f32],
         position: usize,
-        how: &Answering,
+        how: &mut Answering,
         answer: &mut Answer,
         watch: &mut Watch<'_>,
     ) -> Result<(), ChatError> {
         let begun = Instant::now();
         let most = how.max_new_tokens.min(self.model.max_context() - position);
-        loop {
-            if answer.tokens.len() >= most {
-                answer.end = End::Length;
-                break;
-            }
-            let at = u32::try_from(position + answer.tokens.len()).unwrap_or(u32::MAX);
-            let token = how.sampling.choose(&logits, 0, at)?;
-            answer.stats.answer += 1;
-            if how.eos.contains(&token) {
-                answer.end = End::Stop;
-                break;
-            }
-            answer.tokens.push(token);
-            if watch(Some(token))?.is_break() {
-                answer.end = End::Interrupted;
-                break;
-            }
-            if answer.tokens.len() < most {
-                logits = self.feed(&[token])?;
-            }
+        let mut choosing = Choosing { how, position, most, answer, watch };
+        let mut end = choosing.take(logits)?;
+        while end.is_none() {
+            let known = choosing.answer.tokens[choosing.answer.tokens.len() - 1];
+            let room = most - choosing.answer.tokens.len();
+            let drafts = choosing.how.drafts.next(1).min(room.saturating_sub(1));
+            let (step, before) = (Instant::now(), choosing.answer.stats.answer);
+            end = match drafts {
+                0 => choosing.take(&self.feed(&[known])?)?,
+                _ => self.checked_step(known, drafts, &mut choosing)?,
+            };
+            let gained = choosing.answer.stats.answer - before;
+            choosing.how.drafts.observe(drafts, 1, gained, step.elapsed());
         }
+        answer.end = end.unwrap_or(End::Length);
         answer.stats.decode_s = begun.elapsed().as_secs_f64();
         Ok(())
     }
 
+    /// Drafts tokens after `known` and checks them in one step; see [`crate::generate::decode`].
+    fn checked_step(
+        &mut self,
+        known: u32,
+        drafts: usize,
+        choosing: &mut Choosing<'_, '_>,
+    ) -> Result<Option<End>, ChatError> {
+        let (sequence, vocab_size) = (self.model.sequence(), self.model.vocab_size());
+        let Some(drafter) = self.model.drafter() else {
+            return Err(ChatError::Model("the model cannot draft".into()));
+        };
+        let drafted = drafter.draft(&[(sequence, known)], drafts).map_err(ChatError::Model)?.concat();
+        let fed = [&[known], drafted.as_slice()].concat();
+        let rows = drafter.forward_tentative(&[(sequence, &fed)]).map_err(ChatError::Model)?;
+        let (mut own, mut end) = (0, None);
+        for (row, draft) in rows.chunks_exact(vocab_size).zip(drafted.iter().map(Some).chain([None])) {
+            own += 1;
+            end = choosing.take(row)?;
+            let right = end.is_none() && draft == choosing.answer.tokens.last();
+            choosing.answer.stats.accepted += usize::from(right);
+            if !right {
+                break;
+            }
+        }
+        choosing.answer.stats.drafted += drafted.len();
+        drafter.accept(sequence, own).map_err(ChatError::Model)?;
+        self.fed.extend_from_slice(&fed[..own]);
+        Ok(end)
+    }
+
     /// Remembers the sequence as it is now.
     fn keep_snapshot(&mut self) -> Result<(), ChatError> {
-        let length = self.fed.len() as u64;
-        if length > 0 && self.snapshots.last().is_none_or(|s| s.tokens < length) {
+        let tokens = self.fed.len();
+        if tokens > 0 && self.snapshots.last().is_none_or(|s| s.tokens < tokens) {
             if self.snapshots.len() == MAX_SNAPSHOTS {
                 self.snapshots.remove(0);
             }
-            self.snapshots.push(self.model.snapshot().map_err(ChatError::Model)?);
+            let (kept, bytes) = self.model.keep().map_err(ChatError::Model)?;
+            self.snapshots.push(Snapshot { tokens, bytes, kept });
         }
         Ok(())
+    }
+}
+
+/// An answer while it is chosen.
+struct Choosing<'a, 'w> {
+    how: &'a mut Answering,
+    /// Position of its first token.
+    position: usize,
+    /// Most tokens it may have.
+    most: usize,
+    answer: &'a mut Answer,
+    watch: &'a mut Watch<'w>,
+}
+
+impl Choosing<'_, '_> {
+    /// Chooses the next token; says if the answer ends with it.
+    fn take(&mut self, logits: &[f32]) -> Result<Option<End>, ChatError> {
+        if self.answer.tokens.len() >= self.most {
+            return Ok(Some(End::Length));
+        }
+        let position = u32::try_from(self.position + self.answer.tokens.len()).unwrap_or(u32::MAX);
+        let token = self.how.sampling.choose(logits, 0, position)?;
+        self.answer.stats.answer += 1;
+        if self.how.eos.contains(&token) {
+            return Ok(Some(End::Stop));
+        }
+        self.answer.tokens.push(token);
+        if (self.watch)(Some(token))?.is_break() {
+            return Ok(Some(End::Interrupted));
+        }
+        Ok((self.answer.tokens.len() >= self.most).then_some(End::Length))
     }
 }

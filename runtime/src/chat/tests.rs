@@ -9,9 +9,9 @@ use super::input::{Line, Lines, Request};
 use super::model::ChatModel;
 use super::session::{Answer, Answering, End, MAX_SNAPSHOTS, Prompt, Session, TurnStats};
 use super::{Chat, ChatError, save};
-use crate::generate::ModelError;
+use crate::generate::draft::Planner;
+use crate::generate::{Drafter, Forward, ModelError, Sequence};
 use crate::sample::Sampling;
-use crate::snapshot::Snapshot;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
@@ -26,6 +26,8 @@ struct Fake {
     fingerprint: String,
     /// Tokens that follow where the sequence has this length.
     script: (usize, Vec<u32>),
+    /// Tokens that may be taken back, and their logits.
+    tentative: (Vec<u32>, Vec<f32>),
 }
 
 impl Fake {
@@ -38,7 +40,14 @@ impl Fake {
             max_context,
             fingerprint: "fake".to_owned(),
             script: (0, Vec::new()),
+            tentative: Default::default(),
         }
+    }
+
+    fn next(&self) -> u32 {
+        let spared = self.logits.len() as u64 - 10;
+        let scripted = self.fed.len().checked_sub(self.script.0).and_then(|i| self.script.1.get(i));
+        scripted.copied().unwrap_or((self.state % spared) as u32)
     }
 
     fn hash(tokens: &[u32]) -> u64 {
@@ -51,12 +60,81 @@ fn mix(state: u64, token: u32) -> u64 {
     x ^ (x >> 29)
 }
 
-impl ChatModel for Fake {
+impl Forward for Fake {
     fn max_context(&self) -> usize {
         self.max_context
     }
     fn vocab_size(&self) -> usize {
         self.logits.len()
+    }
+    fn eos_token_ids(&self) -> Vec<u32> {
+        Vec::new()
+    }
+    fn begin(&mut self) -> Result<Sequence, ModelError> {
+        Ok(Sequence(0))
+    }
+    fn end(&mut self, _: Sequence) {}
+    fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+        let [(Sequence(0), tokens)] = runs else { panic!("one run of the one sequence") };
+        assert!(!tokens.is_empty() && self.fed.len() + tokens.len() <= self.max_context);
+        self.work += tokens.len();
+        for &token in *tokens {
+            self.fed.push(token);
+            self.state = mix(self.state, token);
+        }
+        assert_eq!(self.state, Self::hash(&self.fed), "the state is that of the tokens");
+        let next = self.next();
+        self.logits.fill(0.0);
+        self.logits[next as usize] = 9.0;
+        Ok(&self.logits)
+    }
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        Some(self)
+    }
+}
+
+/// Two drafts of three are right.
+impl Drafter for Fake {
+    fn tentative_tokens(&self) -> usize {
+        8
+    }
+    fn prepare(&mut self) {}
+    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError> {
+        let (fed, state) = (self.fed.clone(), self.state);
+        let mut drafts = Vec::new();
+        let mut newest = runs[0].1;
+        for _ in 0..count {
+            self.fed.push(newest);
+            self.state = mix(self.state, newest);
+            newest = self.next() + u32::from(self.fed.len().is_multiple_of(3));
+            drafts.push(newest);
+        }
+        (self.fed, self.state) = (fed, state);
+        Ok(vec![drafts])
+    }
+    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+        let (fed, state) = (self.fed.clone(), self.state);
+        let mut rows = Vec::new();
+        for token in runs[0].1 {
+            rows.extend_from_slice(self.forward(&[(Sequence(0), &[*token])])?);
+        }
+        (self.fed, self.state) = (fed, state);
+        self.tentative = (runs[0].1.to_vec(), rows);
+        Ok(&self.tentative.1)
+    }
+    fn accept(&mut self, _: Sequence, tokens: usize) -> Result<(), ModelError> {
+        for &token in &std::mem::take(&mut self.tentative.0)[..tokens] {
+            self.fed.push(token);
+            self.state = mix(self.state, token);
+        }
+        Ok(())
+    }
+}
+
+impl ChatModel for Fake {
+    type Kept = (usize, u64);
+    fn sequence(&self) -> Sequence {
+        Sequence(0)
     }
     fn name(&self) -> &str {
         "fake"
@@ -64,36 +142,21 @@ impl ChatModel for Fake {
     fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
-    fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        assert!(!tokens.is_empty() && self.fed.len() + tokens.len() <= self.max_context);
-        self.work += tokens.len();
-        for &token in tokens {
-            self.fed.push(token);
-            self.state = mix(self.state, token);
-        }
-        assert_eq!(self.state, Self::hash(&self.fed), "the state is that of the tokens");
-        let spared = self.logits.len() as u64 - 10;
-        let scripted = self.fed.len().checked_sub(self.script.0).and_then(|i| self.script.1.get(i));
-        let next = scripted.copied().unwrap_or((self.state % spared) as u32);
-        self.logits.fill(0.0);
-        self.logits[next as usize] = 9.0;
-        Ok(&self.logits)
+    fn keep(&self) -> Result<(Self::Kept, u64), ModelError> {
+        Ok(((self.fed.len(), self.state), 8))
     }
-    fn snapshot(&self) -> Result<Snapshot, ModelError> {
-        Ok(Snapshot { tokens: self.fed.len() as u64, bytes: self.state.to_le_bytes().to_vec() })
-    }
-    fn restore(&mut self, snapshot: &Snapshot) -> Result<(), ModelError> {
-        self.fed.truncate(snapshot.tokens as usize);
-        assert_eq!(self.fed.len() as u64, snapshot.tokens);
-        self.state = u64::from_le_bytes(snapshot.bytes.as_slice().try_into()?);
+    fn go_back(&mut self, &(tokens, state): &Self::Kept) -> Result<(), ModelError> {
+        assert!(tokens <= self.fed.len());
+        self.fed.truncate(tokens);
+        self.state = state;
         Ok(())
     }
     fn rewind(&mut self) -> Result<(), ModelError> {
         (self.state, self.fed) = (0, Vec::new());
         Ok(())
     }
-    fn state_bytes(&self, tokens: usize) -> u64 {
-        8 + 4 * tokens as u64
+    fn state_bytes(&self) -> u64 {
+        8 + 4 * self.fed.len() as u64
     }
     fn write_state(&self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.state.to_le_bytes())?;
@@ -114,7 +177,13 @@ impl ChatModel for Fake {
 }
 
 fn how(max_new_tokens: usize) -> Answering {
-    Answering { max_new_tokens, step_tokens: 3, eos: vec![95], sampling: Sampling::default() }
+    Answering {
+        max_new_tokens,
+        step_tokens: 3,
+        eos: vec![95],
+        sampling: Sampling::default(),
+        drafts: Planner::fixed(0),
+    }
 }
 
 fn prompt(tokens: Vec<u32>, stable: usize) -> Prompt {
@@ -123,7 +192,7 @@ fn prompt(tokens: Vec<u32>, stable: usize) -> Prompt {
 
 fn ask(session: &mut Session<Fake>, tokens: &[u32], stable: usize, n: usize) -> Answer {
     let go = &mut |_| Ok(std::ops::ControlFlow::Continue(()));
-    session.answer(&prompt(tokens.to_vec(), stable), &how(n), go).unwrap()
+    session.answer(&prompt(tokens.to_vec(), stable), &mut how(n), go).unwrap()
 }
 
 /// What a new session answers to the same.
@@ -171,6 +240,23 @@ fn answers_that_are_written_anew_go_back_to_before_them() {
 }
 
 #[test]
+fn drafts_change_neither_tokens_nor_state() {
+    let tokens: Vec<u32> = (1..12).collect();
+    for (drafts, n) in [(1, 20), (3, 20), (7, 20), (7, 4), (4, 189)] {
+        let mut session = Session::new(Fake::new(100, 200));
+        let mut how = Answering { drafts: Planner::fixed(drafts), ..how(n) };
+        let go = &mut |_| Ok(std::ops::ControlFlow::Continue(()));
+        let answer = session.answer(&prompt(tokens.clone(), 7), &mut how, go).unwrap();
+        assert_eq!(answer.tokens, fresh(&tokens, n));
+        assert!(answer.stats.drafted > 0 && answer.stats.accepted < answer.stats.drafted);
+        assert_eq!(session.fed(), &session.model().fed);
+        let next = [tokens.as_slice(), &answer.tokens[..2], &[6]].concat();
+        let second = session.answer(&prompt(next.clone(), 0), &mut Answering { max_new_tokens: 9, ..how }, go).unwrap();
+        assert_eq!(second.tokens, fresh(&next, 9));
+    }
+}
+
+#[test]
 fn snapshots_are_bounded_and_reset_forgets() {
     let mut session = Session::new(Fake::new(100, 200));
     let mut tokens = vec![1];
@@ -194,7 +280,7 @@ fn an_interrupt_stops_prompts_and_answers_and_loses_nothing() {
             calls += 1;
             Ok(if calls > stop_at { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) })
         };
-        let answer = session.answer(&prompt(tokens.clone(), 7), &how(50), &mut stop).unwrap();
+        let answer = session.answer(&prompt(tokens.clone(), 7), &mut how(50), &mut stop).unwrap();
         assert_eq!(answer.end, End::Interrupted);
         let whole = fresh(&tokens, 50);
         assert!(whole.starts_with(&answer.tokens));
@@ -209,7 +295,7 @@ fn a_full_context_ends_answers_and_refuses_prompts() {
     let answer = ask(&mut session, &[1, 2, 3, 4, 5], 0, 50);
     assert_eq!((answer.tokens.len(), answer.end), (3, End::Length));
     let go = &mut |_| Ok(std::ops::ControlFlow::Continue(()));
-    let error = session.answer(&prompt((0..11).collect(), 0), &how(1), go).unwrap_err().to_string();
+    let error = session.answer(&prompt((0..11).collect(), 0), &mut how(1), go).unwrap_err().to_string();
     assert!(error.contains("11 tokens, 3 more than the context of 8"), "{error}");
 }
 
@@ -372,7 +458,7 @@ fn chat<'a>(tokenizer: &'a Tokenizer, source: &str, screen: &Screen) -> Chat<'a,
         conversation: Conversation::new(None, Map::new()),
         template: template(source),
         tokenizer,
-        answering: Answering { max_new_tokens: 6, step_tokens: 64, eos: vec![8191], sampling: Sampling::default() },
+        answering: Answering { step_tokens: 64, eos: vec![8191], ..how(6) },
         last: TurnStats::default(),
         dim: true,
         out: Box::new(screen.clone()),

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use super::draft::Planner;
 use super::{Forward, GenerateError, Sequence};
 use crate::sample::Sampling;
 
@@ -17,6 +18,8 @@ pub struct Limits {
     pub eos: Vec<u32>,
     /// How to choose.
     pub sampling: Sampling,
+    /// How many tokens to draft.
+    pub drafts: Planner,
 }
 
 /// Why a sequence ended.
@@ -51,6 +54,10 @@ pub struct Completion {
     pub stopped_by_text: bool,
     /// Seconds from its first new token to its last.
     pub decode_s: f64,
+    /// Tokens that were drafted for it.
+    pub drafted: usize,
+    /// Drafts that were right.
+    pub accepted: usize,
 }
 
 impl Completion {
@@ -107,7 +114,11 @@ pub fn run(
     watch: &mut Watch<'_>,
 ) -> Result<(Vec<Completion>, Timings), GenerateError> {
     check(prompts, model.vocab_size(), model.max_context())?;
-    let mut running = Running { limits, watch, jobs: Vec::new(), timings: Timings::default() };
+    if let Some(drafter) = model.drafter().filter(|_| limits.drafts.may_draft()) {
+        drafter.prepare();
+    }
+    let planner = limits.drafts.clone();
+    let mut running = Running { limits, watch, jobs: Vec::new(), timings: Timings::default(), planner };
     let done = running.begin(model, prompts).and_then(|()| running.prefill(model)).and_then(|()| running.decode(model));
     for job in &running.jobs {
         model.end(job.sequence);
@@ -146,9 +157,21 @@ struct Job<'a> {
     stopped_by_text: bool,
     first: Option<Instant>,
     last: Option<Instant>,
+    drafted: usize,
+    accepted: usize,
 }
 
 impl Job<'_> {
+    /// The token that was chosen last, which the model has not been fed.
+    fn newest(&self) -> u32 {
+        self.tokens[self.tokens.len() - 1]
+    }
+
+    /// Tokens that the model has been fed.
+    fn fed(&self) -> usize {
+        self.prompt.len() + self.tokens.len() - 1
+    }
+
     fn complete(self) -> Completion {
         let span = self.first.zip(self.last).map_or(0.0, |(first, last)| (last - first).as_secs_f64());
         Completion {
@@ -157,6 +180,8 @@ impl Job<'_> {
             ended_by_eos: self.ended_by_eos,
             stopped_by_text: self.stopped_by_text,
             decode_s: span,
+            drafted: self.drafted,
+            accepted: self.accepted,
         }
     }
 }
@@ -166,6 +191,7 @@ struct Running<'a, 'w, 'f> {
     watch: &'w mut Watch<'f>,
     jobs: Vec<Job<'a>>,
     timings: Timings,
+    planner: Planner,
 }
 
 impl<'a> Running<'a, '_, '_> {
@@ -183,6 +209,8 @@ impl<'a> Running<'a, '_, '_> {
                 stopped_by_text: false,
                 first: None,
                 last: None,
+                drafted: 0,
+                accepted: 0,
             });
         }
         Ok(())
@@ -228,25 +256,94 @@ impl<'a> Running<'a, '_, '_> {
         Ok(())
     }
 
-    /// One token of each sequence a step, until all have ended.
+    /// Steps of all sequences that go on, until all have ended: each gives one token, or drafts are checked and it gives several.
     fn decode(&mut self, model: &mut dyn Forward) -> Result<(), GenerateError> {
         let begun = Instant::now();
-        let vocab_size = model.vocab_size();
         loop {
             let active: Vec<usize> = (0..self.jobs.len()).filter(|&i| self.jobs[i].finish.is_none()).collect();
             if active.is_empty() {
                 break;
             }
-            let newest = |&i: &usize| (self.jobs[i].sequence, &self.jobs[i].tokens[self.jobs[i].tokens.len() - 1..]);
-            let runs: Vec<_> = active.iter().map(newest).collect();
-            let logits = model.forward(&runs).map_err(GenerateError::Model)?;
-            for (&i, row) in active.iter().zip(logits.chunks_exact(vocab_size)) {
-                self.take(i, row)?;
-                self.timings.decode_tokens += 1;
+            let drafts = self.planner.next(active.len()).min(self.useful_drafts(model, &active));
+            let step = Instant::now();
+            let before = self.timings.decode_tokens;
+            match drafts {
+                0 => self.plain_step(model, &active)?,
+                _ => self.checked_step(model, &active, drafts)?,
             }
+            let gained = self.timings.decode_tokens - before;
+            self.planner.observe(drafts, active.len(), gained, step.elapsed());
         }
         self.timings.decode_s = begun.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Drafts that fit the context of every sequence, and that at least one still wants.
+    fn useful_drafts(&self, model: &dyn Forward, active: &[usize]) -> usize {
+        let jobs = || active.iter().map(|&i| &self.jobs[i]);
+        let room = jobs().map(|job| model.max_context() - job.fed()).min().unwrap_or(0);
+        let wanted = jobs().map(|job| job.limit - job.tokens.len()).max().unwrap_or(0);
+        room.min(wanted).saturating_sub(1)
+    }
+
+    /// One token of each sequence.
+    fn plain_step(&mut self, model: &mut dyn Forward, active: &[usize]) -> Result<(), GenerateError> {
+        let vocab_size = model.vocab_size();
+        let newest: Vec<u32> = active.iter().map(|&i| self.jobs[i].newest()).collect();
+        let sequences = active.iter().map(|&i| self.jobs[i].sequence);
+        let runs: Vec<_> = sequences.zip(newest.chunks(1)).collect();
+        let logits = model.forward(&runs).map_err(GenerateError::Model)?;
+        for (&i, row) in active.iter().zip(logits.chunks_exact(vocab_size)) {
+            self.take(i, row)?;
+            self.timings.decode_tokens += 1;
+        }
+        Ok(())
+    }
+
+    /// Drafts tokens of each sequence and checks them in one step. A token is chosen from the model's own logits as ever; a draft
+    /// only decides whether the logits after it are of use. So tokens, and their distribution, are those without drafts.
+    fn checked_step(&mut self, model: &mut dyn Forward, active: &[usize], drafts: usize) -> Result<(), GenerateError> {
+        let vocab_size = model.vocab_size();
+        let known: Vec<_> = active.iter().map(|&i| (self.jobs[i].sequence, self.jobs[i].newest())).collect();
+        let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
+        let drafted = drafter.draft(&known, drafts).map_err(GenerateError::Model)?;
+        let fed: Vec<Vec<u32>> =
+            known.iter().zip(&drafted).map(|(&(_, newest), d)| [&[newest], d.as_slice()].concat()).collect();
+        let runs: Vec<_> =
+            known.iter().zip(&fed).map(|(&(sequence, _), tokens)| (sequence, tokens.as_slice())).collect();
+        let logits = drafter.forward_tentative(&runs).map_err(GenerateError::Model)?;
+        let mut accepted = Vec::with_capacity(active.len());
+        for ((&i, drafts), rows) in active.iter().zip(&drafted).zip(logits.chunks_exact(vocab_size * (drafts + 1))) {
+            accepted.push(self.take_checked(i, drafts, rows.chunks_exact(vocab_size))?);
+        }
+        for (&(sequence, _), tokens) in known.iter().zip(accepted) {
+            drafter.accept(sequence, tokens).map_err(GenerateError::Model)?;
+        }
+        Ok(())
+    }
+
+    /// Takes tokens of job `i` from the rows after its newest token and each draft, until a draft is wrong or the sequence ends. Gives
+    /// how many of the tokens that were fed are the sequence's own.
+    fn take_checked<'r>(
+        &mut self,
+        i: usize,
+        drafts: &[u32],
+        rows: impl Iterator<Item = &'r [f32]>,
+    ) -> Result<usize, GenerateError> {
+        self.jobs[i].drafted += drafts.len();
+        let mut own = 0;
+        for (row, draft) in rows.zip(drafts.iter().map(Some).chain([None])) {
+            self.take(i, row)?;
+            self.timings.decode_tokens += 1;
+            own += 1;
+            let job = &mut self.jobs[i];
+            let right = draft == Some(&job.newest());
+            job.accepted += usize::from(right);
+            if !right || job.finish.is_some() {
+                break;
+            }
+        }
+        Ok(own)
     }
 
     /// Chooses the next token of job `i` and sees whether it ends.

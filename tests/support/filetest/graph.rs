@@ -2,13 +2,18 @@
 
 use nextc_ir::verify::{VerifyError, verify};
 use nextc_ir::{Module, Target, parse, print};
-use nextc_passes::PIPELINE;
+use nextc_passes::{PIPELINE, Pass, rewrite};
 
 use super::{Case, Checked, lines, text};
 
 /// The machine that the passes think of: it is the same wherever the tests run.
 pub fn target() -> Target {
     Target { threads: 8, ..Target::named("x86-64-v3").expect("the least CPU there is") }
+}
+
+/// The same with vectors of 512 bits, for which other tiles are chosen.
+pub fn wide_target() -> Target {
+    Target { threads: 8, ..Target::named("x86-64-v4").expect("it is in the table of CPUs") }
 }
 
 /// The module that the text says.
@@ -60,14 +65,29 @@ fn place(body: &str, error: &VerifyError) -> usize {
 /// `test pass=NAME`: this pass alone, or with those from `from=NAME` on.
 pub fn check_pass(case: &Case, name: &str) -> Checked {
     case.only(&[])?;
-    let at = |name: &str| PIPELINE.iter().position(|p| p.name == name).ok_or_else(|| format!("no pass `{name}`"));
-    let last = at(name)?;
-    let first = case.option("from").map_or(Ok(last), at)?;
     let mut module = module(case)?;
     verify(&module).map_err(lines)?;
-    for pass in &PIPELINE[first..=last] {
+    for pass in passes(case, name)? {
         module = (pass.run)(module, &target()).map_err(text)?;
         verify(&module).map_err(lines)?;
     }
     case.compare(&functions(&module))
+}
+
+/// The passes up to `name` that the header asks for.
+fn passes(case: &Case, name: &str) -> Checked<&'static [Pass]> {
+    let at = |name: &str| PIPELINE.iter().position(|p| p.name == name).ok_or_else(|| format!("no pass `{name}`"));
+    let last = at(name)?;
+    Ok(&PIPELINE[case.option("from").map_or(Ok(last), at)?..=last])
+}
+
+/// The rules that fire in a case of the pass `rewrite`.
+pub fn rules_fired(case: &Case) -> Vec<String> {
+    let traced = || {
+        let earlier = passes(case, rewrite::PASS.name)?.iter().filter(|p| p.name != rewrite::PASS.name);
+        let module = earlier.into_iter().try_fold(module(case)?, |m, p| (p.run)(m, &target())).map_err(text)?;
+        rewrite::run_traced(module, &target()).map_err(text)
+    };
+    let (_, trace) = traced().unwrap_or_else(|e: String| panic!("{}: {e}", case.path.display()));
+    trace.functions.into_iter().flat_map(|f| f.fired.into_keys()).collect()
 }

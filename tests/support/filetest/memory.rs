@@ -114,14 +114,6 @@ fn tiles(ty: &WeightType, in_rank: usize, values: &[f32]) -> Buffer {
     Buffer::from_bytes(&bytes)
 }
 
-/// Where element `i` of a slot or page lies in it.
-fn place(ty: &StateType, i: u64) -> u64 {
-    match ty.kind {
-        StateKind::Kv | StateKind::Conv => padded_index(&ty.dims[..2], i),
-        StateKind::Delta => padded_index(&ty.dims, i),
-    }
-}
-
 fn unit_words(ty: &StateType) -> u64 {
     ty.bytes() / 4 * if ty.kind == StateKind::Kv { PAGE_TOKENS as u64 } else { 1 }
 }
@@ -130,7 +122,7 @@ fn unit_words(ty: &StateType) -> u64 {
 fn places(ty: &StateType, state: &State<f32>) -> Vec<usize> {
     let of_unit = |(unit, values): (u32, &[f32])| {
         let start = u64::from(unit) * unit_words(ty);
-        (0..values.len() as u64).map(|i| (start + place(ty, i)) as usize).collect::<Vec<_>>()
+        (0..values.len() as u64).map(|i| (start + ty.stored_index(i)) as usize).collect::<Vec<_>>()
     };
     state.units().flat_map(of_unit).collect()
 }

@@ -24,6 +24,9 @@ mod values;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use nextc_ir::Op;
+use nextc_ir::op::Class;
+
 /// What a check gives: what is wrong, for people.
 pub type Checked<T = ()> = Result<T, String>;
 
@@ -67,6 +70,26 @@ pub fn check_folders(known: &[&str]) {
     }
 }
 
+/// Every op that is work must stand in a file of `run`.
+pub fn check_ops_are_run() {
+    let texts: Vec<String> = cases("run").into_iter().map(|case| case.body).collect();
+    let works = Op::ALL.iter().filter(|op| op.def().class != Class::Structure);
+    let missing: Vec<_> = works.filter(|op| !texts.iter().any(|t| t.contains(&format!(" = {op} ")))).collect();
+    assert!(missing.is_empty(), "no file of run/ has {missing:?}");
+}
+
+/// Every rewrite rule must fire in a file of `rewrite`.
+pub fn check_rules_fire() {
+    let fired: Vec<String> = cases("rewrite").iter().flat_map(graph::rules_fired).collect();
+    let rules = nextc_passes::rules().into_iter().map(|rule| rule.name);
+    let missing: Vec<_> = rules.filter(|rule| !fired.iter().any(|f| f == rule)).collect();
+    assert!(missing.is_empty(), "no file of rewrite/ needs {missing:?}");
+}
+
+fn cases(folder: &str) -> Vec<Case> {
+    files(folder).iter().map(|path| Case::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).collect()
+}
+
 fn root() -> PathBuf {
     repository().join("tests/filetests")
 }
@@ -98,11 +121,12 @@ impl Case {
             None => (rest, None),
         };
         let directive = |l: &str| {
-            let (word, rest) = l.strip_prefix("; ")?.split_once(' ')?;
-            Some((word.to_owned(), rest.to_owned()))
+            let words = l.trim_start_matches(';').trim();
+            let (word, rest) = words.split_once(' ').unwrap_or((words, ""));
+            (word.to_owned(), rest.to_owned())
         };
-        let lines = text.lines().skip(1).filter(|l| l.starts_with(';') && !l.starts_with(";;"));
-        let directives = lines.take_while(|l| *l != EXPECT).filter_map(directive).collect();
+        let lines = head.lines().skip(1).filter(|l| !l.starts_with(";;"));
+        let directives = lines.map(directive).collect();
         let kind = kind.split_whitespace().map(str::to_owned).collect();
         Ok(Self { path: path.to_owned(), kind, directives, body: body.to_owned(), expect, head })
     }

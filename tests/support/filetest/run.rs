@@ -1,8 +1,10 @@
 //! `test run`: a function of plain or fused ops on seeded inputs.
 //!
-//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend. The kernel
-//! interpreter must agree with the graph interpreter within the case's tolerance, and the backend's machine code with the
-//! kernel interpreter bit for bit. [`values`] says what the header's lines mean.
+//! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend and width
+//! of vectors. The kernel interpreter must agree with the graph interpreter within the case's tolerance, the backend's machine
+//! code with the kernel interpreter bit for bit, all widths with each other, and a sequence in parts with the same sequence in
+//! one step. [`values`](super::values) says what the
+//! header's lines mean.
 
 use std::collections::HashMap;
 
@@ -19,54 +21,62 @@ use nextc_passes::{PIPELINE, legalise::legalise, partition};
 
 use super::machine::{Loaded, Memory, module};
 use super::tolerance::Tolerance;
-use super::values::{PAGE_TOKENS, Step, arguments, steps};
+use super::values::{PAGE_TOKENS, Step, arguments, parts, steps};
 use super::{Case, Checked, graph, lines, memory, text};
 
 /// `test run`.
 pub fn check(case: &Case) -> Checked {
-    case.only(&["step", "rows", "value", "per-token"])?;
+    case.only(&["step", "parts", "rows", "value", "per-token"])?;
     let tolerance = Tolerance::named(case.option("tol").ok_or("`tol=NAME` is missing")?)?;
     let plain = graph::module(case)?;
     verify(&plain).map_err(lines)?;
     let [function] = plain.functions.as_slice() else { return Err("expected one function".to_owned()) };
     let codes = backends().into_iter().map(|b| b.compile(&plain)).collect::<Checked<Vec<_>>>()?;
+    for parts in parts(case)? {
+        for code in &codes {
+            code.check_parts(case, function, &parts).map_err(|e| format!("{}, {parts:?}: {e}", code.backend))?;
+        }
+    }
     for step in steps(case)? {
         let args = arguments(case, function, &step)?;
         let wanted = evaluate(function, args.clone(), &WeightStore::new(), &Cx::new(PAGE_TOKENS)).map_err(text)?;
+        let mut first: Option<Vec<Vec<u32>>> = None;
         for code in &codes {
             let at = |e| format!("{}, {step:?}: {e}", code.backend);
-            code.check(&step, &args, &wanted, tolerance).map_err(at)?;
+            let bits = code.check(&step, &args, &wanted, tolerance).map_err(at)?;
+            if *first.get_or_insert_with(|| bits.clone()) != bits {
+                return Err(at(format!("other bits than {}", codes[0].backend)));
+            }
         }
     }
     Ok(())
 }
 
-/// A backend: its name, its target, and how it makes objects.
-pub struct Backend {
+/// What kernels are lowered for, and what makes objects of them.
+struct Backend {
     name: &'static str,
     target: Target,
-    objects: fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>,
+    /// `None` if this machine cannot run its code: then the kernel interpreter alone does.
+    objects: Option<Compile>,
 }
 
-/// All backends that are compiled in.
-pub fn backends() -> Vec<Backend> {
-    let cranelift = Backend {
-        name: "cranelift",
-        target: graph::target().for_cranelift(),
-        objects: |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]),
-    };
-    #[cfg(feature = "llvm")]
-    let llvm = Backend {
-        name: "llvm",
-        target: graph::target(),
-        objects: |module, target| nextc_llvm::compile(module, target).map_err(text),
-    };
-    vec![
-        cranelift,
-        #[cfg(feature = "llvm")]
-        llvm,
+type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
+
+/// One for each width of vectors.
+fn backends() -> [Backend; 3] {
+    let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
+    let runs_wide = Target::native().is_ok_and(|native| native.vector_bits == 512);
+    [
+        Backend { name: "cranelift", target: graph::target().for_cranelift(), objects: Some(cranelift) },
+        Backend { name: "256 bits", target: graph::target(), objects: LLVM },
+        Backend { name: "512 bits", target: graph::wide_target(), objects: LLVM.filter(|_| runs_wide) },
     ]
 }
+
+#[cfg(feature = "llvm")]
+const LLVM: Option<Compile> = Some(|module, target| nextc_llvm::compile(module, target).map_err(text));
+#[cfg(not(feature = "llvm"))]
+const LLVM: Option<Compile> = None;
 
 /// The passes that a function without callers needs.
 const PASSES: [&str; 4] = ["join", "rewrite", "layout", "partition"];
@@ -99,8 +109,9 @@ pub fn kernels(plain: &Module, target: &Target) -> Checked<Kernels> {
 impl Backend {
     fn compile(self, plain: &Module) -> Checked<Code> {
         let kernels = kernels(plain, &self.target)?;
-        let objects = (self.objects)(&kernels.module, &self.target)?;
-        Ok(Code { backend: self.name, kernels, loaded: Loaded::new(&objects)? })
+        let load = |compile: Compile| Loaded::new(&compile(&kernels.module, &self.target)?);
+        let loaded = self.objects.map(load).transpose()?;
+        Ok(Code { backend: self.name, kernels, loaded })
     }
 }
 
@@ -108,21 +119,57 @@ impl Backend {
 struct Code {
     backend: &'static str,
     kernels: Kernels,
-    loaded: Loaded,
+    loaded: Option<Loaded>,
 }
 
 impl Code {
-    fn check(&self, step: &Step, args: &[Datum<f32>], wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
+    /// Checks one step, and gives the bits of all results.
+    fn check(
+        &self,
+        step: &Step,
+        args: &[Datum<f32>],
+        wanted: &[Datum<f32>],
+        tolerance: Tolerance,
+    ) -> Checked<Vec<Vec<u32>>> {
         let mut frame = Frame::new(&self.kernels.function, step, args)?;
+        self.run(&mut frame)?;
+        frame.compare(wanted, tolerance)
+    }
+
+    /// Runs all kernels.
+    fn run(&self, frame: &mut Frame<'_>) -> Checked {
+        let step = frame.step;
         let mut memory = Memory::of(&frame.buffers);
         for (i, (kernel, binds)) in self.kernels.module.kernels.iter().zip(&self.kernels.binds).enumerate() {
             let places = binds.iter().map(|&b| frame.place(b)).collect::<Checked<Vec<_>>>()?;
             memory.grow(&frame.buffers);
             run(kernel, step.syms(), &mut frame.buffers, &places, Options::default()).map_err(text)?;
-            self.loaded.run(i, kernel, step.syms(), &mut memory, &places)?;
-            same_bits(kernel, &memory, &frame, &places)?;
+            if let Some(code) = &self.loaded {
+                code.run(i, kernel, step.syms(), &mut memory, &places)?;
+                same_bits(kernel, &memory, frame, &places)?;
+            }
         }
-        frame.compare(wanted, tolerance)
+        Ok(())
+    }
+
+    /// A step in parts, each on the states that the one before has left, must give the bits of the whole step.
+    fn check_parts(&self, case: &Case, plain: &Function, (whole, parts): &(Step, Vec<Step>)) -> Checked {
+        let args = arguments(case, plain, whole)?;
+        let mut frame = Frame::new(&self.kernels.function, whole, &args)?;
+        self.run(&mut frame)?;
+        let mut left: Option<Frame<'_>> = None;
+        for (part, first) in parts.iter().zip(starts(parts)) {
+            let typed = plain.params.iter().map(|&p| &plain.node(p).types[0]).zip(&args);
+            let rows = typed.map(|(ty, arg)| part.rows_of(ty, arg, first)).collect::<Checked<Vec<_>>>()?;
+            let mut next = Frame::new(&self.kernels.function, part, &rows)?;
+            if let Some(left) = &left {
+                next.take_states(left);
+            }
+            self.run(&mut next)?;
+            frame.same_rows(&next, first)?;
+            left = Some(next);
+        }
+        left.map_or(Ok(()), |left| frame.same_states(&left))
     }
 }
 
@@ -189,31 +236,84 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// Compares all results with those of the graph interpreter.
-    fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked {
-        for (i, (&v, wanted)) in self.function.results.iter().zip(wanted).enumerate() {
-            let buffer = &self.buffers[self.buffer_of(v)?];
-            let violation = match (self.function.ty(v), wanted) {
-                (Type::State(_), Datum::State(state)) => {
-                    tolerance.violation(&memory::read_state(state, &buffer.to_f32()), &memory::numbers(state))
-                }
-                (Type::Tensor(t), Datum::Int(array)) => {
-                    let flat = self.function.node(v.node).op == Op::NormRouter && v.result == 2;
-                    let found = memory::read(t, flat, array.data().len(), &buffer.to_i32());
-                    (found != array.data()).then(|| format!("found {found:?}, expected {:?}", array.data()))
-                }
-                (Type::Tensor(t), Datum::Float(array)) => {
-                    let found = memory::read(t, false, array.data().len(), &buffer.to_f32());
-                    tolerance.violation(&found, array.data())
-                }
-                (ty, _) => Some(format!("a result of type {ty}")),
-            };
-            if let Some(violation) = violation {
-                return Err(format!("result {i}, {}: {violation}", tolerance.name));
+    /// The buffers of the states.
+    fn states(&self) -> impl Iterator<Item = usize> {
+        let params = self.function.params.iter().map(|&node| Value { node, result: 0 });
+        params.filter(|v| matches!(self.function.ty(*v), Type::State(_))).map(|v| self.values[&v])
+    }
+
+    fn take_states(&mut self, before: &Frame<'_>) {
+        for state in self.states().collect::<Vec<_>>() {
+            self.buffers[state] = before.buffers[state].clone();
+        }
+    }
+
+    fn same_states(&self, other: &Frame<'_>) -> Checked {
+        match self.states().find(|&s| self.buffers[s] != other.buffers[s]) {
+            Some(state) => Err(format!("in parts, state parameter {state} ends with other bits than in one step")),
+            None => Ok(()),
+        }
+    }
+
+    /// The rows of `part` must be those of this step from row `first` on.
+    fn same_rows(&self, part: &Frame<'_>, first: usize) -> Checked {
+        for (i, &v) in self.function.results.iter().enumerate() {
+            let Type::Tensor(t) = self.function.ty(v) else { continue };
+            let row: usize = t.shape.eval(&[1; 4]).iter().product();
+            let count = part.step.syms()[0] as usize * row;
+            let buffers = (self.buffer_of(v)?, part.buffer_of(v)?);
+            let whole = memory::read(t, false, first * row + count, &self.buffers[buffers.0].to_i32());
+            let found = memory::read(t, false, count, &part.buffers[buffers.1].to_i32());
+            if whole[first * row..] != found {
+                return Err(format!("in parts, result {i} has other bits from row {first} on than in one step"));
             }
         }
         Ok(())
     }
+
+    /// Compares all results with those of the graph interpreter, and gives their bits.
+    fn compare(&self, wanted: &[Datum<f32>], tolerance: Tolerance) -> Checked<Vec<Vec<u32>>> {
+        if wanted.len() != self.function.results.len() {
+            return Err("the passes changed the number of results".to_owned());
+        }
+        let each = self.function.results.iter().zip(wanted).enumerate();
+        each.map(|(i, (&v, wanted))| self.compare_one(v, wanted, tolerance).map_err(|e| format!("result {i}, {e}")))
+            .collect()
+    }
+
+    fn compare_one(&self, v: Value, wanted: &Datum<f32>, tolerance: Tolerance) -> Checked<Vec<u32>> {
+        let buffer = &self.buffers[self.buffer_of(v)?];
+        let (found, wanted) = match (self.function.ty(v), wanted) {
+            (Type::Tensor(t), Datum::Int(array)) => {
+                let flat = self.function.node(v.node).op == Op::NormRouter && v.result == 2;
+                let (found, wanted) = (memory::read(t, flat, array.data().len(), &buffer.to_i32()), array.data());
+                return match found == wanted {
+                    true => Ok(found.into_iter().map(i32::cast_unsigned).collect()),
+                    false => Err(format!("found {found:?}, expected {wanted:?}")),
+                };
+            }
+            (Type::Tensor(t), Datum::Float(array)) => {
+                (memory::read(t, false, array.data().len(), &buffer.to_f32()), array.data().to_vec())
+            }
+            (Type::State(_), Datum::State(state)) => {
+                (memory::read_state(state, &buffer.to_f32()), memory::numbers(state))
+            }
+            (ty, _) => return Err(format!("of type {ty}")),
+        };
+        match tolerance.violation(&found, &wanted) {
+            Some(violation) => Err(format!("{}: {violation}", tolerance.name)),
+            None => Ok(found.into_iter().map(f32::to_bits).collect()),
+        }
+    }
+}
+
+/// The first row of each part.
+fn starts(parts: &[Step]) -> impl Iterator<Item = usize> {
+    parts.iter().scan(0, |next, part| {
+        let first = *next;
+        *next += part.syms()[0] as usize;
+        Some(first)
+    })
 }
 
 /// States are updated in place: every version lies where the parameter lies that it began as.

@@ -1,6 +1,7 @@
 //! The operands of a run: a step, and a value for each parameter from a seeded generator.
 //!
 //! - `; step 0+5@1 63+3@2`: sequences as FIRST+TOKENS@SLOT; several lines are several steps, none stands for [`STEPS`]
+//! - `; parts 4 1 2`: a new sequence of 7 tokens, in one step and in three, must give the same bits
 //! - `; rows 4 0`: the rows that are gathered (else the first)
 //! - `; value NAME spread X`: between -X and X (else 1); `cycle A B ..`: these in turn; `below N`: integers;
 //!   `choices N`: different experts of N for each token, to which `order` and `table` are made
@@ -19,14 +20,17 @@ use super::{Case, Checked, text};
 pub const PAGE_TOKENS: usize = 64;
 
 /// One token of a new sequence and of an old one, a run that fills no block, and sequences that begin, go on across a page's
-/// border, are padding, and reach into a third page.
-const STEPS: [&str; 4] = ["0+1@0", "70+1@0", "0+7@0", "0+5@1 63+3@2 9+2@-1 130+1@0"];
+/// border, are padding, and reach into a third page; the last again, tentative (`?`) and after tentative steps (`~` accepted).
+const STEPS: [&str; 5] =
+    ["0+1@0", "70+1@0", "0+7@0", "0+5@1 63+3@2 9+2@-1 130+1@0", "0+5@1? 63+3@2~2? 9+2@-1 130+1@0~3"];
 
 /// A step.
 #[derive(Debug)]
 pub struct Step {
     /// First position, tokens, slot.
     runs: Vec<(i32, usize, i32)>,
+    /// Replayed tokens of each run, and 1 if it is tentative.
+    kept: Vec<[i32; 2]>,
     rows: Vec<i32>,
 }
 
@@ -41,6 +45,21 @@ pub fn steps(case: &Case) -> Checked<Vec<Step>> {
     lines.into_iter().map(|l| Step::parse(l, &rows)).collect()
 }
 
+/// New sequences in slot 0, each as one step and in parts.
+pub fn parts(case: &Case) -> Checked<Vec<(Step, Vec<Step>)>> {
+    let one = |line: &str| {
+        let counts: Vec<usize> = line.split_whitespace().map(number).collect::<Checked<_>>()?;
+        let mut first = 0;
+        let parts = counts.into_iter().map(|tokens| {
+            first += tokens;
+            Step { runs: vec![((first - tokens) as i32, tokens, 0)], kept: vec![[0, 0]], rows: vec![0] }
+        });
+        let parts: Vec<Step> = parts.collect();
+        Ok((Step { runs: vec![(0, first, 0)], kept: vec![[0, 0]], rows: vec![0] }, parts))
+    };
+    case.directives("parts").map(one).collect()
+}
+
 fn number<T: std::str::FromStr>(text: &str) -> Checked<T> {
     text.parse().map_err(|_| format!("`{text}` is no number of its kind"))
 }
@@ -50,10 +69,14 @@ impl Step {
         let run = |word: &str| {
             let (first, rest) = word.split_once('+').ok_or("a run is FIRST+TOKENS@SLOT")?;
             let (tokens, slot) = rest.split_once('@').ok_or("a run is FIRST+TOKENS@SLOT")?;
-            Ok((number(first)?, number(tokens)?, number(slot)?))
+            let tentative = slot.ends_with('?');
+            let (slot, replay) =
+                slot.trim_end_matches('?').split_once('~').unwrap_or((slot.trim_end_matches('?'), "0"));
+            let kept = [number(replay)?, i32::from(tentative)];
+            Ok(((number(first)?, number(tokens)?, number(slot)?), kept))
         };
-        let runs = line.split_whitespace().map(run).collect::<Checked<_>>()?;
-        Ok(Self { runs, rows: rows.to_vec() })
+        let (runs, kept) = line.split_whitespace().map(run).collect::<Checked<Vec<_>>>()?.into_iter().unzip();
+        Ok(Self { runs, kept, rows: rows.to_vec() })
     }
 
     fn tokens(&self) -> usize {
@@ -81,6 +104,8 @@ impl Step {
             Input::Positions => self.runs.iter().flat_map(|&(first, n, _)| first..first + n as i32).collect(),
             Input::CuSeqlens => std::iter::once(0).chain(self.ends()).collect(),
             Input::Slot => self.runs.iter().map(|r| r.2).collect(),
+            Input::Replay => self.kept.iter().map(|k| k[0]).collect(),
+            Input::Tentative => self.kept.iter().map(|k| k[1]).collect(),
             // backwards, so that no page lies where its position would put it
             Input::PageTable => (0..self.units(StateKind::Kv) as i32).rev().collect(),
             Input::LogitRows => self.rows.clone(),
@@ -95,6 +120,27 @@ impl Step {
         })
     }
 
+    /// The rows of an argument that this part of a step has, from row `first` on; what is no tensor has none.
+    pub fn rows_of(&self, ty: &Type, arg: &Datum<f32>, first: usize) -> Checked<Datum<f32>> {
+        let of = |dims: &[usize]| {
+            let row: usize = dims.iter().skip(1).product();
+            let dims: Vec<usize> = std::iter::once(self.tokens()).chain(dims.iter().skip(1).copied()).collect();
+            (dims, first * row..(first + self.tokens()) * row)
+        };
+        match (ty, arg) {
+            (Type::Sequences, _) => self.sequences(),
+            (Type::Tensor(_), Datum::Float(a)) => {
+                let (dims, range) = of(a.dims());
+                Datum::floats(&dims, a.data()[range].to_vec()).map_err(text)
+            }
+            (Type::Tensor(_), Datum::Int(a)) => {
+                let (dims, range) = of(a.dims());
+                Datum::ints(&dims, a.data()[range].to_vec()).map_err(text)
+            }
+            (_, other) => Ok(other.clone()),
+        }
+    }
+
     fn sequences(&self) -> Checked<Datum<f32>> {
         let array = |input, dims: &[usize]| {
             let datum = Datum::<f32>::ints(dims, self.input(input)).map_err(text)?;
@@ -104,6 +150,8 @@ impl Step {
         let (positions, cu_seqlens) = (array(Input::Positions, &[t])?, array(Input::CuSeqlens, &[b + 1])?);
         let (slot, table) = (array(Input::Slot, &[b])?, array(Input::PageTable, &[b, self.pages()])?);
         let sequences = Sequences::new(&positions, &cu_seqlens, &slot, &table).map_err(text)?;
+        let (replay, tentative) = (array(Input::Replay, &[b])?, array(Input::Tentative, &[b])?);
+        let sequences = sequences.with_tentative(&replay, &tentative).map_err(text)?;
         Ok(Datum::Sequences(sequences.into()))
     }
 }
@@ -169,6 +217,11 @@ impl Fill {
 
 /// A value for each parameter of a function.
 pub fn arguments(case: &Case, function: &Function, step: &Step) -> Checked<Vec<Datum<f32>>> {
+    let names: Vec<&str> = function.params.iter().filter_map(|&p| function.node(p).name.as_deref()).collect();
+    let named = case.directives("value").map(|l| l.split(' ').next().unwrap_or_default());
+    if let Some(name) = named.into_iter().find(|name| !names.contains(name)) {
+        return Err(format!("`; value {name}`: there is no such parameter"));
+    }
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let one = |&param| {
         let node = function.node(param);
