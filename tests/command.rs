@@ -104,6 +104,79 @@ fn a_prompt_is_answered_and_a_seed_repeats() {
     fails(&exe, &["generate", "--tokens", "/nonexistent.json"], 1, "/nonexistent.json");
 }
 
+/// The lines of JSON of a run.
+fn json_lines(program: &Path, args: &[&str]) -> Vec<Json> {
+    stdout(program, args).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+#[test]
+fn a_file_of_prompts_is_one_continuous_batch() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("prompts.jsonl");
+    let lines = golden().into_iter().map(|case| serde_json::json!({"tokens": case["prompt_ids"]}).to_string());
+    std::fs::write(&file, lines.collect::<Vec<_>>().join("\n")).expect("it can be written");
+    let texts = dir.path().join("prompts.txt");
+    std::fs::write(&texts, "What is a compiler?\n\nWhat is a linker?\n").expect("it can be written");
+    for backend in backends() {
+        let exe = demo(dir.path(), backend);
+        let ask = |file: &Path, more: &[&str]| -> Vec<Json> {
+            json_lines(&exe, &[&["generate", "--prompts", path(file), "--json"], more].concat())
+        };
+        let greedy = ["-n", "40", "--temperature", "0", "--ignore-eos"];
+        for more in [["--batch", "2"], ["--batch", "9"], ["--draft-tokens", "2"], ["--step-tokens", "8"]] {
+            for (made, case) in ask(&file, &[&greedy[..], &more].concat()).iter().zip(golden()) {
+                let expected = &case["greedy_ids"].as_array().expect("token ids")[..40];
+                assert_eq!(made["tokens"].as_array().expect("token ids"), expected, "{backend} {more:?}");
+            }
+        }
+        let sampled = |more: &[&str]| -> Vec<Json> {
+            let settings =
+                ["-n", "24", "--temperature", "1", "--seed", "3", "--frequency-penalty", "0.5", "--min-p", "0.02"];
+            ask(&file, &[&settings, more].concat()).iter().map(|made| made["tokens"].clone()).collect()
+        };
+        let alone = sampled(&["--batch", "1", "--draft-tokens", "0"]);
+        assert_eq!(alone.len(), golden().len());
+        assert_eq!(sampled(&["--batch", "3", "--draft-tokens", "3"]), alone, "{backend}");
+        assert_eq!(sampled(&["--threads", "1"]), alone, "{backend}");
+        let chats = ask(&texts, &["-n", "8", "--temperature", "0"]);
+        let one = json_lines(&exe, &["generate", "-p", "What is a linker?", "-n", "8", "--temperature", "0", "--json"]);
+        assert_eq!((chats.len(), &chats[1]["text"]), (2, &one[0]["text"]), "{backend}");
+        let blocks = stdout(&exe, &["generate", "--prompts", path(&texts), "-n", "8", "--temperature", "0"]);
+        assert!(blocks.contains("prompts.txt:1 ==\n") && blocks.contains("prompts.txt:3 ==\n"), "{blocks}");
+        std::fs::write(dir.path().join("bad.jsonl"), "{\"prompt\": \"x\"}\n{\"prompt\": 5}\n").expect("written");
+        fails(&exe, &["generate", "--prompts", path(&dir.path().join("bad.jsonl"))], 1, "bad.jsonl:2: `prompt` is 5");
+        fails(&exe, &["generate", "-p", "x", "--min-p", "nan"], 2, "--min-p");
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_eval() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let exe = demo(dir.path(), "cranelift");
+    let ids = dir.path().join("ids.json");
+    let case = &golden()[0];
+    std::fs::write(&ids, case["prompt_ids"].to_string()).expect("it can be written");
+    let common = ["generate", "--tokens", path(&ids), "--json", "-n", "6", "--temperature", "0", "--ignore-eos"];
+    let logprobs = |more: &[&str]| {
+        let made = json_lines(&exe, &[&common, more].concat()).remove(0);
+        (made["tokens"].clone(), made["logprobs"].clone(), made["prompt_logprobs"].clone())
+    };
+    let (tokens, new, prompt) = logprobs(&["--logprobs", "3", "--prompt-logprobs", "0"]);
+    assert_eq!(logprobs(&["--logprobs", "3", "--prompt-logprobs", "0", "--draft-tokens", "0"]).1, new);
+    assert_eq!(tokens.as_array().expect("tokens")[..], case["greedy_ids"].as_array().expect("tokens")[..6]);
+    for (token, entry) in tokens.as_array().expect("tokens").iter().zip(new.as_array().expect("as many")) {
+        assert_eq!((token, &entry["token"], entry["top"].as_array().map(Vec::len)), (token, token, Some(3)));
+        assert_eq!(entry["top"][0]["logprob"], entry["logprob"], "greedy takes the most probable");
+        assert!(entry["text"].is_string());
+    }
+    let prompt = prompt.as_array().expect("one a token");
+    assert_eq!((prompt.len(), &prompt[0]), (case["prompt_ids"].as_array().expect("ids").len(), &Json::Null));
+    let nats: f64 = prompt[1..].iter().map(|entry| -entry["logprob"].as_f64().expect("a number")).sum();
+    let eval = json_lines(&exe, &["eval", "--tokens", path(&ids)]).remove(0);
+    let mean = eval["nats_per_token"].as_f64().expect("a number");
+    assert!((nats / (prompt.len() - 1) as f64 - mean).abs() < 1e-5, "{nats} over {} against {mean}", prompt.len());
+}
+
 #[test]
 fn building_twice_gives_the_same_bytes() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -17,8 +17,6 @@ use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use serde_json::{Map, Value as Json};
-
 use crate::artifact::Artifact;
 use crate::error::Error;
 use crate::generate::{Forward, TextFiles, settings::Settings};
@@ -55,13 +53,13 @@ fn converse(artifact: Artifact, chat_args: &ChatArgs) -> Result<(), Error> {
     let files = TextFiles::find(|name| assets.get(name));
     let template = files.template().map_err(ChatError::from)?;
     let tokenizer = files.tokenizer.get().map_err(ChatError::from)?;
-    let variables = variables(chat_args, &template)?;
+    let variables = template.thinking(args.no_thinking).map_err(ChatError::from)?;
     let settings = Settings::new(args, files.generation_config, &artifact.metadata().model.eos_token_ids)?;
     let mut model = OneSequence::begin(Model::open(artifact, args)?)?;
     let answering = Answering {
         max_new_tokens: chat_args.max_answer(),
         step_tokens: args.step_tokens as usize,
-        eos: settings.eos,
+        ends: settings.ends(args),
         sampling: settings.sampling,
         drafts: args.draft_tokens.planner(&mut model)?,
     };
@@ -83,15 +81,6 @@ fn converse(artifact: Artifact, chat_args: &ChatArgs) -> Result<(), Error> {
     eprintln!("{}: `/help` lists commands, Ctrl-C stops an answer, Ctrl-D ends", chat.session.model().name());
     chat.converse(&mut input::Editor::new()?)?;
     Ok(())
-}
-
-/// Further variables of the template.
-fn variables(args: &ChatArgs, template: &ChatTemplate) -> Result<Map<String, Json>, ChatError> {
-    match args.no_thinking {
-        true if !template.reads("enable_thinking") => Err(ChatError::NoThinkingSwitch),
-        true => Ok(Map::from_iter([("enable_thinking".to_owned(), Json::Bool(false))])),
-        false => Ok(Map::new()),
-    }
 }
 
 /// A chat with all that belongs to it.
@@ -151,6 +140,8 @@ impl<M: ChatModel> Chat<'_, M> {
             Request::Stats => self.stats(),
             Request::Say(text) => self.turn(&text)?.to_owned(),
             Request::Undo if self.conversation.undo() => {
+                let known = self.conversation.known(&self.template);
+                self.session.go_back_to(&known)?;
                 format!("took back a turn; {} left\n", count(self.turns(), "turn"))
             }
             Request::Undo => "nothing to take back\n".to_owned(),

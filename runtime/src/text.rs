@@ -21,10 +21,7 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn open(artifact: Artifact, args: &GenerateArgs) -> Result<Self, Error> {
-        let sequences = match &args.tokens {
-            Some(path) => generate::read_ids(path)?.0.len().max(1),
-            None => 1,
-        };
+        let sequences = args.sequences()?;
         let threads = args.threads.unwrap_or_else(crate::pool::available_threads);
         let step_tokens = args.step_tokens as usize;
         let options = EngineOptions { threads, sequences, step_tokens, random_weights: false };
@@ -34,6 +31,20 @@ impl Model {
 
     fn batch<'a>(runs: &[(Sequence, &'a [u32])]) -> Vec<(SequenceId, &'a [u32])> {
         runs.iter().map(|(s, tokens)| (SequenceId(s.0), *tokens)).collect()
+    }
+
+    /// A step that counts, with the logits of some tokens.
+    fn forward_rows(&mut self, runs: &[(Sequence, &[u32])], rows: LogitRows) -> Result<&[f32], ModelError> {
+        let batch = Self::batch(runs);
+        let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
+        let output = self.engine.forward(&batch, rows)?;
+        self.logits.clear();
+        output.logits.iter().for_each(|row| self.logits.extend_from_slice(row));
+        if self.drafts_wanted {
+            extend_lags(&mut self.lags, runs, &positions, &output);
+            self.catch_up(runs)?;
+        }
+        Ok(&self.logits)
     }
 
     /// Feeds the draft what it lags behind, but for the newest row of each sequence, whose next token is not known.
@@ -134,16 +145,11 @@ impl Forward for Model {
     }
 
     fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
-        let batch = Self::batch(runs);
-        let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
-        let output = self.engine.forward(&batch, LogitRows::Last)?;
-        self.logits.clear();
-        output.logits.iter().for_each(|row| self.logits.extend_from_slice(row));
-        if self.drafts_wanted {
-            extend_lags(&mut self.lags, runs, &positions, &output);
-            self.catch_up(runs)?;
-        }
-        Ok(&self.logits)
+        self.forward_rows(runs, LogitRows::Last)
+    }
+
+    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
+        self.forward_rows(&[(sequence, tokens)], LogitRows::All)
     }
 
     fn drafter(&mut self) -> Option<&mut dyn Drafter> {

@@ -137,8 +137,9 @@ fn open() -> (OwnedFd, OwnedFd) {
     let (mut master, mut slave) = (-1, -1);
     let size = libc::winsize { ws_row: 50, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: the descriptors are written to live integers; no name and no settings are given.
-    let opened =
-        unsafe { libc::openpty(&raw mut master, &raw mut slave, std::ptr::null_mut(), std::ptr::null(), &raw const size) };
+    let opened = unsafe {
+        libc::openpty(&raw mut master, &raw mut slave, std::ptr::null_mut(), std::ptr::null(), &raw const size)
+    };
     assert_eq!(opened, 0, "a terminal: {}", std::io::Error::last_os_error());
     for fd in [master, slave] {
         // SAFETY: the descriptor is ours; neither shall be left open in the program.

@@ -35,6 +35,12 @@ struct SamplingArgs {
     /// Choose among the fewest tokens whose probabilities sum to X [default: the checkpoint's]
     #[arg(long, value_name = "X")]
     top_p: Option<String>,
+    /// Choose among tokens at least X times as probable as the most probable [default: the checkpoint's]
+    #[arg(long, value_name = "X")]
+    min_p: Option<String>,
+    /// Make tokens of prompt and answer less probable by the factor X [default: the checkpoint's]
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<String>,
     /// Seed of the random numbers [default: another one each time]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
@@ -56,6 +62,8 @@ impl ChatArgs {
             ("temperature", &s.temperature),
             ("top-k", &s.top_k),
             ("top-p", &s.top_p),
+            ("min-p", &s.min_p),
+            ("repetition-penalty", &s.repetition_penalty),
             ("seed", &s.seed),
             ("draft-tokens", &s.draft_tokens),
         ];
@@ -63,6 +71,7 @@ impl ChatArgs {
         let argv = ["generate".to_owned(), format!("--prompt={prompt}")].into_iter().chain(given);
         let mut args = Generate::parse_from(argv).args;
         args.system.clone_from(&self.system);
+        args.no_thinking = self.no_thinking;
         args.threads = self.threads.map(|n| n as usize);
         args.max_new_tokens = self.max_new_tokens.unwrap_or(args.max_new_tokens);
         args
@@ -97,7 +106,7 @@ mod tests {
         let generate = args.generate("p");
         assert_eq!(generate.system.as_deref(), Some("Be brief."));
         assert_eq!((generate.seed, generate.max_new_tokens, generate.threads), (Some(7), 3, Some(2)));
-        assert_eq!(generate.temperature.map(f64::from), Some(0.0));
+        assert_eq!(generate.temperature, Some(0.0));
         assert_eq!((args.max_answer(), ChatArgs::default().max_answer()), (3, usize::MAX));
     }
 }

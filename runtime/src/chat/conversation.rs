@@ -102,6 +102,12 @@ impl Conversation {
         next.render(template, true).is_ok_and(|text| text.starts_with(&said))
     }
 
+    /// Ids of the conversation, as far as they were fed or answered before.
+    pub fn known(&self, template: &ChatTemplate) -> Vec<u32> {
+        let text = self.render(template, false).unwrap_or_default();
+        ids_of(&self.pieces[..self.fitting(&text).0])
+    }
+
     fn render(&self, template: &ChatTemplate, add_generation_prompt: bool) -> Result<String, ChatError> {
         let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
         let messages = system.chain(self.messages.iter().cloned()).collect();
@@ -111,16 +117,21 @@ impl Conversation {
 
     /// `text` in pieces: those of before as far as they fit, then the rest.
     fn pieces_of(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<Piece>, ChatError> {
-        let mut pieces = Vec::new();
-        let mut rest = text;
-        for piece in &self.pieces {
-            let Some(after) = rest.strip_prefix(piece.text.as_str()) else { break };
-            pieces.push(piece.clone());
-            rest = after;
-        }
+        let (fitting, rest) = self.fitting(text);
+        let mut pieces = self.pieces[..fitting].to_vec();
         let ids = tokenizer.encode(rest)?;
         push_piece(&mut pieces, rest, ids);
         Ok(pieces)
+    }
+
+    /// How many pieces `text` begins with, and what comes after them.
+    fn fitting<'t>(&self, text: &'t str) -> (usize, &'t str) {
+        let mut rest = text;
+        for (i, piece) in self.pieces.iter().enumerate() {
+            let Some(after) = rest.strip_prefix(piece.text.as_str()) else { return (i, rest) };
+            rest = after;
+        }
+        (self.pieces.len(), rest)
     }
 }
 

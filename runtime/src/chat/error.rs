@@ -19,9 +19,6 @@ pub enum ChatError {
         /// The context.
         max_context: usize,
     },
-    /// The template has no switch for thoughts.
-    #[error("`--no-thinking`: this model's chat template does not know `enable_thinking`")]
-    NoThinkingSwitch,
     /// A file cannot be read or written.
     #[error("{path}: {error}")]
     File {

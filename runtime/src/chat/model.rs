@@ -98,6 +98,10 @@ impl Forward for OneSequence {
         self.model.forward(runs)
     }
 
+    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
+        self.model.forward_all(sequence, tokens)
+    }
+
     fn drafter(&mut self) -> Option<&mut dyn crate::generate::Drafter> {
         self.model.drafter()
     }

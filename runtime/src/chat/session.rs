@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::error::ChatError;
 use super::model::ChatModel;
 use crate::generate::draft::Planner;
-use crate::sample::Sampling;
+use crate::sample::{History, Sampling};
 
 /// Snapshots that are kept; the oldest goes first.
 pub const MAX_SNAPSHOTS: usize = 8;
@@ -19,7 +19,7 @@ pub struct Answering {
     /// Most tokens of a prompt in one step.
     pub step_tokens: usize,
     /// Tokens that end an answer.
-    pub eos: Vec<u32>,
+    pub ends: Vec<u32>,
     /// How to choose tokens.
     pub sampling: Sampling,
     /// How many tokens to draft.
@@ -125,14 +125,16 @@ impl<M: ChatModel> Session<M> {
             return Err(ChatError::Full { tokens: prompt.tokens.len(), max_context });
         }
         let begun = Instant::now();
-        self.go_back_for(&prompt.tokens)?;
+        // the last token is fed in any case: its logits are needed
+        let prompt_end = prompt.tokens.len().saturating_sub(1);
+        self.go_back_to(&prompt.tokens[..prompt_end])?;
         let mut stats = TurnStats { reused: self.fed.len(), ..TurnStats::default() };
         let logits = self.prefill(prompt, how.step_tokens, watch);
         stats.fed = self.fed.len() - stats.reused;
         stats.prefill_s = begun.elapsed().as_secs_f64();
         let mut answer = Answer { tokens: Vec::new(), end: End::Interrupted, stats };
         if let Some(logits) = logits? {
-            self.decode(&logits, prompt.tokens.len(), how, &mut answer, watch)?;
+            self.decode(&logits, &prompt.tokens, how, &mut answer, watch)?;
         }
         self.keep_snapshot()?;
         Ok(answer)
@@ -170,10 +172,11 @@ impl<M: ChatModel> Session<M> {
         Ok(result)
     }
 
-    /// Goes back to where the sequence is a prefix of `tokens`, and shorter, so that there is a token to feed.
-    fn go_back_for(&mut self, tokens: &[u32]) -> Result<(), ChatError> {
-        let equal = self.fed.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-        let most = equal.min(tokens.len().saturating_sub(1));
+    /// Goes back to where the sequence is a prefix of `tokens`.
+    /// # Errors
+    /// [`ChatError::Model`] if the sequence is lost.
+    pub fn go_back_to(&mut self, tokens: &[u32]) -> Result<(), ChatError> {
+        let most = self.fed.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         if self.fed.len() > most {
             self.snapshots.retain(|s| s.tokens <= most);
             match self.snapshots.last() {
@@ -220,14 +223,14 @@ impl<M: ChatModel> Session<M> {
     fn decode(
         &mut self,
         logits: &[f32],
-        position: usize,
+        prompt: &[u32],
         how: &mut Answering,
         answer: &mut Answer,
         watch: &mut Watch<'_>,
     ) -> Result<(), ChatError> {
         let begun = Instant::now();
-        let most = how.max_new_tokens.min(self.model.max_context() - position);
-        let mut choosing = Choosing { how, position, most, answer, watch };
+        let most = how.max_new_tokens.min(self.model.max_context() - prompt.len());
+        let mut choosing = Choosing { how, prompt, most, answer, watch };
         let mut end = choosing.take(logits)?;
         while end.is_none() {
             let known = choosing.answer.tokens[choosing.answer.tokens.len() - 1];
@@ -293,8 +296,8 @@ impl<M: ChatModel> Session<M> {
 /// An answer while it is chosen.
 struct Choosing<'a, 'w> {
     how: &'a mut Answering,
-    /// Position of its first token.
-    position: usize,
+    /// The conversation before it.
+    prompt: &'a [u32],
     /// Most tokens it may have.
     most: usize,
     answer: &'a mut Answer,
@@ -307,10 +310,11 @@ impl Choosing<'_, '_> {
         if self.answer.tokens.len() >= self.most {
             return Ok(Some(End::Length));
         }
-        let position = u32::try_from(self.position + self.answer.tokens.len()).unwrap_or(u32::MAX);
-        let token = self.how.sampling.choose(logits, 0, position)?;
+        let position = u32::try_from(self.prompt.len() + self.answer.tokens.len()).unwrap_or(u32::MAX);
+        let history = History { prompt: self.prompt, output: &self.answer.tokens };
+        let token = self.how.sampling.choose(logits, &history, 0, position)?;
         self.answer.stats.answer += 1;
-        if self.how.eos.contains(&token) {
+        if self.how.ends.contains(&token) {
             return Ok(Some(End::Stop));
         }
         self.answer.tokens.push(token);

@@ -88,6 +88,9 @@ impl Forward for Fake {
         self.logits[next as usize] = 9.0;
         Ok(&self.logits)
     }
+    fn forward_all(&mut self, _: Sequence, _: &[u32]) -> Result<&[f32], ModelError> {
+        unreachable!("a chat asks for no logits of its prompt")
+    }
     fn drafter(&mut self) -> Option<&mut dyn Drafter> {
         Some(self)
     }
@@ -180,7 +183,7 @@ fn how(max_new_tokens: usize) -> Answering {
     Answering {
         max_new_tokens,
         step_tokens: 3,
-        eos: vec![95],
+        ends: vec![95],
         sampling: Sampling::default(),
         drafts: Planner::fixed(0),
     }
@@ -406,7 +409,7 @@ fn tokens_that_the_model_wrote_stay_as_it_wrote_them() {
 #[test]
 fn dropped_thoughts_leave_what_stands_before_them() {
     let (tokenizer, template) = (demo_tokenizer(), template(THINKING));
-    assert!(template.reads("enable_thinking") && !self::template(PLAIN).reads("enable_thinking"));
+    assert!(template.thinking(true).is_ok() && self::template(PLAIN).thinking(true).is_err());
     let mut conversation = Conversation::new(None, Map::new());
     conversation.ask("Hi");
     let (first, thinking) = conversation.prompt(&template, &tokenizer).unwrap();
@@ -458,7 +461,7 @@ fn chat<'a>(tokenizer: &'a Tokenizer, source: &str, screen: &Screen) -> Chat<'a,
         conversation: Conversation::new(None, Map::new()),
         template: template(source),
         tokenizer,
-        answering: Answering { step_tokens: 64, eos: vec![8191], ..how(6) },
+        answering: Answering { step_tokens: 64, ends: vec![8191], ..how(6) },
         last: TurnStats::default(),
         dim: true,
         out: Box::new(screen.clone()),
@@ -479,10 +482,12 @@ fn commands_do_what_they_say() {
     let say = |chat: &mut _, message: &str| say(chat, &screen, message);
     assert_eq!(say(&mut chat, "/undo"), "nothing to take back\n");
     let first = say(&mut chat, "Hi");
+    let before = chat.session.fed().len();
     let second = say(&mut chat, "Why?");
     assert!(say(&mut chat, "/stats").contains(" fed, "));
     assert_eq!(chat.last.reused, chat.conversation_before_last());
     assert_eq!(say(&mut chat, "/undo"), "took back a turn; 1 turn left\n");
+    assert_eq!(chat.session.fed().len(), before, "the state is that of the first turn");
     assert_eq!(say(&mut chat, "Why?"), second, "as if it had not been asked before");
     assert!(say(&mut chat, &format!("/save {path}")).starts_with("saved 2 turns, "));
     let third = say(&mut chat, "And?");

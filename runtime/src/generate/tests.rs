@@ -1,7 +1,14 @@
 //! `generate` over a model of which the next token is known.
 
-use super::*;
+mod batch;
+mod options;
+mod prompts;
+
 use clap::Parser;
+use serde_json::{Value as Json, json};
+
+use super::*;
+use crate::tokenizer::{Special, Tokenizer};
 
 #[derive(Parser)]
 struct Cli {
@@ -13,18 +20,67 @@ fn args(line: &str) -> GenerateArgs {
     Cli::try_parse_from(std::iter::once("generate").chain(line.split_whitespace())).unwrap().args
 }
 
-/// After token `x` comes `x + 1`; its logits also depend on the whole history, so that a lost token shows.
+/// After token `x` comes `x + 1`, or with `noise` whatever the whole history says, so that a lost token shows.
 struct Counter {
     vocab_size: usize,
     max_context: usize,
     histories: Vec<Option<Vec<u32>>>,
+    /// Most sequences at once.
+    slots: usize,
+    /// Lengths of the runs of each step.
     steps: Vec<Vec<usize>>,
     logits: Vec<f32>,
+    noise: bool,
+    /// Can draft; every third draft is wrong.
+    drafts: bool,
+    pending: Vec<(Sequence, Vec<u32>)>,
 }
 
 impl Counter {
     fn new(vocab_size: usize, max_context: usize) -> Self {
-        Self { vocab_size, max_context, histories: Vec::new(), steps: Vec::new(), logits: Vec::new() }
+        Self {
+            vocab_size,
+            max_context,
+            histories: Vec::new(),
+            slots: usize::MAX,
+            steps: Vec::new(),
+            logits: Vec::new(),
+            noise: false,
+            drafts: false,
+            pending: Vec::new(),
+        }
+    }
+
+    fn noisy(vocab_size: usize) -> Self {
+        Self { noise: true, ..Self::new(vocab_size, 100) }
+    }
+
+    fn row(&self, history: &[u32]) -> Vec<f32> {
+        let last = *history.last().unwrap() as usize;
+        let mut row = vec![0.0; self.vocab_size];
+        row[(last + 1) % self.vocab_size] = history.len() as f32;
+        if self.noise {
+            let seed = history.iter().fold(7u64, |h, &t| (h ^ u64::from(t)).wrapping_mul(0x0100_0000_01b3));
+            let mut random = crate::random::Random(seed);
+            row.iter_mut().for_each(|x| *x = random.between(-3.0, 3.0));
+        }
+        row
+    }
+
+    fn history(&self, sequence: Sequence) -> Result<&Vec<u32>, ModelError> {
+        self.histories[sequence.0 as usize].as_ref().ok_or_else(|| "the sequence has ended".into())
+    }
+
+    /// The rows after each token of a run.
+    fn rows(&self, sequence: Sequence, tokens: &[u32]) -> Result<Vec<Vec<f32>>, ModelError> {
+        let mut history = self.history(sequence)?.clone();
+        let row = |&token: &u32| {
+            history.push(token);
+            assert!(history.len() <= self.max_context);
+            self.row(&history)
+        };
+        assert!(!tokens.is_empty());
+        Ok(tokens.iter().map(row).collect())
     }
 }
 
@@ -40,24 +96,65 @@ impl Forward for Counter {
     }
     fn begin(&mut self) -> Result<Sequence, ModelError> {
         self.histories.push(Some(Vec::new()));
+        assert!(self.histories.iter().flatten().count() <= self.slots, "too many sequences at once");
         Ok(Sequence(self.histories.len() as u32 - 1))
     }
     fn end(&mut self, sequence: Sequence) {
-        self.histories[sequence.0 as usize] = None;
+        assert!(self.histories[sequence.0 as usize].take().is_some(), "a sequence ends once");
     }
     fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
         self.steps.push(runs.iter().map(|(_, tokens)| tokens.len()).collect());
         self.logits.clear();
         for (sequence, tokens) in runs {
-            let history = self.histories[sequence.0 as usize].as_mut().ok_or("the sequence has ended")?;
-            history.extend(*tokens);
-            assert!(!tokens.is_empty() && history.len() <= self.max_context);
-            let next = (*history.last().unwrap() as usize + 1) % self.vocab_size;
-            let mut row = vec![0.0; self.vocab_size];
-            row[next] = history.len() as f32;
-            self.logits.extend(row);
+            let mut rows = self.rows(*sequence, tokens)?;
+            self.logits.extend(rows.pop().unwrap());
+            self.histories[sequence.0 as usize].as_mut().unwrap().extend(*tokens);
         }
         Ok(&self.logits)
+    }
+    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
+        self.steps.push(vec![tokens.len()]);
+        self.logits = self.rows(sequence, tokens)?.concat();
+        self.histories[sequence.0 as usize].as_mut().unwrap().extend(tokens);
+        Ok(&self.logits)
+    }
+    fn drafter(&mut self) -> Option<&mut dyn Drafter> {
+        if self.drafts { Some(self) } else { None }
+    }
+}
+
+impl Drafter for Counter {
+    fn tentative_tokens(&self) -> usize {
+        4
+    }
+    fn prepare(&mut self) {}
+    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError> {
+        let draft = |&(sequence, next): &(Sequence, u32)| {
+            let mut history = self.history(sequence)?.clone();
+            let mut newest = next;
+            let next = |_| {
+                history.push(newest);
+                newest = crate::sample::greedy(&self.row(&history)).unwrap();
+                if history.len() % 3 == 0 { newest / 2 } else { newest }
+            };
+            Ok((0..count).map(next).collect())
+        };
+        runs.iter().map(draft).collect()
+    }
+    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+        self.logits.clear();
+        for (sequence, tokens) in runs {
+            let rows = self.rows(*sequence, tokens)?;
+            self.logits.extend(rows.concat());
+            self.pending.push((*sequence, tokens.to_vec()));
+        }
+        Ok(&self.logits)
+    }
+    fn accept(&mut self, sequence: Sequence, tokens: usize) -> Result<(), ModelError> {
+        let i = self.pending.iter().position(|(s, _)| *s == sequence).unwrap();
+        let (_, fed) = self.pending.remove(i);
+        self.histories[sequence.0 as usize].as_mut().unwrap().extend(&fed[..tokens]);
+        Ok(())
     }
 }
 
@@ -118,7 +215,7 @@ fn a_batch_runs_as_ragged_steps() {
     let json = generate_json("-n 3 --ignore-eos --step-tokens 4", "[[1, 2, 3], [20, 21, 22], [30]]", &mut model);
     let tokens: Vec<_> = json["sequences"].as_array().unwrap().iter().map(|s| s["tokens"].clone()).collect();
     assert_eq!(tokens, [json!([4, 5, 6]), json!([23, 24, 25]), json!([31, 32, 33])]);
-    assert_eq!(model.steps, [vec![3, 1], vec![2, 1], vec![1, 1, 1], vec![1, 1, 1]]);
+    assert_eq!(model.steps, [vec![3, 1], vec![1, 2, 1], vec![1, 1, 1], vec![1, 1]]);
     let mut one = Counter::new(50, 100);
     assert!(generate_json("-n 1", "[[1]]", &mut one)["sequences"].is_array());
 }
@@ -145,7 +242,7 @@ fn bad_requests_are_named() {
     };
     check("--draft-tokens 2", "[1]", "`--draft-tokens` is 2");
     check("", "[1, 20]", "token 1 is 20, the model's vocabulary has 20");
-    check("", "[1, 1, 1, 1, 1]", "has 5 tokens, the context holds 4");
+    check("", "[1, 1, 1, 1, 1, 1]", "sequence 0 has 6 tokens, 2 more than the context holds (4)");
     check("", "[[1], []]", "sequence 1 has no tokens");
     check("", "[]", "sequence 0 has no tokens");
     check("", "{}", "expected an array of token ids");
@@ -154,18 +251,8 @@ fn bad_requests_are_named() {
     check("", "[[1], 2]", "[1] is 2, expected an array");
     check("", "[1", "ids.json: EOF");
     check("--stop x", "[1]", "no tokenizer");
-    check("--top-p 2", "[1]", "`top_p` is 2");
-    check("--temperature nan", "[1]", "`temperature` is NaN");
-}
-
-#[test]
-fn wrong_usage_is_the_parsers() {
-    let parse = |line: &str| Cli::try_parse_from(std::iter::once("generate").chain(line.split_whitespace()));
-    assert!(parse("").is_err());
-    assert!(parse("-p a --tokens b").is_err());
-    assert!(parse("--tokens b --raw").is_err());
-    assert!(parse("-p a --step-tokens 0").is_err());
-    assert!(parse("-p a --raw --stop x --stop y").is_ok());
+    check("--stop-token 20", "[1]", "`--stop-token` names token 20, the model's vocabulary has 20");
+    check("--logit-bias 21=1", "[1]", "`--logit-bias` names token 21");
 }
 
 /// The demo model's text files, with its vocabulary behind a model that counts.
