@@ -16,6 +16,9 @@ pub struct GenerateArgs {
     /// A system message before the prompt.
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "tokens"])]
     pub system: Option<String>,
+    /// Answer without thoughts, where the model's chat template knows `enable_thinking`.
+    #[arg(long, conflicts_with_all = ["raw", "tokens"])]
+    pub no_thinking: bool,
     /// Continue the prompt as it stands, without the chat template.
     #[arg(long, conflicts_with = "tokens")]
     pub raw: bool,
