@@ -36,12 +36,13 @@ fn say(terminal: &mut Terminal, line: &str) -> String {
 /// The numbers before `fed` and `reused`, and of the chat's tokens.
 fn stats(terminal: &mut Terminal) -> [usize; 3] {
     let text = say(terminal, "/stats");
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let before = |word: &str, back: usize| {
-        let at = words.iter().position(|w| w.trim_end_matches(',') == word).unwrap_or_else(|| panic!("{text}"));
-        words[at - back].parse().unwrap_or_else(|_| panic!("{text}"))
+    let number = |after: &str, before: &str| {
+        let begin = text.find(after).map(|at| at + after.len());
+        let end = begin.and_then(|b| text[b..].find(before).map(|e| b + e));
+        let word = begin.zip(end).and_then(|(b, e)| text[b..e].split_whitespace().last());
+        word.and_then(|w| w.parse().ok()).unwrap_or_else(|| panic!("{text}"))
     };
-    [before("fed", 2), before("reused", 1), before("of", 1)]
+    [number("last turn: ", " token"), number("fed, ", " reused"), number("chat: ", " of ")]
 }
 
 fn quit(mut terminal: Terminal) {
