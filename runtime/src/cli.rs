@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::artifact::Artifact;
+use crate::chat::{self, args::ChatArgs};
 use crate::engine::EngineOptions;
 use crate::error::Error;
 use crate::generate::GenerateArgs;
@@ -15,9 +16,12 @@ use crate::{bench, eval, info, text};
 #[command(
     version,
     about,
-    long_about = "A Qwen3-Next model, compiled by nextc. Without a command it answers what is typed, or one prompt from a pipe."
+    long_about = "A Qwen3-Next model, compiled by nextc. Without a command it chats on a terminal, or answers one prompt from a pipe.",
+    args_conflicts_with_subcommands = true
 )]
 struct Cli {
+    #[command(flatten)]
+    chat: ChatArgs,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -72,7 +76,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Error> {
     let artifact = Artifact::open_self()?;
     match cli.command {
-        None => text::answer_stdin(artifact),
+        None => chat::run(artifact, &cli.chat),
         Some(Command::Generate(args)) => text::generate(artifact, &args),
         Some(Command::Eval(args)) => eval::run(artifact, &args),
         Some(Command::Bench(args)) => bench::run(artifact, &args),

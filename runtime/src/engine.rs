@@ -77,7 +77,7 @@ pub struct DraftInput<'a> {
 pub struct Engine {
     artifact: Artifact,
     weights: Weights,
-    states: States,
+    pub(crate) states: States,
     executor: Executor,
     step: usize,
     draft: Option<usize>,

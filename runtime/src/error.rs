@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use nextc_abi::{FooterError, WeightsHeaderError};
 
+use crate::chat::ChatError;
 use crate::generate::GenerateError;
 
 /// What can go wrong when an executable runs; each message says where, what was found and what to do.
@@ -167,6 +168,9 @@ pub enum Error {
     /// Nothing, or no more, was generated.
     #[error(transparent)]
     Generate(#[from] GenerateError),
+    /// A chat cannot go on.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// An option's value does not fit this executable.
     #[error("`{option}`: {reason}")]
     Option {

@@ -21,7 +21,6 @@ pub use args::GenerateArgs;
 use decode::Limits;
 use output::Output;
 use requests::Requests;
-pub use requests::read_ids;
 use settings::Settings;
 
 /// Whatever error a model has.

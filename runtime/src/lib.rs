@@ -3,6 +3,7 @@
 
 pub mod artifact;
 pub mod bench;
+pub mod chat;
 pub mod cli;
 pub mod cpu;
 pub mod engine;
@@ -15,6 +16,7 @@ pub mod memory;
 pub mod pool;
 pub mod random;
 pub mod sample;
+pub mod snapshot;
 pub mod state;
 mod step;
 pub mod template;

@@ -57,11 +57,11 @@ pub(crate) struct Sequence {
 /// The states of all sequences.
 #[derive(Debug)]
 pub struct States {
-    regions: Vec<Region>,
-    kinds: Vec<(StateKind, u64)>,
+    pub(crate) regions: Vec<Region>,
+    pub(crate) kinds: Vec<(StateKind, u64)>,
     slots: Allocator,
     pages: Allocator,
-    page_tokens: u64,
+    pub(crate) page_tokens: u64,
     max_context: u64,
     max_sequences: usize,
     sequences: Vec<Option<Sequence>>,

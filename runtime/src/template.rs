@@ -42,6 +42,9 @@ pub enum TemplateError {
         /// What went wrong.
         reason: String,
     },
+    /// The template has no switch for thoughts.
+    #[error("`--no-thinking`: this model's chat template does not know `enable_thinking`")]
+    NoThinkingSwitch,
     /// The template refused the messages with `raise_exception`.
     #[error("the chat template refuses these messages: {0}")]
     Refused(String),
@@ -119,6 +122,19 @@ impl ChatTemplate {
         };
         let template = self.env.get_template(name).map_err(|_| TemplateError::Absent)?;
         template.render(Serde(self.variables(chat))).map_err(|error| self.explain(&error))
+    }
+
+    /// The variables that turn thoughts off, or none to leave them as they are.
+    /// # Errors
+    /// [`TemplateError::NoThinkingSwitch`] if the template does not know them.
+    pub fn thinking(&self, off: bool) -> Result<Map<String, Json>, TemplateError> {
+        let name = "enable_thinking";
+        let known = || self.env.templates().any(|(_, template)| template.undeclared_variables(false).contains(name));
+        match off {
+            true if known() => Ok(Map::from_iter([(name.to_owned(), Json::Bool(false))])),
+            true => Err(TemplateError::NoThinkingSwitch),
+            false => Ok(Map::new()),
+        }
     }
 
     fn variables(&self, chat: &Chat) -> Map<String, Json> {

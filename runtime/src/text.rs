@@ -1,10 +1,7 @@
 //! Generation with this executable's engine: the model behind [`Forward`], and the files of the checkpoint.
 
 use std::collections::HashMap;
-use std::io::{BufRead, IsTerminal, Read, Write};
 use std::time::Instant;
-
-use clap::Parser;
 
 use crate::artifact::Artifact;
 use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
@@ -13,17 +10,17 @@ use crate::generate::{self, Drafter, Forward, GenerateArgs, ModelError, Sequence
 use crate::state::SequenceId;
 
 /// An engine as generation sees it.
-struct Model {
-    engine: Engine,
+pub(crate) struct Model {
+    pub(crate) engine: Engine,
     /// Logits of the last step, without padding.
     logits: Vec<f32>,
     /// What the draft of each sequence has not been fed yet; empty unless drafts are wanted.
-    lags: HashMap<Sequence, Lag>,
+    pub(crate) lags: HashMap<Sequence, Lag>,
     drafts_wanted: bool,
 }
 
 impl Model {
-    fn open(artifact: Artifact, args: &GenerateArgs) -> Result<Self, Error> {
+    pub(crate) fn open(artifact: Artifact, args: &GenerateArgs) -> Result<Self, Error> {
         let sequences = args.sequences()?;
         let threads = args.threads.unwrap_or_else(crate::pool::available_threads);
         let step_tokens = args.step_tokens as usize;
@@ -81,14 +78,14 @@ const CATCH_UP_TOKENS: usize = 64;
 
 /// What the draft of a sequence has not been fed yet: it is fed the hidden row of a position with the token after it, so it
 /// lags behind the model by one token at least.
-#[derive(Default)]
-struct Lag {
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Lag {
     /// Position of the first row.
-    position: u64,
+    pub position: u64,
     /// Hidden rows.
-    hidden: Vec<f32>,
+    pub hidden: Vec<f32>,
     /// The token after each row but the last.
-    next: Vec<u32>,
+    pub next: Vec<u32>,
 }
 
 impl Lag {
@@ -267,73 +264,4 @@ pub(crate) fn generate(artifact: Artifact, args: &GenerateArgs) -> Result<(), Er
     let mut model = Model::open(artifact, args)?;
     let load_s = begun.elapsed().as_secs_f64();
     Ok(generate::run(args, &mut model, &files, load_s, &mut std::io::stdout().lock())?)
-}
-
-/// Answers one prompt from a pipe, or each line that is typed.
-/// # Errors
-/// [`Error`] says what is wrong.
-pub(crate) fn answer_stdin(artifact: Artifact) -> Result<(), Error> {
-    let stdin = std::io::stdin();
-    let input = Error::io(std::path::Path::new("standard input"));
-    if !stdin.is_terminal() {
-        let mut prompt = String::new();
-        stdin.lock().read_to_string(&mut prompt).map_err(input)?;
-        return generate(artifact, &args_for(prompt.trim_end()));
-    }
-    answer_lines(artifact, &mut stdin.lock()).map_err(|e| match e {
-        Failure::Input(error) => input(error),
-        Failure::Generate(error) => error,
-    })
-}
-
-enum Failure {
-    Input(std::io::Error),
-    Generate(Error),
-}
-
-impl<E: Into<Error>> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Self::Generate(error.into())
-    }
-}
-
-fn answer_lines(artifact: Artifact, input: &mut dyn BufRead) -> Result<(), Failure> {
-    let assets = artifact.assets()?;
-    let files = TextFiles::find(|name| assets.get(name));
-    let mut model = Model::open(artifact, &args_for(""))?;
-    loop {
-        eprint!("> ");
-        let mut line = String::new();
-        if input.read_line(&mut line).map_err(Failure::Input)? == 0 {
-            return Ok(());
-        }
-        if line.trim().is_empty() {
-            continue;
-        }
-        let mut out = std::io::stdout().lock();
-        generate::run(&args_for(line.trim_end()), &mut model, &files, 0.0, &mut out)?;
-        writeln!(out).map_err(Failure::Input)?;
-    }
-}
-
-/// The arguments of `generate -p PROMPT`.
-fn args_for(prompt: &str) -> GenerateArgs {
-    #[derive(Parser)]
-    struct Defaults {
-        #[command(flatten)]
-        args: GenerateArgs,
-    }
-    Defaults::parse_from(["generate", &format!("--prompt={prompt}")]).args
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn any_prompt_is_taken_as_it_is() {
-        for prompt in ["hello", "--json", "", "two\nlines", "-p x"] {
-            assert_eq!(args_for(prompt).prompt.as_deref(), Some(prompt));
-        }
-    }
 }

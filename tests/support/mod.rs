@@ -5,6 +5,7 @@
 pub mod exe;
 pub mod golden;
 pub mod interpreter;
+pub mod terminal;
 
 /// How a subject is fed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

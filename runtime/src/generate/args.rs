@@ -1,8 +1,10 @@
 //! The options of `generate`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::GenerateError;
 use super::draft::DraftTokens;
+use super::requests::{read_ids, read_lines};
 use super::settings::{parse_bias, parse_number};
 
 /// The arguments of `generate`.
@@ -14,6 +16,9 @@ pub struct GenerateArgs {
     /// A system message before the prompt.
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "tokens"])]
     pub system: Option<String>,
+    /// Answer without thoughts, where the model's chat template knows `enable_thinking`.
+    #[arg(long, conflicts_with_all = ["raw", "tokens"])]
+    pub no_thinking: bool,
     /// Continue the prompt as it stands, without the chat template.
     #[arg(long, conflicts_with = "tokens")]
     pub raw: bool,
@@ -101,12 +106,15 @@ impl GenerateArgs {
 
     /// Most sequences at once: what a model must have room for.
     /// # Errors
-    /// [`super::GenerateError`] if the file of token ids is bad.
-    pub fn sequences(&self) -> Result<usize, super::GenerateError> {
+    /// [`GenerateError`] if a file of prompts or token ids is bad.
+    pub fn sequences(&self) -> Result<usize, GenerateError> {
         let batch = self.batch as usize;
+        // what can be read only once, as a pipe, is not read to be counted
+        let is_pipe = |path: &Path| std::fs::metadata(path).is_ok_and(|m| !m.is_file());
         match (&self.tokens, &self.prompts) {
-            (Some(path), _) => Ok(super::read_ids(path)?.0.len().clamp(1, batch)),
-            (None, Some(path)) => Ok(super::requests::read_lines(path)?.len().clamp(1, batch)),
+            (Some(path), _) | (_, Some(path)) if is_pipe(path) => Ok(batch),
+            (Some(path), _) => Ok(read_ids(path)?.0.len().clamp(1, batch)),
+            (None, Some(path)) => Ok(read_lines(path)?.len().clamp(1, batch)),
             (None, None) => Ok(1),
         }
     }

@@ -120,12 +120,14 @@ impl Reader<'_> {
         if let Some(system) = system {
             chat.messages.insert(0, json!({"role": "system", "content": system}));
         }
-        self.chat(&chat)
+        self.chat(chat)
     }
 
-    fn chat(&self, chat: &Chat) -> Result<(Vec<u32>, Special), GenerateError> {
+    fn chat(&self, mut chat: Chat) -> Result<(Vec<u32>, Special), GenerateError> {
         self.files.tokenizer.is_present().then_some(()).ok_or(TokenizerError::Absent)?;
-        let text = self.template()?.render(chat)?;
+        let template = self.template()?;
+        chat.variables.extend(template.thinking(self.args.no_thinking)?);
+        let text = template.render(&chat)?;
         Ok((self.files.tokenizer.get()?.encode(&text)?, Special::Skip))
     }
 
@@ -193,7 +195,7 @@ impl Reader<'_> {
             ("tokens", other) => Err(format!("`tokens` is {other}, expected an array of token ids")),
             ("messages", Json::Array(messages)) => {
                 let chat = Chat { messages: messages.clone(), add_generation_prompt: true, ..Chat::default() };
-                self.chat(&chat).map_err(|e| e.to_string())
+                self.chat(chat).map_err(|e| e.to_string())
             }
             ("messages", other) => Err(format!("`messages` is {other}, expected an array of objects")),
             _ => self.prompt(string("prompt", &value)?, system.as_deref()).map_err(|e| e.to_string()),
