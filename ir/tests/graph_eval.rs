@@ -95,13 +95,19 @@ fn arguments_must_agree_on_the_symbols() {
 
 #[test]
 fn contradicting_sequences_are_errors() {
-    let types = "%p: tensor<T x i32>, %c: tensor<B+1 x i32>, %s: tensor<B x i32>, %t: tensor<B x P x i32>";
-    let sequences = |positions: &[i32], ends: &[i32], slots: &[i32]| {
+    let types = "%p: tensor<T x i32>, %c: tensor<B+1 x i32>, %s: tensor<B x i32>, %r: tensor<B x i32>, %m: tensor<B x i32>, %t: tensor<B x P x i32>";
+    let kept = |positions: &[i32], ends: &[i32], slots: &[i32], replay: &[i32]| {
         let batch = slots.len();
-        let table = ints(&[batch, 1], &vec![0; batch]);
-        let args = vec![ints(&[positions.len()], positions), ints(&[ends.len()], ends), ints(&[batch], slots), table];
-        eval(types, "%0 = sequences %p, %c, %s, %t", args).map(|_| ()).map_err(|e| e.to_string())
+        let vector = |values: &[i32]| ints(&[values.len()], values);
+        let (tentative, table) = (vector(&vec![1; batch]), ints(&[batch, 1], &vec![0; batch]));
+        let args = vec![vector(positions), vector(ends), vector(slots), vector(replay), tentative, table];
+        eval(types, "%0 = sequences %p, %c, %s, %r, %m, %t", args).map(|_| ()).map_err(|e| e.to_string())
     };
+    let sequences =
+        |positions: &[i32], ends: &[i32], slots: &[i32]| kept(positions, ends, slots, &vec![0; slots.len()]);
+    assert_eq!(kept(&[3, 4], &[0, 1, 2], &[0, 1], &[8, 0]), Ok(()));
+    assert!(kept(&[3, 4], &[0, 1, 2], &[0, 1], &[9, 0]).unwrap_err().contains("more than 8 tokens"));
+    assert!(sequences(&[0, 1, 2, 3, 4, 5, 6, 7, 8], &[0, 9], &[0]).unwrap_err().contains("more than 8 tokens"));
     assert_eq!(sequences(&[0, 1], &[0, 1, 2], &[0, 1]), Ok(()));
     assert!(sequences(&[0, 1], &[0, 1, 2], &[1, 1]).unwrap_err().contains("slot 1 belongs to two"));
     assert!(sequences(&[0, 1], &[0, 1, 3], &[0, 1]).unwrap_err().contains("ascend"));
