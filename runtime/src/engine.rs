@@ -1,6 +1,6 @@
 //! The engine: an opened executable with weights, states and threads, and sequences that are fed tokens.
 
-use nextc_abi::{Metadata, Program};
+use nextc_abi::{Metadata, Program, Sym};
 
 use crate::artifact::Artifact;
 use crate::error::Error;
@@ -337,7 +337,8 @@ impl Engine {
 fn check_outputs(metadata: &Metadata) -> Result<(), Error> {
     let fits = metadata.programs.iter().flat_map(|p| &p.outputs).all(|o| {
         let unit = o.at.unit.map_or(0, |u| metadata.arena.unit_bytes[u as usize]);
-        o.at.unit == Some(o.rows) && o.width <= o.stride && o.at.at_bytes + o.stride * 4 <= unit
+        let rows = if o.name == "hidden" { Sym::T } else { Sym::R };
+        o.rows == rows && o.at.unit == Some(o.rows) && o.width <= o.stride && o.at.at_bytes + o.stride * 4 <= unit
     });
     if fits { Ok(()) } else { Err(Error::Step("an output lies outside the arena")) }
 }

@@ -155,8 +155,19 @@ fn perplexity_is_that_of_the_known_tokens_in_windows() {
 fn greedy_tokens_come_from_the_same_logits() {
     let exe = Exe::new(How::default());
     fs::write(exe.dir.path().join("ids.json"), "[[3, 4], [5, 6, 7]]").unwrap();
-    let args =
-        ["generate", "--tokens", "ids.json", "--max-new-tokens", "5", "--temperature", "0", "--ignore-eos", "--json"];
+    let args = [
+        "generate",
+        "--tokens",
+        "ids.json",
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--draft-tokens",
+        "0",
+        "--ignore-eos",
+        "--json",
+    ];
     let report: serde_json::Value = serde_json::from_str(exe.stdout(&args).lines().last().unwrap()).unwrap();
     for (i, prompt) in [vec![3, 4], vec![5, 6, 7]].into_iter().enumerate() {
         let mut tokens = prompt.clone();
@@ -201,9 +212,9 @@ fn bench_and_info_speak_json() {
     }
     let info: serde_json::Value = serde_json::from_str(&exe.stdout(&["info", "--json"])).unwrap();
     assert_eq!(info["payload_offset"], exe.footer().payload_offset);
-    assert_eq!(info["state_bytes_per_sequence"], 64);
+    assert_eq!(info["state_bytes_per_sequence"], 64 + 8 * 192);
     assert_eq!(info["kv_bytes_per_token"], 128);
-    assert_eq!(info["arena_bytes"], 2048 * 192 + 128);
+    assert_eq!(info["arena_bytes"], 2048 * 192 + 64);
     assert!(exe.error(&["eval", "--tokens", "ids.json"]).contains("ids.json"));
     fs::write(exe.dir.path().join("ids.json"), "[1]").unwrap();
     assert!(exe.error(&["eval", "--tokens", "ids.json"]).contains("there are no weights"));

@@ -88,14 +88,14 @@ pub fn module() -> KernelModule {
     };
     KernelModule {
         info,
-        kernels: vec![embed(), accumulate(), append(), read(), head(), draft_head()],
+        kernels: vec![embed(), accumulate(), append(), read(), head(), draft_rows()],
         programs: vec![step(), draft()],
         weights: weights(),
         states: vec![
             state("layers.0.delta", StateKind::Delta, &[1, 1, 16]),
             state("layers.0.kv", StateKind::Kv, &[1, 16]),
         ],
-        arena: ArenaPlan { fixed_bytes: 0, unit_bytes: [192, 0, 0, 128] },
+        arena: ArenaPlan { fixed_bytes: 0, unit_bytes: [192, 0, 0, 64] },
         page_tokens: PAGE_TOKENS,
     }
 }
@@ -119,17 +119,17 @@ const fn at(unit: Sym, at_bytes: u64) -> Placement {
 }
 const X: Arg = Arg::Arena(at(Sym::T, 0));
 const Y: Arg = Arg::Arena(at(Sym::T, 64));
-const Z: Arg = Arg::Arena(at(Sym::T, 128));
+const HIDDEN: Placement = at(Sym::T, 128);
+const Z: Arg = Arg::Arena(HIDDEN);
 const LOGITS: Placement = at(Sym::R, 0);
-const HIDDEN: Placement = at(Sym::R, 64);
 
 fn launch(kernel: u32, args: &[Arg]) -> Launch {
     Launch { kernel, args: args.to_vec(), label: format!("kernel {kernel}") }
 }
 
 fn outputs() -> Vec<Output> {
-    let output = |name: &str, at| Output { name: name.to_owned(), at, rows: Sym::R, width: 16, stride: 16 };
-    vec![output("logits", LOGITS), output("hidden", HIDDEN)]
+    let output = |name: &str, at, rows| Output { name: name.to_owned(), at, rows, width: 16, stride: 16 };
+    vec![output("logits", LOGITS, Sym::R), output("hidden", HIDDEN, Sym::T)]
 }
 
 fn step() -> Program {
@@ -142,15 +142,15 @@ fn step() -> Program {
         launch(1, &with(X, &[delta, Y])),
         launch(2, &with(X, &[kv])),
         launch(3, &with(Y, &[kv, Z])),
-        launch(4, &[Z, Arg::Input(LogitRows), Arg::Arena(LOGITS), Arg::Arena(HIDDEN)]),
+        launch(4, &[Z, Arg::Input(LogitRows), Arg::Arena(LOGITS)]),
     ];
     Program { name: "step".to_owned(), launches, outputs: outputs() }
 }
 
 fn draft() -> Program {
-    let inputs = [Input::Tokens, Input::Hidden, Input::LogitRows].map(Arg::Input);
-    let args = [&inputs[..], &[Arg::Weight(0), Arg::Arena(LOGITS), Arg::Arena(HIDDEN)]].concat();
-    Program { name: "draft".to_owned(), launches: vec![launch(5, &args)], outputs: outputs() }
+    let [tokens, hidden, rows] = [Input::Tokens, Input::Hidden, Input::LogitRows].map(Arg::Input);
+    let launches = vec![launch(5, &[tokens, hidden, Arg::Weight(0), Z]), launch(4, &[Z, rows, Arg::Arena(LOGITS)])];
+    Program { name: "draft".to_owned(), launches, outputs: outputs() }
 }
 
 /// `base + row * 16 + j` as an element's index.
@@ -250,30 +250,27 @@ fn read() -> Kernel {
 }
 
 fn head() -> Kernel {
-    let params = [("z", false), ("rows", false), ("logits", true), ("hidden", true)];
+    let params = [("z", false), ("rows", false), ("logits", true)];
     let mut k = KernelBuilder::new("head", &params, Extent::from(Sym::R));
-    let (z, rows, logits, hidden, r) = (k.param(0), k.param(1), k.param(2), k.param(3), k.task());
+    let (z, rows, logits, r) = (k.param(0), k.param(1), k.param(2), k.task());
     let row = k.load_index(rows, r);
     copy_row(&mut k, (z, row), (logits, r));
-    copy_row(&mut k, (z, row), (hidden, r));
     k.finish()
 }
 
-/// Logits and hidden rows are the given hidden rows plus twice the token's embedding: what `step` would give.
-fn draft_head() -> Kernel {
-    let params = [("tokens", false), ("hidden", false), ("rows", false), ("w", false), ("logits", true), ("out", true)];
-    let mut k = KernelBuilder::new("draft_head", &params, Extent::from(Sym::R));
-    let [tokens, hidden, rows, w, logits, out] = std::array::from_fn(|i| k.param(i));
-    let r = k.task();
-    let row = k.load_index(rows, r);
+/// Hidden rows are the given ones plus twice the token's embedding: what `step` would give.
+fn draft_rows() -> Kernel {
+    let params = [("tokens", false), ("hidden", false), ("w", false), ("out", true)];
+    let mut k = KernelBuilder::new("draft_rows", &params, Extent::from(Sym::T));
+    let [tokens, hidden, w, out] = std::array::from_fn(|i| k.param(i));
+    let row = k.task();
     let token = k.load_index(tokens, row);
     k.for_range(16, 1, |k, j| {
-        let (from, embedded, to) = (element(k, row, j), element(k, token, j), element(k, r, j));
-        let (h, e) = (k.load_f32(hidden, from), k.load_f32(w, embedded));
+        let (at, embedded) = (element(k, row, j), element(k, token, j));
+        let (h, e) = (k.load_f32(hidden, at), k.load_f32(w, embedded));
         let e = k.fadd(e, e);
         let sum = k.fadd(h, e);
-        k.store(logits, to, sum);
-        k.store(out, to, sum);
+        k.store(out, at, sum);
     });
     k.finish()
 }
