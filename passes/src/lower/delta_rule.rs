@@ -17,7 +17,7 @@
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::{Extent, Input};
 use nextc_ir::shape::{LANES, Sym, pad};
-use nextc_ir::types::TENTATIVE_TOKENS;
+use nextc_ir::types::{StateType, TENTATIVE_TOKENS};
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
@@ -129,6 +129,8 @@ struct Mixer {
     scale: f32,
     norm_eps: f32,
     vector_bits: u32,
+    /// The type of the delta state: where its matrix and its kept updates lie.
+    state: StateType,
 }
 
 /// `gated_delta_net`.
@@ -149,6 +151,7 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Result<Lowered, LowerError> {
         scale: site.float("scale"),
         norm_eps: site.float("norm_eps"),
         vector_bits: site.target.vector_bits,
+        state: site.state(site.named("delta")).clone(),
     };
     let sequences = SequencePorts::new(&mut ports);
     let heads = mixer.q.heads;
@@ -304,13 +307,8 @@ impl Mixer {
         self.k.width * pad(self.v.width)
     }
 
-    /// Elements of `(k, d, α)` of a kept token.
-    fn update_elems(&self) -> u64 {
-        pad(self.k.width) + pad(self.v.width) + LANES
-    }
-
     fn state(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
-        let elems = self.matrix_elems() + TENTATIVE_TOKENS * self.update_elems();
+        let elems = self.state.delta_head_elems();
         let base = k.param(self.delta);
         let slot = row_ptr(k, base, slot, self.v.heads * elems);
         row_ptr(k, slot, head, elems)
@@ -318,7 +316,7 @@ impl Mixer {
 
     /// Pointers to `k`, `d` and `α` of kept token `i`.
     fn update(&self, k: &mut KernelBuilder, state: Val, i: Val) -> [Val; 3] {
-        let at = k.mul_const(i, self.update_elems());
+        let at = k.mul_const(i, self.state.delta_update_elems());
         let at = k.add_const(at, self.matrix_elems());
         let one = row_ptr(k, state, at, 1);
         [0, pad(self.k.width), pad(self.k.width) + pad(self.v.width)].map(|elems| {
