@@ -88,6 +88,7 @@ impl<'k> Splitter<'k> {
             doc: self.old.doc.clone(),
             params: self.old.params.clone(),
             grid: self.old.grid.clone(),
+            threads: self.old.threads,
             body,
             tail,
             types: self.types,

@@ -43,7 +43,7 @@ pub(crate) fn sample_metadata() -> nextc_abi::Metadata {
         backend: "test".to_owned(),
         fingerprint: String::new(),
         model: Model { name: "sample".to_owned(), vocab_size: 16, hidden_size: 8, max_context: 64, ..Model::default() },
-        target: Target { arch: "x86_64".to_owned(), ..Target::default() },
+        target: Target { arch: nextc_abi::metadata::X86_64.to_owned(), ..Target::default() },
         kernels: Vec::new(),
         programs: Vec::new(),
         weights: WeightTable {

@@ -54,8 +54,13 @@ fn model(module: &KernelModule) -> abi::Model {
 }
 
 fn target(inputs: &LinkInputs<'_>) -> abi::Target {
-    let features = inputs.target.required_features().into_iter().map(str::to_owned).collect();
-    abi::Target { arch: "x86_64".to_owned(), cpu: inputs.target.cpu.clone(), features }
+    let target = inputs.target;
+    let (arch, features) = match &target.gpu {
+        None => (abi::metadata::X86_64, target.required_features()),
+        Some(gpu) => (abi::metadata::NVPTX64, gpu.features.to_vec()),
+    };
+    let features = features.into_iter().map(str::to_owned).collect();
+    abi::Target { arch: arch.to_owned(), cpu: target.cpu.clone(), features }
 }
 
 fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, LinkError> {
@@ -71,6 +76,8 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             entry: symbol("kernel", i, &k.name)?,
             tail: k.tail.as_ref().map(|_| symbol("tail", i, &k.name)).transpose()?,
             scratch_bytes: k.scratch_bytes(),
+            threads: k.threads,
+            shared_bytes: k.shared_bytes(),
             params: k.params.len() as u32,
             grid: extent(&k.grid),
         })

@@ -130,6 +130,9 @@ pub enum EvalError {
         /// Buffers there are.
         buffers: usize,
     },
+    /// A kernel of blocks of threads.
+    #[error("kernel @{0}: its tasks are blocks of threads, which are not interpreted")]
+    Block(String),
     /// More tasks than can be counted.
     #[error("kernel @{0}: the grid is larger than 2^32")]
     Grid(String),

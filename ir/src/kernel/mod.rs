@@ -2,8 +2,10 @@
 //!
 //! A [`Kernel`] is one parallel region: its body runs once for each task of the grid, in any order and on any thread, and
 //! its `tail`, if it has one, runs once after all tasks. Every value is in SSA form and has a [`KType`]; loops carry values and
-//! regions yield them, so there are no variables and no jumps. What a GPU adds (block and lane ids, barriers, shuffles,
-//! atomics, async copies, tile products) joins the op table [`KOp`] as further rows.
+//! regions yield them, so there are no variables and no jumps.
+//!
+//! A task is one thread's, or a block of [`Kernel::threads`] threads that all run the body: then values differ from thread to thread,
+//! and the ops of class [`op::Sig::Block`] let them work together.
 
 pub mod build;
 pub mod eval;
@@ -30,6 +32,8 @@ pub enum Space {
     Global,
     /// Memory of one task, undefined when it begins.
     Scratch,
+    /// Memory that the threads of one block share, undefined when it begins.
+    Shared,
 }
 
 impl Space {
@@ -38,6 +42,7 @@ impl Space {
         match self {
             Self::Global => "global",
             Self::Scratch => "scratch",
+            Self::Shared => "shared",
         }
     }
 }
@@ -130,8 +135,9 @@ pub struct KParam {
 /// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, not to be used in the
 /// tail), and values from 5 on are the parameters, all `ptr<global>`.
 ///
-/// Machine code of it is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
-/// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`.
+/// Machine code for a CPU is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
+/// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`. Code for a GPU
+/// is an entry function of the dimensions, the pointers, a pointer to scratch of all tasks, and the number of tasks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kernel {
     /// Its name: unique in the module, made of letters, digits, `_` and `.`.
@@ -142,6 +148,8 @@ pub struct Kernel {
     pub params: Vec<KParam>,
     /// Number of tasks.
     pub grid: Extent,
+    /// Threads of a task: 1, or a multiple of a warp. In blocks of threads, vectors in memory are aligned to their size (at most 16 bytes).
+    pub threads: u32,
     /// What each task does.
     pub body: Region,
     /// What is done once, after all tasks.
@@ -155,6 +163,15 @@ impl Kernel {
     pub const FIRST_PARAM: u32 = 5;
     /// The task.
     pub const TASK: Val = Val(4);
+    /// Threads of a warp.
+    pub const WARP: u32 = 32;
+    /// Most threads of a block.
+    pub const MAX_THREADS: u32 = 1024;
+
+    /// True if a task is a block of threads.
+    pub const fn is_block(&self) -> bool {
+        self.threads > 1
+    }
 
     /// The type of a value.
     pub fn ty(&self, v: Val) -> KType {
@@ -168,16 +185,25 @@ impl Kernel {
 
     /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes.
     pub fn scratch_bytes(&self) -> u64 {
-        fn of(region: &Region) -> u64 {
-            region
-                .stmts
-                .iter()
-                .map(|s| match s.op {
-                    KOp::Alloc { dtype, elems } => (elems * dtype.bytes()).div_ceil(64) * 64,
-                    _ => s.regions.iter().map(of).sum(),
-                })
-                .sum()
-        }
-        of(&self.body) + self.tail.as_ref().map_or(0, of)
+        let bytes = |op| match op {
+            KOp::Alloc { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(64)),
+            _ => None,
+        };
+        self.allocated(bytes).into_iter().sum()
+    }
+
+    /// Bytes of memory that the threads of a block share: the larger of body and tail, each `shared` rounded up to 128 bytes.
+    pub fn shared_bytes(&self) -> u64 {
+        let bytes = |op| match op {
+            KOp::Shared { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(128)),
+            _ => None,
+        };
+        self.allocated(bytes).into_iter().fold(0, u64::max)
+    }
+
+    /// Bytes that body and tail allocate at their top level.
+    fn allocated(&self, bytes: impl Fn(KOp) -> Option<u64>) -> [u64; 2] {
+        let of = |region: &Region| region.stmts.iter().filter_map(|s| bytes(s.op)).sum();
+        [of(&self.body), self.tail.as_ref().map_or(0, of)]
     }
 }

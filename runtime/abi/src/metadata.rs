@@ -74,12 +74,17 @@ pub struct Model {
     pub mtp: bool,
 }
 
+/// [`Target::arch`] of CPUs.
+pub const X86_64: &str = "x86_64";
+/// [`Target::arch`] of NVIDIA GPUs.
+pub const NVPTX64: &str = "nvptx64";
+
 /// The machine that the code was made for.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Target {
-    /// Architecture: `x86_64`.
+    /// Architecture: [`X86_64`] or [`NVPTX64`].
     pub arch: String,
-    /// The CPU as named on the compiler's command line.
+    /// The CPU or GPU as named on the compiler's command line.
     pub cpu: String,
     /// Instruction-set features that the code uses, in LLVM's spelling.
     pub features: Vec<String>,
@@ -92,12 +97,16 @@ pub struct Kernel {
     pub name: String,
     /// What was fused into it.
     pub doc: String,
-    /// Offset of its code in the image.
+    /// Offset of its code in the image. For a GPU that is the text of its PTX, up to a NUL; kernel `i` is the entry function `nextc_kernel_{i}`.
     pub entry: u64,
-    /// Offset of its tail's code, if it has one.
+    /// Offset of its tail's code, if it has one; for a GPU the same text, with the entry function `nextc_tail_{i}`.
     pub tail: Option<u64>,
-    /// Bytes of scratch that a thread needs.
+    /// Bytes of scratch that a thread needs (on a GPU: a task).
     pub scratch_bytes: u64,
+    /// Threads of a task: 1, or those of a block of a GPU.
+    pub threads: u32,
+    /// Bytes of memory that the threads of a block share.
+    pub shared_bytes: u64,
     /// Number of parameters, without the dimensions.
     pub params: u32,
     /// Number of tasks.

@@ -269,6 +269,9 @@ impl Code {
     /// [`EvalError::Invalid`] with every invariant that the kernel breaks.
     pub fn new(kernel: &Kernel) -> Result<Self, EvalError> {
         crate::kernel::verify::verify_kernel(kernel).map_err(EvalError::Invalid)?;
+        if kernel.is_block() {
+            return Err(EvalError::Block(kernel.name.clone()));
+        }
         let mut maker =
             Maker { kernel, regs: Vec::new(), sizes: [0; 3], block: Block::default(), next_stmt: 0, stmt: 0 };
         maker.regs = kernel.types.iter().map(|&ty| maker.sizes.take(ty)).collect();
@@ -518,6 +521,19 @@ impl Maker<'_> {
             }
             KOp::Offset => Inst::Offset { d, p: a, bytes: b },
             KOp::For | KOp::If => unreachable!("control is made in `statement`"),
+            KOp::Thread
+            | KOp::Shared { .. }
+            | KOp::Barrier
+            | KOp::ShuffleXor { .. }
+            | KOp::AtomicAdd
+            | KOp::Pack { .. }
+            | KOp::HalfFma { .. }
+            | KOp::HalfToFloat
+            | KOp::Fp8ToF16
+            | KOp::Mma { .. }
+            | KOp::Prefetch
+            | KOp::Wait
+            | KOp::Release => unreachable!("blocks of threads are refused before"),
         }
     }
 }
