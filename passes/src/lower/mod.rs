@@ -11,6 +11,7 @@ pub mod attention;
 pub mod delta_rule;
 pub mod elementwise;
 pub mod experts;
+pub mod gpu;
 pub mod matmul;
 pub mod ports;
 
@@ -148,6 +149,9 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
     }
     if group.len() > 1 {
         return Err(site.error(format!("{} ops in one kernel that are not all elementwise", group.len())));
+    }
+    if let Some(lowered) = site.target.gpu.and_then(|_| gpu::lower(&site)) {
+        return lowered;
     }
     match site.op() {
         Op::Embed => elementwise::lower_embed(&site),
