@@ -9,36 +9,46 @@ use nextc_ir::graph::{NodeId, Value};
 use nextc_ir::kernel::{KernelBuilder, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, pad, padded_elems};
-use nextc_ir::{DType, Op, Type};
+use nextc_ir::{Op, Type};
 
 use super::LowerError;
 use super::delta_rule::dot_rows;
-use super::matmul::{Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
+use super::matmul::{Lanes, Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
 use super::ports::{Lowered, Port, Ports, Site, describe};
 
-/// `embed`: one row of the packed matrix, which lies in one lane of a tile.
+/// `embed`: one row of the packed matrix, which lies in one lane of a tile: `(code - zero) * scale`.
 pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let matrix = Matrix::of(site, site.named("w"), 1);
+    let planes = Matrix::of(site, site.named("w"), 1).planes;
+    let blocks = planes.format.blocks();
+    if blocks.is_some_and(|b| b.ordered) {
+        return Err(site.error("an embedding whose columns are in an order of their own"));
+    }
     let (tokens, w) = (ports.read("tokens", site.named("tokens")), ports.read("w", site.named("w")));
     let out = ports.write("out", site.result(0));
     let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
-    let (even_lanes, odd_lanes) = (k.alloc(DType::F32, LANES), k.alloc(DType::F32, LANES));
-    let (t, zero) = (k.task(), k.const_i64(0));
+    let t = k.task();
     let (tokens, w, out) = (k.param(tokens), k.param(w), k.param(out));
     let token = k.load_index(tokens, t);
-    let (tile, lane) = (k.div_const(token, LANES), k.rem_const(token, LANES));
-    let tile = matrix.tile(&mut k, w, tile);
-    let out = row_ptr(&mut k, out, t, matrix.shape.columns);
-    k.for_range(matrix.shape.columns / 2, 1, |k, pair| {
-        let (even, odd) = (matrix.format.def().load_pair)(k, tile, pair);
-        k.store(even_lanes, zero, even);
-        k.store(odd_lanes, zero, odd);
-        let (even, odd) = (k.load_f32(even_lanes, lane), k.load_f32(odd_lanes, lane));
-        let column = k.mul_const(pair, 2);
-        let next = k.add_const(column, 1);
-        k.store(out, column, even);
-        k.store(out, next, odd);
+    let (tile, lane) = (k.div_const(token, LANES), Lanes::One(k.rem_const(token, LANES)));
+    let tile = Matrix { planes }.tile(&mut k, w, tile);
+    let out = row_ptr(&mut k, out, t, planes.columns);
+    let (step, per_word) = (blocks.map_or(planes.columns, |b| u64::from(b.columns)), planes.format.word_columns());
+    let end = k.index(planes.columns);
+    k.for_range(planes.columns, step, |k, first| {
+        let block = k.div_const(first, step);
+        let (scale, zero) = tile.scale(k, block, lane);
+        let last = k.add_const(first, step);
+        let last = k.min_i64(last, end);
+        k.for_each((first, last, per_word), |k, column| {
+            let line = k.div_const(column, per_word);
+            for (i, code) in (0..).zip(tile.codes(k, line, lane)) {
+                let code = zero.map_or(code, |zero| k.fsub(code, zero));
+                let x = scale.map_or(code, |scale| k.fmul(code, scale));
+                let at = k.add_const(column, i);
+                k.store(out, at, x);
+            }
+        });
     });
     Ok(ports.finish(k.finish()))
 }
