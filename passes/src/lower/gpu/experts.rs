@@ -39,7 +39,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let block = |k: &mut KernelBuilder, fragments: &Fragments, weight: Port, tile: Val, is_gate: bool| {
         let base = k.param(weight);
         let tiles = vec![fragments.own_tile(k, base, tile)];
-        let product = Product::new(k, fragments, tiles, place, split.warps);
+        let product = Product::new(k, fragments, tiles, place, split.warps).precise();
         let ahead = ask_ahead(k, &product);
         begin(k);
         let out = k.param(outs[if is_gate { 4 } else { 5 }]);

@@ -335,10 +335,15 @@ pub struct Product<'a> {
     /// Whether every warp has as many turns.
     even: bool,
     place: Place,
+    /// Whether rows of x are taken as the sum of two 16-bit floats, for products that decide something.
+    precise: bool,
     /// Row of the thread's fragments, and its token; and which eight columns of a half turn are its own.
     row: Val,
     q: Val,
 }
+
+/// Operand B of a turn: of each half turn and step, the thread's four columns of its token.
+type Operand = [[[Val; 2]; 2]; 2];
 
 /// Codes that have been asked for: by turn, tile and load.
 pub type Ahead = Vec<Vec<Vec<Val>>>;
@@ -351,7 +356,13 @@ impl<'a> Product<'a> {
         let first = if warps == 1 { k.const_i64(0) } else { k.mul_const(place.warp, most) };
         let (row, q) = (k.div_const(place.lane, 4), k.rem_const(place.lane, 4));
         let even = all_turns == most * warps;
-        Self { fragments, tiles, turns: (first, most), all_turns, even, place, row, q }
+        Self { fragments, tiles, turns: (first, most), all_turns, even, place, precise: false, row, q }
+    }
+
+    /// The same with rows of x as sums of two 16-bit floats.
+    #[must_use]
+    pub fn precise(self) -> Self {
+        Self { precise: true, ..self }
     }
 
     /// The number of the thread's token among the eight.
@@ -440,37 +451,59 @@ impl<'a> Product<'a> {
         let mut sums = sums.to_vec();
         for (i, codes) in codes.iter().enumerate() {
             let turn = k.add_const(first, i as u64);
-            let b = self.tokens(k, turn, x);
-            match self.fragments.planes.format.blocks() {
-                None => {
-                    for (sum, codes) in sums.iter_mut().zip(codes) {
-                        *sum = self.plain(k, codes, &b, *sum);
-                    }
-                }
-                Some(blocks) => {
-                    for (t, codes) in codes.iter().enumerate() {
-                        let sum = &mut sums[4 * t..4 * t + 4];
-                        self.scaled(k, blocks, (self.tiles[t], codes), turn, &b, sum);
-                    }
-                }
+            for b in self.tokens(k, turn, x) {
+                self.turn_sums(k, turn, codes, &b, &mut sums);
             }
         }
         sums
     }
 
-    /// Operand B of a turn: of each half turn and step, the thread's four columns of its token.
-    fn tokens(&self, k: &mut KernelBuilder, turn: Val, x: Row) -> [[[Val; 2]; 2]; 2] {
-        [0, 1].map(|half| {
+    fn turn_sums(&self, k: &mut KernelBuilder, turn: Val, codes: &[Vec<Val>], b: &Operand, sums: &mut [Val]) {
+        match self.fragments.planes.format.blocks() {
+            None => {
+                for (sum, codes) in sums.iter_mut().zip(codes) {
+                    *sum = self.plain(k, codes, b, *sum);
+                }
+            }
+            Some(blocks) => {
+                for (t, codes) in codes.iter().enumerate() {
+                    let sum = &mut sums[4 * t..4 * t + 4];
+                    self.scaled(k, blocks, (self.tiles[t], codes), turn, b, sum);
+                }
+            }
+        }
+    }
+
+    /// Operand B of a turn; twice if rows of x are sums of two numbers.
+    fn tokens(&self, k: &mut KernelBuilder, turn: Val, x: Row) -> Vec<Operand> {
+        let numbers = [0, 1].map(|half| {
             let base = k.mul_const(turn, TURN_COLUMNS);
             let base = k.add_const(base, 32 * half);
             let own = k.mul_const(self.q, 8);
             let column = k.add(base, own);
             self.eight(k, column, x)
-        })
+        });
+        let half = self.fragments.half();
+        let pack = |k: &mut KernelBuilder, x: &[[[Val; 4]; 2]; 2]| {
+            x.map(|steps| steps.map(|v| [k.pack(half, v[0], v[1]), k.pack(half, v[2], v[3])]))
+        };
+        let first = pack(k, &numbers);
+        if !self.precise {
+            return vec![first];
+        }
+        let mut rest = numbers;
+        for (rest, packed) in rest.iter_mut().flatten().zip(first.iter().flatten()) {
+            for (i, x) in rest.iter_mut().enumerate() {
+                let taken =
+                    if i % 2 == 0 { low_half(k, half, packed[i / 2]) } else { high_half(k, half, packed[i / 2]) };
+                *x = k.fsub(*x, taken);
+            }
+        }
+        vec![first, pack(k, &rest)]
     }
 
     /// Columns `column .. column + 8` of the thread's token, zeros beyond the last column.
-    fn eight(&self, k: &mut KernelBuilder, column: Val, x: Row) -> [[Val; 2]; 2] {
+    fn eight(&self, k: &mut KernelBuilder, column: Val, x: Row) -> [[Val; 4]; 2] {
         let columns = self.fragments.planes.columns;
         let inside = (!columns.is_multiple_of(TURN_COLUMNS)).then(|| {
             let end = k.index(columns);
@@ -493,13 +526,11 @@ impl<'a> Product<'a> {
                 let nothing = k.splat_f32(4, 0.0);
                 v = k.select(inside, v, nothing);
             }
-            let lanes = [0, 1, 2, 3].map(|i| k.extract(v, i));
-            let half = self.fragments.half();
-            [k.pack(half, lanes[0], lanes[1]), k.pack(half, lanes[2], lanes[3])]
+            [0, 1, 2, 3].map(|i| k.extract(v, i))
         })
     }
 
-    fn plain(&self, k: &mut KernelBuilder, codes: &[Val], b: &[[[Val; 2]; 2]; 2], mut sum: Val) -> Val {
+    fn plain(&self, k: &mut KernelBuilder, codes: &[Val], b: &Operand, mut sum: Val) -> Val {
         let none = k.const_i32(0);
         for (half, b) in b.iter().enumerate() {
             for (step, &b) in b.iter().enumerate() {
@@ -517,7 +548,7 @@ impl<'a> Product<'a> {
         blocks: Blocks,
         (tile, codes): (Tile, &[Val]),
         turn: Val,
-        b: &[[[Val; 2]; 2]; 2],
+        b: &Operand,
         sum: &mut [Val],
     ) {
         let whole = u64::from(blocks.columns).is_multiple_of(TURN_COLUMNS);
