@@ -263,9 +263,9 @@ mod tests {
     use super::*;
 
     /// Every code, scale, zero point and order lies in its plane, and none on another.
-    fn check(format: &str, out_dims: &[u64], in_dims: &[u64]) {
+    fn check(layout: Layout, format: &str, out_dims: &[u64], in_dims: &[u64]) {
         let format = Format::from_name(format).expect(format);
-        let planes = Planes::new(Layout::Tile16, format, out_dims, in_dims);
+        let planes = Planes::new(layout, format, out_dims, in_dims);
         let (bits, blocks) = (format.def().bits, format.blocks());
         let mut used = HashSet::new();
         let mut take = |byte: u64, bit: u64, bits: u64| {
@@ -306,8 +306,12 @@ mod tests {
             "fp8<16x32>",
             "q8<g48>",
         ] {
-            check(format, &[3, 20], &[2, 40]);
-            check(format, &[32], &[256]);
+            check(Layout::Tile16, format, &[3, 20], &[2, 40]);
+            check(Layout::Tile16, format, &[32], &[256]);
+        }
+        for format in ["bf16", "f16", "fp8", "q8", "q4", "q4<g128,bf16,zero>", "fp8<16x32>"] {
+            check(Layout::Mma16, format, &[3, 20], &[2, 40]);
+            check(Layout::Mma16, format, &[32], &[256]);
         }
     }
 

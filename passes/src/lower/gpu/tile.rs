@@ -23,7 +23,7 @@ pub const TOKENS: u64 = 8;
 /// Elements from one token's sums of a tile to the next in shared memory: 16 rows, and 4 that keep threads in different banks.
 const SUM_STRIDE: u64 = LANES + 4;
 /// Loads of 16 bytes that a thread has in flight.
-const LOADS: u64 = 16;
+const LOADS: u64 = 8;
 
 /// True for the formats that can lie as fragments.
 pub fn covers(format: Format) -> bool {
