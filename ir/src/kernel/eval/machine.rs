@@ -23,14 +23,12 @@ impl Code {
         self.check_args(slots, args)?;
         let tasks = tasks(&self.kernel.grid, &syms).and_then(|n| u32::try_from(n).ok()).filter(|&n| n < u32::MAX - 1);
         let tasks = tasks.ok_or_else(|| EvalError::Grid(self.kernel.name.clone()))?;
-        let mut machine = Machine::new(self, syms, slots, args, options.races);
-        for task in shuffled(tasks, options.seed) {
-            machine.task = Some(task);
-            machine.set_wide(self.implied[Kernel::TASK.0 as usize], i64::from(task));
-            machine.block(&self.body)?;
+        if self.kernel.is_block() {
+            Machine::<false>::new(self, syms, slots, args, options.races).launch(tasks, options.seed)?;
+        } else {
+            Machine::<true>::new(self, syms, slots, args, options.races).launch(tasks, options.seed)?;
         }
-        machine.task = None;
-        self.tail.as_ref().map_or(Ok(()), |tail| Ok(machine.block(tail)?))
+        Ok(())
     }
 
     fn check_args(&self, slots: &[Slot<'_>], args: &[Place]) -> Result<(), EvalError> {
@@ -76,9 +74,9 @@ fn shuffled(n: u32, seed: u64) -> Vec<u32> {
     order
 }
 
-struct Machine<'r, 's> {
+/// A machine for blocks, or (`SINGLE`) for tasks of one thread, which needs no masks: an instruction runs where its thread is.
+struct Machine<'r, 's, const SINGLE: bool> {
     code: &'r Code,
-    threads: usize,
     narrow: Vec<u32>,
     wide: Vec<i64>,
     pointers: Vec<Pointer>,
@@ -90,13 +88,12 @@ struct Machine<'r, 's> {
     thread: Option<usize>,
 }
 
-impl<'r, 's> Machine<'r, 's> {
+impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
     fn new(code: &'r Code, syms: [u64; 4], slots: &'r mut [Slot<'s>], args: &[Place], races: bool) -> Self {
         let depth = code.tail.as_ref().map_or(0, |t| t.depth).max(code.body.depth);
         let threads = code.kernel.threads as usize;
         let mut machine = Self {
             code,
-            threads,
             narrow: vec![0; code.narrow],
             wide: vec![0; code.wide],
             pointers: vec![Pointer::default(); code.pointers],
@@ -105,6 +102,7 @@ impl<'r, 's> Machine<'r, 's> {
             task: None,
             thread: None,
         };
+        debug_assert_eq!(SINGLE, threads == 1);
         for (&reg, &n) in code.implied.iter().zip(&syms) {
             machine.set_wide(reg, n as i64);
         }
@@ -116,9 +114,28 @@ impl<'r, 's> Machine<'r, 's> {
         machine
     }
 
+    /// Threads of a task.
+    #[inline(always)]
+    fn threads(&self) -> usize {
+        if SINGLE { 1 } else { self.masks.threads() }
+    }
+
     /// The same i64 in all threads.
     fn set_wide(&mut self, reg: Reg, x: i64) {
-        self.wide[reg..reg + self.threads].fill(x);
+        let threads = self.threads();
+        self.wide[reg..reg + threads].fill(x);
+    }
+
+    /// Runs all tasks, then the tail.
+    fn launch(&mut self, tasks: u32, seed: u64) -> Result<(), KernelFault> {
+        let code = self.code;
+        for task in shuffled(tasks, seed) {
+            self.task = Some(task);
+            self.set_wide(code.implied[Kernel::TASK.0 as usize], i64::from(task));
+            self.block(&code.body)?;
+        }
+        self.task = None;
+        code.tail.as_ref().map_or(Ok(()), |tail| self.block(tail))
     }
 
     /// Runs a body for the current task, or the tail.
@@ -126,7 +143,9 @@ impl<'r, 's> Machine<'r, 's> {
         self.memory.begin(self.task, block);
         let mut at = 0;
         while let Some(inst) = block.insts.get(at) {
-            self.thread = None;
+            if !SINGLE {
+                self.thread = None;
+            }
             at = self.step(block, inst, at + 1).map_err(|what| self.fault(block.stmts[at], what))?;
         }
         self.thread = None;
@@ -151,7 +170,7 @@ impl<'r, 's> Machine<'r, 's> {
     ///
     /// What cannot fail runs for all threads, whether they are here or not: what others compute in a region is never used.
     fn step(&mut self, block: &Block, inst: &Inst, next: usize) -> Result<usize, Misdeed> {
-        let threads = self.threads;
+        let threads = self.threads();
         match *inst {
             Inst::Const32 { d, bits } => self.narrow[d..d + threads].fill(bits),
             Inst::Const64 { d, bits } => self.wide[d..d + threads].fill(bits),
@@ -205,21 +224,38 @@ impl<'r, 's> Machine<'r, 's> {
                 ..=0 => Err(Misdeed::Step(m.wide[step + t])),
                 _ => Ok(()),
             })?,
-            Inst::Loop => self.masks.open(),
+            Inst::Loop => {
+                if !SINGLE {
+                    self.masks.open();
+                }
+            }
             Inst::LoopHead { i, hi, out } => {
                 let wide = &self.wide;
+                if SINGLE {
+                    return Ok(if wide[i] < wide[hi] { next } else { out });
+                }
                 return Ok(if self.masks.keep(|t| wide[i + t] < wide[hi + t]) { next } else { out });
             }
             Inst::LoopNext { i, step, head, out } => return Ok(if self.advance(i, step) { head } else { out }),
             Inst::If { c, otherwise } => {
                 let narrow = &self.narrow;
+                if SINGLE {
+                    return Ok(if narrow[c] != 0 { next } else { otherwise });
+                }
                 return Ok(if self.masks.open_for(|t| narrow[c + t] != 0) { next } else { otherwise });
             }
             Inst::Else { c, end } => {
                 let narrow = &self.narrow;
+                if SINGLE {
+                    return Ok(if narrow[c] == 0 { next } else { end });
+                }
                 return Ok(if self.masks.choose(|t| narrow[c + t] == 0) { next } else { end });
             }
-            Inst::End => self.masks.close(),
+            Inst::End => {
+                if !SINGLE {
+                    self.masks.close();
+                }
+            }
             Inst::Thread { d } => (0..threads).for_each(|t| self.wide[d + t] = t as i64),
             Inst::Barrier => {
                 self.masks.whole_block()?;
@@ -254,7 +290,10 @@ impl<'r, 's> Machine<'r, 's> {
     /// What can fail, for each thread that is here.
     #[inline(always)]
     fn each(&mut self, mut f: impl FnMut(&mut Self, usize) -> Result<(), Misdeed>) -> Result<(), Misdeed> {
-        for t in 0..self.threads {
+        if SINGLE {
+            return f(self, 0);
+        }
+        for t in 0..self.threads() {
             if self.masks.has(t) {
                 self.thread = Some(t);
                 f(self, t)?;
@@ -265,13 +304,17 @@ impl<'r, 's> Machine<'r, 's> {
 
     /// The same for each lane of each thread.
     fn each_lane(&mut self, n: usize, f: impl Fn(&mut Self, usize) -> Result<(), Misdeed>) -> Result<(), Misdeed> {
-        let threads = self.threads;
+        let threads = self.threads();
         self.each(|m, t| (t..n).step_by(threads).try_for_each(|i| f(m, i)))
     }
 
     /// Moves for the threads that are here: a register that others still need stays as it is for them.
     fn assign(&mut self, bank: Bank, d: Reg, a: Reg, n: usize) {
+        let all = SINGLE || self.masks.all();
         match bank {
+            Bank::Narrow if all => self.narrow.copy_within(a..a + n, d),
+            Bank::Wide if all => self.wide.copy_within(a..a + n, d),
+            Bank::Pointer if all => self.pointers.copy_within(a..a + n, d),
             Bank::Narrow => assign(&mut self.narrow, d, a, n, &self.masks),
             Bank::Wide => assign(&mut self.wide, d, a, n, &self.masks),
             Bank::Pointer => assign(&mut self.pointers, d, a, n, &self.masks),
@@ -279,9 +322,9 @@ impl<'r, 's> Machine<'r, 's> {
     }
 
     fn choose(&mut self, bank: Bank, d: Reg, c: Reg, (a, b): (Reg, Reg), lanes: usize) {
-        for t in 0..self.threads {
+        for t in 0..self.threads() {
             let from = if self.narrow[c + t] != 0 { a } else { b };
-            for i in (t..lanes * self.threads).step_by(self.threads) {
+            for i in (t..lanes * self.threads()).step_by(self.threads()) {
                 match bank {
                     Bank::Narrow => self.narrow[d + i] = self.narrow[from + i],
                     Bank::Wide => self.wide[d + i] = self.wide[from + i],
@@ -293,14 +336,15 @@ impl<'r, 's> Machine<'r, 's> {
 
     /// The next turn of the threads that loop; false if none does.
     fn advance(&mut self, i: Reg, step: Reg) -> bool {
-        let (wide, masks) = (&mut self.wide, &mut self.masks);
-        masks.keep(|t| match wide[i + t].checked_add(wide[step + t]) {
+        let wide = &mut self.wide;
+        let mut next = |t: usize| match wide[i + t].checked_add(wide[step + t]) {
             Some(sum) => {
                 wide[i + t] = sum;
                 true
             }
             None => false,
-        })
+        };
+        if SINGLE { next(0) } else { self.masks.keep(next) }
     }
 
     #[inline(always)]
@@ -418,9 +462,9 @@ impl<'r, 's> Machine<'r, 's> {
     #[inline(always)]
     fn reduce(&mut self, d: Reg, a: Reg, lanes: usize, f: impl Fn(f32, f32) -> f32) {
         let mut x = [0.0; 16];
-        for t in 0..self.threads {
+        for t in 0..self.threads() {
             for (l, x) in x[..lanes].iter_mut().enumerate() {
-                *x = f32::from_bits(self.narrow[a + l * self.threads + t]);
+                *x = f32::from_bits(self.narrow[a + l * self.threads() + t]);
             }
             let mut half = lanes / 2;
             while half > 0 {
@@ -434,22 +478,28 @@ impl<'r, 's> Machine<'r, 's> {
     }
 
     fn half(&mut self, op: HalfOp, d: Reg, operands: [Reg; 3]) {
-        self.three(d, operands, self.threads, |x, y, z| half::apply(op, x, y, z));
+        self.three(d, operands, self.threads(), |x, y, z| half::apply(op, x, y, z));
     }
 
     fn load32(&mut self, d: Reg, p: Reg, i: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
         self.each(|m, t| {
             let words = m.memory.read(m.pointers[p + t], m.wide[i + t], (lanes, 4), t)?;
-            let out = m.narrow[d + t..].iter_mut().step_by(m.threads);
-            out.zip(words).for_each(|(out, &word)| *out = word);
+            if SINGLE {
+                m.narrow[d..d + lanes].copy_from_slice(words);
+            } else {
+                let out = m.narrow[d + t..].iter_mut().step_by(threads);
+                out.zip(words).for_each(|(out, &word)| *out = word);
+            }
             Ok(())
         })
     }
 
     fn load64(&mut self, d: Reg, p: Reg, i: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
         self.each(|m, t| {
             let words = m.memory.read(m.pointers[p + t], m.wide[i + t], (lanes, 8), t)?;
-            let out = m.wide[d + t..].iter_mut().step_by(m.threads);
+            let out = m.wide[d + t..].iter_mut().step_by(threads);
             for (out, words) in out.zip(words.chunks(2)) {
                 *out = (u64::from(words[0]) | u64::from(words[1]) << 32).cast_signed();
             }
@@ -458,18 +508,24 @@ impl<'r, 's> Machine<'r, 's> {
     }
 
     fn store32(&mut self, p: Reg, i: Reg, v: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
         self.each(|m, t| {
             let words = m.memory.write(m.pointers[p + t], m.wide[i + t], (lanes, 4), t)?;
-            let value = m.narrow[v + t..].iter().step_by(m.threads);
-            words.iter_mut().zip(value).for_each(|(word, &x)| *word = x);
+            if SINGLE {
+                words.copy_from_slice(&m.narrow[v..v + lanes]);
+            } else {
+                let value = m.narrow[v + t..].iter().step_by(threads);
+                words.iter_mut().zip(value).for_each(|(word, &x)| *word = x);
+            }
             Ok(())
         })
     }
 
     fn store64(&mut self, p: Reg, i: Reg, v: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
         self.each(|m, t| {
             let words = m.memory.write(m.pointers[p + t], m.wide[i + t], (lanes, 8), t)?;
-            let value = m.wide[v + t..].iter().step_by(m.threads);
+            let value = m.wide[v + t..].iter().step_by(threads);
             for (words, &x) in words.chunks_mut(2).zip(value) {
                 words.copy_from_slice(&[x as u32, (x >> 32) as u32]);
             }
@@ -484,9 +540,6 @@ fn splat<T: Copy>(bank: &mut [T], d: Reg, a: Reg, lanes: usize, threads: usize) 
 }
 
 fn assign<T: Copy>(bank: &mut [T], d: Reg, a: Reg, n: usize, masks: &Masks) {
-    if masks.all() {
-        return bank.copy_within(a..a + n, d);
-    }
     for t in masks.active() {
         (t..n).step_by(masks.threads()).for_each(|i| bank[d + i] = bank[a + i]);
     }
