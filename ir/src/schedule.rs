@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::graph::{ModelInfo, Placement, WeightDecl};
 use crate::kernel::Kernel;
-use crate::layout::Layout;
+use crate::layout::{Layout, Planes};
 use crate::shape::Sym;
 use crate::types::StateType;
 
@@ -219,14 +219,16 @@ pub struct PackedWeight {
 }
 
 impl PackedWeight {
+    /// Where everything lies, if it is a matrix.
+    pub fn planes(&self) -> Planes {
+        Planes::new(self.layout, self.decl.format, self.decl.out_dims(), self.decl.in_dims())
+    }
+
     /// Bytes as packed (without alignment).
     pub fn bytes(&self) -> u64 {
         match self.layout {
             Layout::Flat => crate::layout::flat_dims(&self.decl.shape, self.decl.in_rank).iter().product::<u64>() * 4,
-            Layout::Tile16 => {
-                let tiles = crate::layout::tile_shape(self.decl.out_dims(), self.decl.in_dims(), self.decl.format);
-                tiles.tiles * tiles.tile_bytes
-            }
+            Layout::Tile16 | Layout::Mma16 => self.planes().bytes(),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use nextc_ir::eval::{Cx, Datum, EvalError, Session, StepInputs, WeightStore, evaluate};
 use nextc_ir::source::{SourceError, StoredTensor, WeightSource};
-use nextc_ir::{DType, Module, parse, verify};
+use nextc_ir::{Format, Module, parse, verify};
 
 const PAGE_TOKENS: usize = 2;
 
@@ -133,7 +133,7 @@ impl Source {
 
 impl WeightSource for Source {
     fn tensor(&self, name: &str) -> Option<StoredTensor> {
-        Self::rows(name).map(|(shape, _)| StoredTensor { shape, dtype: DType::F32 })
+        Self::rows(name).map(|(shape, _)| StoredTensor { shape, format: Format::F32 })
     }
 
     fn read_rows(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {

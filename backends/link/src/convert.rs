@@ -217,7 +217,7 @@ fn weight_table(module: &KernelModule) -> abi::WeightTable {
         name: w.name.clone(),
         shape: w.decl.shape.clone(),
         in_rank: w.decl.in_rank as u64,
-        format: w.decl.format.name().to_owned(),
+        format: w.decl.format.to_string(),
         layout: w.layout.name().to_owned(),
         offset,
         bytes: w.bytes(),

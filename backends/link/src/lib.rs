@@ -8,8 +8,8 @@ mod convert;
 mod error;
 pub mod image;
 pub mod pack;
-mod rows;
 mod runtime;
+mod tiles;
 mod write;
 
 use std::path::{Path, PathBuf};

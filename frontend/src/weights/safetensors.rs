@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Component, Path};
 
 use indexmap::IndexMap;
-use nextc_ir::DType;
+use nextc_ir::Format;
 use nextc_ir::WeightSource;
 use nextc_ir::source::{SourceError, StoredTensor};
 
@@ -161,15 +161,15 @@ fn rows_of(shape: &[u64]) -> (u64, u64) {
 impl WeightSource for Checkpoint {
     fn tensor(&self, name: &str) -> Option<StoredTensor> {
         let tensor = self.stored(name)?;
-        let dtype = match tensor.dtype {
-            "F32" => DType::F32,
-            "F16" => DType::F16,
-            "BF16" => DType::BF16,
+        let format = match tensor.dtype {
+            "F32" => Format::F32,
+            "F16" => Format::F16,
+            "BF16" => Format::Bf16,
             _ => return None,
         };
         let (rows, row_elems) = rows_of(&tensor.shape);
         let shape = if tensor.shape.len() < 2 { vec![rows] } else { vec![rows, row_elems] };
-        Some(StoredTensor { shape, dtype })
+        Some(StoredTensor { shape, format })
     }
 
     fn read_rows(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {

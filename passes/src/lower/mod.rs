@@ -11,6 +11,7 @@ pub mod attention;
 pub mod delta_rule;
 pub mod elementwise;
 pub mod experts;
+pub mod gpu;
 pub mod matmul;
 pub mod ports;
 
@@ -59,7 +60,7 @@ pub fn lower(module: &Module, target: &Target) -> Result<KernelModule, LowerErro
         info: module.info.clone(),
         kernels: Vec::new(),
         programs: Vec::new(),
-        weights: packed_weights(module),
+        weights: packed_weights(module, target),
         states: Vec::new(),
         arena: ArenaPlan::default(),
         page_tokens: target.page_tokens,
@@ -103,11 +104,11 @@ fn callee<'m>(module: &'m Module, f: &Function, node: NodeId) -> Result<&'m Func
 }
 
 /// The weight table with the layouts that the pass `layout` writes into the types.
-fn packed_weights(module: &Module) -> Vec<PackedWeight> {
+fn packed_weights(module: &Module, target: &Target) -> Vec<PackedWeight> {
     let entry = |(name, decl): (&String, &nextc_ir::graph::WeightDecl)| PackedWeight {
         name: name.clone(),
         decl: decl.clone(),
-        layout: crate::layout::of_decl(decl),
+        layout: crate::layout::of_decl(decl, target),
     };
     module.weights.iter().map(entry).collect()
 }
@@ -148,6 +149,9 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
     }
     if group.len() > 1 {
         return Err(site.error(format!("{} ops in one kernel that are not all elementwise", group.len())));
+    }
+    if let Some(lowered) = site.target.gpu.and_then(|_| gpu::lower(&site)) {
+        return lowered;
     }
     match site.op() {
         Op::Embed => elementwise::lower_embed(&site),

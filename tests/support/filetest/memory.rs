@@ -3,7 +3,7 @@
 use nextc_ir::eval::{Datum, State};
 use nextc_ir::graph::{Function, NodeId};
 use nextc_ir::kernel::eval::Buffer;
-use nextc_ir::layout::{padded_index, tile_offset_bytes, tile_shape};
+use nextc_ir::layout::{Planes, padded_index};
 use nextc_ir::shape::{pad, padded_elems};
 use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
 use nextc_ir::{Layout, Op, Type};
@@ -82,7 +82,7 @@ fn in_rank(function: &Function, param: NodeId) -> usize {
 fn weight(ty: &WeightType, in_rank: usize, values: &[f32]) -> Checked<Buffer> {
     match ty.layout.ok_or("the weight has no layout")? {
         Layout::Flat => Ok(flat(&ty.shape, values)),
-        Layout::Tile16 => Ok(tiles(ty, in_rank, values)),
+        layout @ (Layout::Tile16 | Layout::Mma16) => Ok(tiles(ty, layout, in_rank, values)),
     }
 }
 
@@ -101,15 +101,15 @@ fn flat(shape: &[u64], values: &[f32]) -> Buffer {
     from_words(&out)
 }
 
-fn tiles(ty: &WeightType, in_rank: usize, values: &[f32]) -> Buffer {
+fn tiles(ty: &WeightType, layout: Layout, in_rank: usize, values: &[f32]) -> Buffer {
     let (out_dims, in_dims) = ty.shape.split_at(ty.shape.len() - in_rank);
-    let tiles = tile_shape(out_dims, in_dims, ty.format);
+    let planes = Planes::new(layout, ty.format, out_dims, in_dims);
     let columns: u64 = in_dims.iter().product();
-    let mut bytes = vec![0; (tiles.tiles * tiles.tile_bytes) as usize];
+    let mut bytes = vec![0; planes.bytes() as usize];
     for (i, &x) in (0u64..).zip(values) {
-        let (row, column) = (padded_index(out_dims, i / columns), padded_index(in_dims, i % columns));
-        let at = (row / 16 * tiles.tile_bytes + tile_offset_bytes(ty.format, row % 16, column)) as usize;
-        (ty.format.def().encode)(x, &mut bytes[at..at + ty.format.def().dtype.bytes() as usize]);
+        let at = planes.code(padded_index(out_dims, i / columns), padded_index(in_dims, i % columns)).byte as usize;
+        let width = ty.format.def().bits as usize / 8;
+        bytes[at..at + width].copy_from_slice(&(ty.format.def().encode)(x).to_le_bytes()[..width]);
     }
     Buffer::from_bytes(&bytes)
 }

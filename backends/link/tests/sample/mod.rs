@@ -49,7 +49,7 @@ impl WeightSource for Checkpoint {
             "matrix" => vec![40, 24],
             _ => return None,
         };
-        Some(StoredTensor { shape, dtype: DType::F32 })
+        Some(StoredTensor { shape, format: Format::F32 })
     }
 
     fn read_rows(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {

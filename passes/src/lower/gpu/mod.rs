@@ -1,0 +1,72 @@
+//! Skeletons for GPUs: each task is a block of threads.
+//!
+//! A kernel first does what depends on nothing (addresses, asking for its weights), then waits for the launches before it ([`begin`]), then
+//! works. Kernels that have no skeleton here are those of CPUs, run by single threads.
+
+pub mod attention;
+pub mod delta_rule;
+pub mod experts;
+pub mod matmul;
+pub mod rows;
+pub mod tile;
+
+use nextc_ir::Op;
+use nextc_ir::kernel::{KernelBuilder, Val};
+
+use super::LowerError;
+use super::ports::{Lowered, Site};
+
+/// The kernel of one node, if there is a skeleton of blocks for it.
+/// # Errors
+/// [`LowerError::Unsupported`] if the skeleton does not cover it.
+pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
+    match site.op() {
+        Op::Embed => Some(rows::lower_embed(site)),
+        Op::GatherRows => Some(rows::lower_gather_rows(site)),
+        Op::SumSquares => Some(rows::lower_sum_squares(site)),
+        Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
+        Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
+        Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
+        Op::NormSwiglu => Some(matmul::lower_norm_swiglu(site)),
+        Op::NormRouter => Some(experts::lower_norm_router(site)),
+        Op::ExpertsGateUp => Some(experts::lower_experts_gate_up(site)),
+        Op::ExpertsDown => Some(experts::lower_experts_down(site)),
+        Op::NormRopeAppend => attention::lower_norm_rope_append(site),
+        Op::GatedAttention => attention::lower_gated_attention(site),
+        Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),
+        _ => None,
+    }
+}
+
+/// The place of a thread in its block.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Its number in the block.
+    pub thread: Val,
+    /// Its warp.
+    pub warp: Val,
+    /// Its number in the warp.
+    pub lane: Val,
+}
+
+impl Place {
+    /// The place of this thread.
+    pub fn here(k: &mut KernelBuilder) -> Self {
+        let thread = k.thread();
+        Self { thread, warp: k.div_const(thread, 32), lane: k.rem_const(thread, 32) }
+    }
+}
+
+/// Ends what depends on nothing: lets the next kernel begin, and waits for those before.
+pub fn begin(k: &mut KernelBuilder) {
+    k.release();
+    k.wait();
+}
+
+/// Sum over the threads of a warp, in all of them, as a fixed tree.
+pub fn warp_sum(k: &mut KernelBuilder, x: Val) -> Val {
+    [16, 8, 4, 2, 1].into_iter().fold(x, |sum, mask| {
+        let other = k.shuffle_xor(sum, mask);
+        k.fadd(sum, other)
+    })
+}
