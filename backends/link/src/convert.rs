@@ -80,6 +80,7 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             shared_bytes: k.shared_bytes(),
             params: k.params.len() as u32,
             grid: extent(&k.grid),
+            tail_grid: extent(&k.tail_grid),
         })
     };
     module.kernels.iter().enumerate().map(convert).collect()

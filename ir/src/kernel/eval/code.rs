@@ -523,6 +523,7 @@ impl Maker<'_> {
             KOp::For | KOp::If => unreachable!("control is made in `statement`"),
             KOp::Thread
             | KOp::Shared { .. }
+            | KOp::Partials { .. }
             | KOp::Barrier
             | KOp::ShuffleXor { .. }
             | KOp::AtomicAdd
