@@ -228,7 +228,7 @@ impl PackedWeight {
     pub fn bytes(&self) -> u64 {
         match self.layout {
             Layout::Flat => crate::layout::flat_dims(&self.decl.shape, self.decl.in_rank).iter().product::<u64>() * 4,
-            Layout::Tile16 => self.planes().bytes(),
+            Layout::Tile16 | Layout::Mma16 => self.planes().bytes(),
         }
     }
 }

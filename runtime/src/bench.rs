@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
-use crate::cpu;
 use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
 use crate::limits::Limits;
@@ -93,7 +92,7 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     let mut options = args.machine.engine(sequences);
     options.random_weights = args.random_weights;
     let mut engine = Engine::new(artifact, &options)?;
-    let limits = Limits::measure(options.threads, engine.metadata().weights.bytes)?;
+    let limits = engine.limits()?;
     let mut results = Vec::with_capacity(rows.len());
     if !args.json {
         print_head(&engine, &limits);
@@ -113,7 +112,7 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     if args.json {
         let metadata = engine.metadata();
         let report = json!({
-            "device": device(&engine),
+            "device": engine.device(),
             "model": metadata.model.name,
             "weights_bytes": metadata.weights.bytes,
             "read_bytes_per_s": limits.read_bytes_per_s,
@@ -258,14 +257,11 @@ fn median(sorted: &[f64]) -> f64 {
     }
 }
 
-fn device(engine: &Engine) -> String {
-    format!("{}, {} threads", cpu::name(), engine.threads())
-}
-
 fn print_head(engine: &Engine, limits: &Limits) {
     let metadata = engine.metadata();
-    println!("{}  {}", metadata.model.name, device(engine));
-    println!("reads {:.1} GB/s, computes {:.0} GFLOP/s (f32)", limits.read_bytes_per_s / 1e9, limits.flops_per_s / 1e9);
+    println!("{}  {}", metadata.model.name, engine.device());
+    let (read, flops) = (limits.read_bytes_per_s / 1e9, limits.flops_per_s / 1e9);
+    println!("reads {read:.1} GB/s, computes {flops:.0} GFLOP/s ({})", limits.arithmetic);
     println!(
         "{:8} {:>7} {:>7} {:>6} {:>12} {:>12} {:>12} {:>7}",
         "kind", "tokens", "depth", "batch", "tokens/s", "MB/token", "limit", "share"

@@ -1,13 +1,17 @@
-//! The engine: an opened executable with weights, states and threads, and sequences that are fed tokens.
+//! The engine: an opened executable with its device, and sequences that are fed tokens.
 
-use nextc_abi::{Metadata, Program, Sym};
+use std::sync::Arc;
+
+use nextc_abi::{Metadata, StateKind, Sym};
 
 use crate::artifact::Artifact;
+use crate::device::{self, Device};
 use crate::error::Error;
+use crate::limits::Limits;
 use crate::memory;
+use crate::random::Random;
 use crate::state::{SequenceId, States};
-use crate::step::{Executor, KernelTime, MAX_DIM, Rows, StepInputs};
-use crate::weights::Weights;
+use crate::step::{self, KernelTime, MAX_DIM, Rows, StepInputs};
 
 /// How an engine is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +60,7 @@ impl LogitRows {
 pub struct Output<'a> {
     /// Logits of the tokens that were asked for, `vocab_size` wide.
     pub logits: Rows<'a>,
-    /// Hidden rows of all tokens after the final norm, `hidden_size` wide.
+    /// Hidden rows of all tokens after the final norm, `hidden_size` wide; none unless [`Engine::want_hidden`] asked for them.
     pub hidden: Rows<'a>,
 }
 
@@ -75,13 +79,13 @@ pub struct DraftInput<'a> {
 
 /// An executable that can run.
 pub struct Engine {
-    artifact: Artifact,
-    weights: Weights,
+    artifact: Arc<Artifact>,
     pub(crate) states: States,
-    executor: Executor,
+    pub(crate) device: Box<dyn Device>,
     step: usize,
     draft: Option<usize>,
     step_tokens: usize,
+    hidden_wanted: bool,
 }
 
 /// One sequence's part of a step.
@@ -94,21 +98,18 @@ struct Part<'a> {
 impl Engine {
     /// Sets up an engine.
     /// # Errors
-    /// [`Error`] if the processor, the weights or the memory will not do.
+    /// [`Error`] if the device, the weights or the memory will not do.
     pub fn new(artifact: Artifact, options: &EngineOptions) -> Result<Self, Error> {
-        artifact.check_cpu()?;
-        let weights = match options.random_weights {
-            true => Weights::random(&artifact)?,
-            false => Weights::map(&artifact)?,
-        };
+        let artifact = Arc::new(artifact);
         let metadata = artifact.metadata();
-        let states = States::reserve(metadata, options.sequences)?;
-        let executor = Executor::new(metadata, options.threads.max(1))?;
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
         let draft = entry("draft");
         check_outputs(metadata)?;
-        Ok(Self { states, executor, step, draft, step_tokens: options.step_tokens.max(1), weights, artifact })
+        let states = States::new(metadata, options.sequences)?;
+        let device = device::open(&artifact, options, &states)?;
+        let step_tokens = options.step_tokens.max(1);
+        Ok(Self { states, device, step, draft, step_tokens, hidden_wanted: false, artifact })
     }
 
     /// The executable.
@@ -121,19 +122,26 @@ impl Engine {
         self.artifact.metadata()
     }
 
-    /// The weights.
-    pub fn weights(&self) -> &Weights {
-        &self.weights
+    /// The name of the device, and how much of it is used.
+    pub fn device(&self) -> String {
+        self.device.describe()
     }
 
-    /// Threads of the team.
-    pub fn threads(&self) -> usize {
-        self.executor.threads()
+    /// What the device can do at best, measured.
+    /// # Errors
+    /// [`Error`] if it cannot be measured.
+    pub fn limits(&mut self) -> Result<Limits, Error> {
+        self.device.limits()
     }
 
     /// Begins to measure each kernel, or stops; gives what was measured before, by kernel.
     pub fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
-        self.executor.profile(go_on, self.artifact.metadata().kernels.len())
+        self.device.profile(go_on)
+    }
+
+    /// Says whether steps give hidden rows too; drafts always do.
+    pub fn want_hidden(&mut self, wanted: bool) {
+        self.hidden_wanted = wanted;
     }
 
     /// True if [`Engine::draft`] works.
@@ -172,7 +180,7 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.logit_rows = rows.of(&inputs.cu_seqlens);
         self.run_parts(&parts, &inputs)?;
-        self.output(self.step, &inputs.dims())
+        self.output(self.step, &inputs.dims(), self.hidden_wanted)
     }
 
     /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. The sequences stay as they are until
@@ -188,12 +196,12 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.tentative.fill(1);
         inputs.logit_rows = LogitRows::All.of(&inputs.cu_seqlens);
-        self.executor.run(&self.artifact, &self.weights, &self.states, self.step, &inputs)?;
+        self.device.run(self.step, &inputs)?;
         for part in &parts {
             // what was replayed is done now
             self.states.set_tokens(part.sequence, part.position, 0)?;
         }
-        self.output(self.step, &inputs.dims())
+        self.output(self.step, &inputs.dims(), self.hidden_wanted)
     }
 
     /// Makes the first `tokens` tokens of the sequence's last step, which was tentative, its own.
@@ -217,7 +225,7 @@ impl Engine {
             if d.hidden.len() != d.tokens.len() * width {
                 return Err(Error::Step("the draft needs one hidden row a token"));
             }
-            self.states.grow(d.sequence, number, d.position + d.tokens.len() as u64)?;
+            self.grow(d.sequence, number, d.position + d.tokens.len() as u64)?;
             parts.push(Part { sequence: d.sequence, position: d.position, tokens: d.tokens });
         }
         let mut inputs = self.inputs(&parts)?;
@@ -227,15 +235,35 @@ impl Engine {
             inputs.hidden.extend_from_slice(row);
             inputs.hidden.resize(inputs.hidden.len() + padded - width, 0.0);
         }
-        self.executor.run(&self.artifact, &self.weights, &self.states, program, &inputs)?;
-        self.output(program, &inputs.dims())
+        self.device.run(program, &inputs)?;
+        self.output(program, &inputs.dims(), true)
     }
 
     /// Gives a sequence a made-up past of `tokens` tokens: for measurements at depth.
     /// # Errors
     /// [`Error::Context`] if that is more than the context.
     pub fn pretend_past(&mut self, sequence: SequenceId, tokens: u64) -> Result<(), Error> {
-        self.states.pretend_past(sequence, tokens)
+        self.grow(sequence, 0, tokens)?;
+        let pages = &self.states.get(sequence)?.pages;
+        let kv = self.states.kinds.iter().enumerate().filter(|(_, (kind, _))| *kind == StateKind::Kv);
+        for (state, &(_, token_bytes)) in kv {
+            let page_bytes = token_bytes * self.states.page_tokens;
+            let past = made_up_past(page_bytes as usize, Random(state as u64));
+            for &page in pages {
+                self.device.write_state(state, u64::from(page) * page_bytes, &past)?;
+            }
+        }
+        // the delta and convolution states stay as they are
+        self.states.set_tokens(sequence, tokens, 0)
+    }
+
+    /// Makes room for a sequence (number `number` of its batch) of `tokens` tokens.
+    pub(crate) fn grow(&mut self, sequence: SequenceId, number: usize, tokens: u64) -> Result<(), Error> {
+        self.states.grow(sequence, number, tokens)?;
+        for (state, bytes) in self.states.used_bytes().enumerate() {
+            self.device.grow_state(state, bytes)?;
+        }
+        Ok(())
     }
 
     /// Checks tokens and lengths of a batch and makes room for them.
@@ -253,7 +281,7 @@ impl Engine {
         let mut parts = Vec::with_capacity(batch.len());
         for (number, &(sequence, tokens)) in batch.iter().enumerate() {
             let position = self.tokens(sequence)?;
-            self.states.grow(sequence, number, position + tokens.len() as u64)?;
+            self.grow(sequence, number, position + tokens.len() as u64)?;
             parts.push(Part { sequence, position, tokens });
         }
         Ok(parts)
@@ -291,7 +319,7 @@ impl Engine {
     }
 
     fn run_parts(&mut self, parts: &[Part<'_>], inputs: &StepInputs) -> Result<(), Error> {
-        self.executor.run(&self.artifact, &self.weights, &self.states, self.step, inputs)?;
+        self.device.run(self.step, inputs)?;
         for part in parts {
             self.states.set_tokens(part.sequence, part.position + part.tokens.len() as u64, 0)?;
         }
@@ -322,15 +350,35 @@ impl Engine {
         Ok(inputs)
     }
 
-    fn output(&self, program: usize, dims: &[u64; 4]) -> Result<Output<'_>, Error> {
+    /// Logits of the last step if it had any, and hidden rows if they are wanted.
+    fn output(&mut self, program: usize, dims: &[u64; 4], hidden_wanted: bool) -> Result<Output<'_>, Error> {
         let metadata = self.artifact.metadata();
-        let program: &Program = &metadata.programs[program];
-        let rows = |name| {
-            let rows = self.executor.output(metadata, program, name, dims);
-            rows.ok_or(Error::Step("an entry point lacks the output `logits` or `hidden`"))
+        let find = |name| metadata.programs[program].outputs.iter().find(|o| o.name == name);
+        let (Some(logits), Some(hidden)) = (find("logits"), find("hidden")) else {
+            return Err(Error::Step("an entry point lacks the output `logits` or `hidden`"));
         };
-        Ok(Output { logits: rows("logits")?, hidden: rows("hidden")? })
+        let mut output = Output { logits: Rows::NONE, hidden: Rows::NONE };
+        let wanted =
+            [(logits, &mut output.logits, dims[Sym::R as usize] > 0), (hidden, &mut output.hidden, hidden_wanted)];
+        let wanted: Vec<_> = wanted.into_iter().filter(|(_, _, wanted)| *wanted).collect();
+        if wanted.is_empty() {
+            return Ok(output);
+        }
+        let spans: Vec<_> = wanted.iter().map(|(output, _, _)| step::span_of(metadata, output, dims)).collect();
+        for ((output, rows, _), bytes) in wanted.into_iter().zip(self.device.fetch(&spans)?) {
+            *rows = Rows::new(output, dims, bytes);
+        }
+        Ok(output)
     }
+}
+
+/// Bytes of KV that are sound numbers between -1 and 1, as f32 and as pairs of bf16.
+fn made_up_past(bytes: usize, mut random: Random) -> Vec<u8> {
+    let number = |_| {
+        let half = random.between(-1.0, 1.0).to_bits() >> 16;
+        (half << 16 | half).to_le_bytes()
+    };
+    (0..bytes / 4).flat_map(number).collect()
 }
 
 /// Refuses a schedule whose outputs do not lie in the arena.

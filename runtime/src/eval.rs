@@ -57,6 +57,7 @@ pub fn run(artifact: Artifact, args: &EvalArgs) -> Result<(), Error> {
     }
     batch.check(&artifact.metadata().model, args.window)?;
     let mut engine = Engine::new(artifact, &args.machine.engine(batch.sequences.len()))?;
+    engine.want_hidden(args.mtp > 0);
     let vocab_size = engine.metadata().model.vocab_size;
     let out =
         args.out.as_deref().map(|path| TensorFile::create(path, &batch.tensors(vocab_size, args.mtp))).transpose()?;

@@ -164,6 +164,7 @@ impl Drafter for Model {
 
     fn prepare(&mut self) {
         self.drafts_wanted = true;
+        self.engine.want_hidden(true);
     }
 
     fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError> {

@@ -4,6 +4,7 @@ use nextc_abi as abi;
 use nextc_abi::hash;
 use nextc_ir::cost::Cost;
 use nextc_ir::graph::{Function, Module};
+use nextc_ir::kernel::Region;
 use nextc_ir::op::Op;
 use nextc_ir::schedule::{Arg, Extent, Input, KernelModule, Launch, Output, Program};
 use nextc_ir::shape::{Dim, Sym};
@@ -78,6 +79,8 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             scratch_bytes: k.scratch_bytes(),
             threads: k.threads,
             shared_bytes: k.shared_bytes(),
+            waits: k.is_block() && k.body.waits(),
+            tail_waits: k.is_block() && k.tail.as_ref().is_some_and(Region::waits),
             params: k.params.len() as u32,
             grid: extent(&k.grid),
             tail_grid: extent(&k.tail_grid),

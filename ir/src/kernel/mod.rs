@@ -123,6 +123,13 @@ pub struct Region {
     pub yields: Vec<Val>,
 }
 
+impl Region {
+    /// True if every thread waits for the launches before this one: there is a `wait` that no condition or loop encloses.
+    pub fn waits(&self) -> bool {
+        self.stmts.iter().any(|s| s.op == KOp::Wait)
+    }
+}
+
 /// A kernel's pointer parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KParam {

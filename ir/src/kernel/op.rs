@@ -193,7 +193,7 @@ kops! {
     Barrier = "barrier" Block;
     /// The 32-bit scalar that the thread `lane ^ mask` of the warp has. Every thread of the warp is here.
     ShuffleXor { mask: u32 } = "shuffle_xor" Block;
-    /// Adds to an i32 in memory and gives what was there before: `(ptr, index, x)`. Acquires and releases, for the whole device.
+    /// Adds to an i32 in global memory and gives what was there before: `(ptr, index, x)`. Acquires and releases, for the whole device.
     AtomicAdd = "atomic_add" Block;
     /// Two f32 rounded to nearest even as one i32 of two 16-bit floats, the first in the lower half; a number too large becomes the largest finite one in f16.
     Pack { dtype: DType } = "pack" Block;
@@ -206,10 +206,10 @@ kops! {
     /// `C + A·B` by a warp, `mma.m16n8k16` of the PTX ISA: `(a0, a1, a2, a3, b0, b1, c)`. A is 16 rows by 16 columns of 16-bit floats, B 16 by 8, C 16 by 8 of f32
     /// (`f32x4`), in the fragments that the manual draws (section 9.7.14.5.8). Every thread of the warp is here.
     Mma { dtype: DType } = "mma" Block;
-    /// Asks for `bytes` bytes from byte `at` of a pointer to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
+    /// Asks for `bytes` bytes from byte `at` of a pointer to global memory to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
     Prefetch = "prefetch" Block;
-    /// Waits until the launches before this one are done and what they wrote is seen. Before it a kernel reads weights only.
+    /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel reads weights only.
     Wait = "wait" Block;
-    /// Lets the next launch begin, as far as it need not wait.
+    /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
     Release = "release" Block;
 }

@@ -60,7 +60,7 @@ pub fn lower(module: &Module, target: &Target) -> Result<KernelModule, LowerErro
         info: module.info.clone(),
         kernels: Vec::new(),
         programs: Vec::new(),
-        weights: packed_weights(module),
+        weights: packed_weights(module, target),
         states: Vec::new(),
         arena: ArenaPlan::default(),
         page_tokens: target.page_tokens,
@@ -104,11 +104,11 @@ fn callee<'m>(module: &'m Module, f: &Function, node: NodeId) -> Result<&'m Func
 }
 
 /// The weight table with the layouts that the pass `layout` writes into the types.
-fn packed_weights(module: &Module) -> Vec<PackedWeight> {
+fn packed_weights(module: &Module, target: &Target) -> Vec<PackedWeight> {
     let entry = |(name, decl): (&String, &nextc_ir::graph::WeightDecl)| PackedWeight {
         name: name.clone(),
         decl: decl.clone(),
-        layout: crate::layout::of_decl(decl),
+        layout: crate::layout::of_decl(decl, target),
     };
     module.weights.iter().map(entry).collect()
 }

@@ -107,6 +107,10 @@ pub struct Kernel {
     pub threads: u32,
     /// Bytes of memory that the threads of a block share.
     pub shared_bytes: u64,
+    /// True if every thread waits for the launch before this one, so that this one may begin while that one still runs.
+    pub waits: bool,
+    /// The same of its tail.
+    pub tail_waits: bool,
     /// Number of parameters, without the dimensions.
     pub params: u32,
     /// Number of tasks.

@@ -282,15 +282,21 @@ pub struct How {
     pub embed: bool,
     /// Leave the weights out.
     pub config_only: bool,
+    /// For a GPU, with a text a kernel that says where its code for the processor is: see `stand_in/driver.c`.
+    pub stand_in: bool,
 }
 
 /// Compiles and links the toy model.
 pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
     let module = module();
-    let target = Target::cpu("x86-64-v3", &["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"], 128);
-    let object = nextc_cranelift::compile(&module, &target).expect("the toy kernels compile");
+    let cpu = Target::cpu("x86-64-v3", &["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"], 128);
+    let object = nextc_cranelift::compile(&module, &cpu).expect("the toy kernels compile");
+    let (target, objects) = match how.stand_in {
+        false => (cpu, vec![object]),
+        true => (Target::gpu("sm_90a").expect("a GPU that is known"), stand_in_texts(output, &module, &object)),
+    };
     nextc_link::link(&LinkInputs {
-        objects: &[object],
+        objects: &objects,
         module: &module,
         graph: None,
         target: &target,
@@ -302,4 +308,19 @@ pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
         embed_weights: how.embed,
         progress: false,
     })
+}
+
+/// Puts the kernels into a shared library beside the executable, and gives the texts that lead to it.
+fn stand_in_texts(output: &Path, module: &KernelModule, object: &[u8]) -> Vec<Vec<u8>> {
+    let (from, to) = (output.with_extension("o"), output.with_extension("so"));
+    std::fs::write(&from, object).expect("a place for the object");
+    compile_c(&from, &to);
+    let text = |k: &Kernel| format!("{} {}", k.params.len(), to.display()).into_bytes();
+    module.kernels.iter().map(text).collect()
+}
+
+/// Lets the C compiler make a shared library.
+pub fn compile_c(from: &Path, to: &Path) {
+    let status = std::process::Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(to).arg(from).status();
+    assert!(status.expect("there is a C compiler").success(), "{}", from.display());
 }

@@ -49,7 +49,10 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Fround => self.intrinsic(stmt, "llvm.roundeven")?,
 
             KOp::Cmp { pred } => self.compare(stmt, pred)?,
-            KOp::Select => self.select(self.arg(stmt, 0)?, self.arg(stmt, 1)?, self.arg(stmt, 2)?)?,
+            KOp::Select => {
+                self.choose_constant(stmt);
+                self.select(self.arg(stmt, 0)?, self.arg(stmt, 1)?, self.arg(stmt, 2)?)?
+            }
 
             KOp::ToFloat => self.convert(stmt, I::SIToFP)?,
             KOp::ToInt => self.convert(stmt, I::FPToSI)?,
@@ -255,6 +258,13 @@ impl<'c> Emitter<'_, 'c> {
     fn alignment(&self, dtype: DType, lanes: u32) -> u32 {
         let lanes = if self.kernel.is_block() { lanes } else { 1 };
         (dtype.bytes() as u32 * lanes).min(16)
+    }
+
+    /// One of two pointers into memory that never changes is such a pointer.
+    fn choose_constant(&mut self, stmt: &Stmt) {
+        if let (&[_, a, b], &[to]) = (stmt.args.as_slice(), stmt.results.as_slice()) {
+            self.constant[to.0 as usize] = self.constant[a.0 as usize] && self.constant[b.0 as usize];
+        }
     }
 
     fn offset(&mut self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {

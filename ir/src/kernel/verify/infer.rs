@@ -116,7 +116,7 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             like_first("an f32 or i32 scalar", is_lane(args[0]))?
         }
         KOp::AtomicAdd => {
-            pointer(args, 0)?;
+            exact(args, 0, KType::Ptr(Space::Global))?;
             exact(args, 1, i64_scalar)?;
             exact(args, 2, i32_scalar)?;
             Some(i32_scalar)
@@ -146,7 +146,7 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             Some(args[6])
         }
         KOp::Prefetch => {
-            pointer(args, 0)?;
+            exact(args, 0, KType::Ptr(Space::Global))?;
             (1..3).try_for_each(|i| exact(args, i, i64_scalar))?;
             None
         }

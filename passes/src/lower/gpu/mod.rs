@@ -5,6 +5,10 @@
 
 pub mod attention;
 pub mod delta_rule;
+pub mod experts;
+pub mod matmul;
+pub mod rows;
+pub mod tile;
 
 use nextc_ir::Op;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -17,6 +21,16 @@ use super::ports::{Lowered, Site};
 /// [`LowerError::Unsupported`] if the skeleton does not cover it.
 pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
     match site.op() {
+        Op::Embed => Some(rows::lower_embed(site)),
+        Op::GatherRows => Some(rows::lower_gather_rows(site)),
+        Op::SumSquares => Some(rows::lower_sum_squares(site)),
+        Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
+        Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
+        Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
+        Op::NormSwiglu => Some(matmul::lower_norm_swiglu(site)),
+        Op::NormRouter => Some(experts::lower_norm_router(site)),
+        Op::ExpertsGateUp => Some(experts::lower_experts_gate_up(site)),
+        Op::ExpertsDown => Some(experts::lower_experts_down(site)),
         Op::NormRopeAppend => attention::lower_norm_rope_append(site),
         Op::GatedAttention => attention::lower_gated_attention(site),
         Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),
