@@ -143,6 +143,8 @@ pub(crate) struct ResolvedLaunch {
     pub kernel: usize,
     /// Number of its tasks.
     pub tasks: u64,
+    /// Number of tasks of its tail.
+    pub tail_tasks: u64,
     /// Where in [`Resolved::args`] its arguments lie: the dimensions, then addresses.
     pub args: Range<usize>,
 }
@@ -177,8 +179,9 @@ pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at
             Arg::State(i) => at.states[*i as usize],
         }));
         let kernel = launch.kernel as usize;
-        let tasks = metadata.kernels[kernel].grid.eval(&dims);
-        resolved.launches.push(ResolvedLaunch { kernel, tasks, args: first..resolved.args.len() });
+        let [tasks, tail_tasks] =
+            [&metadata.kernels[kernel].grid, &metadata.kernels[kernel].tail_grid].map(|grid| grid.eval(&dims));
+        resolved.launches.push(ResolvedLaunch { kernel, tasks, tail_tasks, args: first..resolved.args.len() });
     }
     resolved
 }

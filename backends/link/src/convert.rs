@@ -85,6 +85,7 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             tail_waits: k.is_block() && k.tail.as_ref().is_some_and(Region::waits),
             params: k.params.len() as u32,
             grid: extent(&k.grid),
+            tail_grid: extent(&k.tail_grid),
         })
     };
     module.kernels.iter().enumerate().map(convert).collect()

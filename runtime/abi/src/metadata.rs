@@ -115,6 +115,8 @@ pub struct Kernel {
     pub params: u32,
     /// Number of tasks.
     pub grid: Extent,
+    /// Number of tasks of its tail: more than 1 only on a GPU, where scratch of the kernel's tasks is the tail's as a whole.
+    pub tail_grid: Extent,
 }
 
 /// A dimension that only a step knows.

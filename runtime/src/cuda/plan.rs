@@ -37,7 +37,7 @@ pub(super) struct Planned {
 pub(super) fn scratch_bytes(metadata: &Metadata, program: &Program, dims: &[u64; 4]) -> u64 {
     let of = |launch: &Launch| {
         let kernel = &metadata.kernels[launch.kernel as usize];
-        // a tail works in the scratch of the first task
+        // a tail works in the scratch of the first task, or on blocks in that of all
         kernel.scratch_bytes.saturating_mul(kernel.grid.eval(dims).max(1))
     };
     let bytes = program.launches.iter().map(of).max().unwrap_or(0);
@@ -66,9 +66,10 @@ pub(super) fn plan(
         let too_many = |_| CudaError::Call {
             doing: format!("program `{}`, kernel `{}` ({})", program.name, kernel.name, program.launches[launch].label),
             call: "launch",
-            error: format!("{} tasks, expected at most {MAX_BLOCKS} blocks", r.tasks),
+            error: format!("{} tasks, {} of its tail, expected at most {MAX_BLOCKS} blocks", r.tasks, r.tail_tasks),
         };
-        let blocks = u32::try_from(blocks).ok().filter(|&n| u64::from(n) <= MAX_BLOCKS).ok_or(()).map_err(too_many)?;
+        let fits = |n: u64| u32::try_from(n).ok().filter(|&n| u64::from(n) <= MAX_BLOCKS).ok_or(()).map_err(too_many);
+        let (blocks, tail_blocks) = (fits(blocks)?, fits(r.tail_tasks)?);
         let mut args = resolved.args[r.args.clone()].to_vec();
         args.extend([scratch, r.tasks]);
         let shared_bytes = u32::try_from(kernel.shared_bytes).unwrap_or(u32::MAX);
@@ -77,8 +78,13 @@ pub(super) fn plan(
         if blocks > 0 {
             planned.push(Planned { early: kernel.waits && !planned.is_empty(), ..body.clone() });
         }
-        if kernel.tail.is_some() {
-            planned.push(Planned { tail: true, blocks: 1, early: kernel.tail_waits && !planned.is_empty(), ..body });
+        if kernel.tail.is_some() && tail_blocks > 0 {
+            planned.push(Planned {
+                tail: true,
+                blocks: tail_blocks,
+                early: kernel.tail_waits && !planned.is_empty(),
+                ..body
+            });
         }
     }
     Ok(planned)
@@ -112,6 +118,7 @@ mod tests {
             tail_waits: waits,
             params: 1,
             grid: Extent::Mul(Box::new(Extent::Sym(Sym::T)), Box::new(Extent::Const(10))),
+            tail_grid: if threads > 1 { Extent::Sym(Sym::T) } else { Extent::Const(1) },
         }
     }
 
@@ -132,11 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn tasks_of_one_thread_share_blocks_and_tails_follow_alone() {
-        let (planned, scratch) = planned(vec![kernel(1, true, false), kernel(256, false, false)], 7);
+    fn tasks_of_one_thread_share_blocks_and_tails_follow_on_their_own_grid() {
+        let (planned, scratch) = planned(vec![kernel(1, true, false), kernel(256, true, false)], 7);
         let shape = |p: &Planned| (p.kernel, p.tail, p.blocks, p.threads, p.shared_bytes);
         let shapes: Vec<_> = planned.iter().map(shape).collect();
-        assert_eq!(shapes, [(0, false, 3, 32, 0), (0, true, 1, 32, 0), (1, false, 70, 256, 1024)]);
+        assert_eq!(
+            shapes,
+            [(0, false, 3, 32, 0), (0, true, 1, 32, 0), (1, false, 70, 256, 1024), (1, true, 7, 256, 1024)]
+        );
         assert_eq!(planned[0].args, [7, 1, 2, 0, 0x1000, 0x2000, 70]);
         assert_eq!(scratch, 70 * 192);
     }
@@ -146,7 +156,7 @@ mod tests {
         let kernels = || vec![kernel(64, true, true), kernel(1, false, false), kernel(64, false, true)];
         let early = |tokens| planned(kernels(), tokens).0.iter().map(|p| p.early).collect::<Vec<_>>();
         assert_eq!(early(1), [false, true, false, true]);
-        // a grid of no task is left out, its tail is not
-        assert_eq!(early(0), [false]);
+        // a grid of no task is left out
+        assert!(early(0).is_empty());
     }
 }
