@@ -15,9 +15,10 @@ mod launch;
 mod limits;
 mod memory;
 mod module;
-mod plan;
+pub(crate) mod plan;
 mod profile;
 mod recent;
+mod upload;
 
 use std::sync::Arc;
 
@@ -34,6 +35,7 @@ use crate::artifact::Artifact;
 use crate::device::{Device, Span};
 use crate::engine::EngineOptions;
 use crate::error::Error;
+use crate::info::human_bytes;
 use crate::limits::Limits;
 use crate::state::States;
 use crate::step::{Addresses, INPUTS, KernelTime, SLACK_BYTES, StepInputs, resolve};
@@ -41,6 +43,9 @@ use crate::weights::Weights;
 
 /// Programs with dimensions whose plans and graphs are kept.
 const MAX_PLANS: usize = 32;
+
+/// From so many bytes of weights on it is said what memory will be needed.
+const STATED_BYTES: u64 = 1 << 30;
 
 /// A GPU with all that an executable keeps on it.
 pub(crate) struct Cuda {
@@ -83,18 +88,44 @@ impl Cuda {
         let context = Context::open(&metadata.target.cpu)?;
         let stream = Stream::new()?;
         let mut memory = Memory::reserve(&context, metadata, states)?;
-        let host = match options.random_weights {
-            true => Weights::random(&artifact)?,
-            false => Weights::map(&artifact)?,
-        };
+        // before memory is taken: a missing file is the better message
+        let host = if options.random_weights { None } else { Some(Weights::map(&artifact)?) };
+        check_memory(&context, metadata, options)?;
         memory.weights.grow(&context, &stream, metadata.weights.bytes)?;
-        let bytes = &host.bytes()[..metadata.weights.bytes as usize];
-        copy_in("weights", memory.weights.address(), bytes, &stream)?;
+        stream.wait(|| "clearing the weights".to_owned())?;
+        let to = memory.weights.address();
+        match host {
+            Some(host) => upload::upload(&context, &host.bytes()[..metadata.weights.bytes as usize], to)?,
+            None => upload::make_up(&metadata.weights.entries, to, &stream)?,
+        }
         let modules = Modules::load(&context, &artifact)?;
-        stream.wait(|| "copying the weights".to_owned())?;
         let launcher = Launcher { how, modules, profile: None };
         let (plans, outputs) = (Recent::new(MAX_PLANS), Pinned::new(1)?);
         Ok(Self { plans, launcher, outputs, memory, stream, last: 0, artifact, context })
+    }
+}
+
+/// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps. It is stated
+/// first where it is much.
+fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions) -> Result<(), CudaError> {
+    let (sequences, tokens) = (options.sequences as u64, options.step_tokens as u64);
+    let page = metadata.kv_bytes_per_token().saturating_mul(metadata.page_tokens);
+    let states = metadata.state_bytes_per_sequence().saturating_add(page).saturating_mul(sequences);
+    let steps = plan::step_bytes(metadata, &[tokens, sequences, 1, sequences]);
+    let (weights, (free, _)) = (metadata.weights.bytes, context.memory()?);
+    let needed = weights.saturating_add(states).saturating_add(steps);
+    let human = |bytes: u64| human_bytes(bytes as f64);
+    if weights >= STATED_BYTES {
+        let parts = [weights, states, steps, free].map(human);
+        let [weights, states, steps, free] = parts;
+        eprintln!("{}: {weights} of weights, {states} of states, {steps} for steps; {free} free", context.name());
+    }
+    match needed > free {
+        true => {
+            let what = "weights, states and the largest steps";
+            Err(CudaError::Memory { device: context.name().to_owned(), what, needed, free })
+        }
+        false => Ok(()),
     }
 }
 
@@ -125,7 +156,7 @@ impl Memory {
         let addresses = Addresses { inputs, arena, weights, states: &states };
         let resolved = resolve(metadata, &metadata.programs[program], dims, &addresses);
         self.arena.grow(context, stream, metadata.arena.bytes(&dims) + SLACK_BYTES)?;
-        self.scratch.grow(context, stream, plan::scratch_bytes(metadata, &resolved))?;
+        self.scratch.grow(context, stream, plan::scratch_bytes(metadata, &metadata.programs[program], &dims))?;
         let launches = plan::plan(metadata, &metadata.programs[program], &resolved, self.scratch.address())?;
         Ok(Plan::new(program, dims, launches))
     }

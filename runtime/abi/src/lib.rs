@@ -17,8 +17,8 @@ pub mod weights;
 pub use footer::{Footer, FooterError, Section, SectionKind};
 pub use hash::{Hash, from_hex, to_hex};
 pub use metadata::{
-    Arena, Arg, Asset, Cost, Extent, Input, Kernel, Launch, Metadata, Model, Output, Placement, Program, State,
-    StateKind, Sym, Target, Weight, WeightTable, WeightsPlace,
+    Arena, Arg, Asset, Cost, Extent, Holds, Input, Kernel, Launch, Metadata, Model, Number, Output, Part, Placement,
+    Program, State, StateKind, Sym, Target, Weight, WeightTable, WeightsPlace,
 };
 pub use weights::{WeightsHeader, WeightsHeaderError};
 

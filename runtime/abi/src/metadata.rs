@@ -327,8 +327,57 @@ pub struct Weight {
     pub offset: u64,
     /// Bytes.
     pub bytes: u64,
+    /// What its bytes mean, for weights that are made up.
+    pub parts: Vec<Part>,
     /// Its blocked hash ([`crate::hash::of_blocks`]); empty if there are no weights.
     pub checksum: String,
+}
+
+/// A run of a weight's bytes that mean one thing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Offset from the beginning of the weight.
+    pub at: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// What they are.
+    pub holds: Holds,
+}
+
+/// What bytes of a weight are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Holds {
+    /// Numbers, or codes that have scales.
+    Numbers(Number),
+    /// Scales, and between them zero points where there are any.
+    Scales {
+        /// How they are stored.
+        stored: Number,
+        /// What they scale.
+        codes: Number,
+    },
+    /// For each of so many stored columns the number of the column that it is, i32; for many groups of rows one after the other.
+    Order {
+        /// Columns.
+        columns: u64,
+    },
+}
+
+/// How a number is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Number {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// FP8 (e4m3fn).
+    E4m3,
+    /// A signed byte.
+    I8,
+    /// Four bits: a number from -8 to 7 with 8 added.
+    U4,
 }
 
 /// The kinds of state.

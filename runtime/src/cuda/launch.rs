@@ -9,7 +9,7 @@ use nextc_abi::{Metadata, Program};
 use super::CudaError;
 use super::driver::{Stream, check};
 use super::graph::Graph;
-use super::module::{Functions, Modules};
+use super::module::{Function, Modules};
 use super::plan::Planned;
 use super::profile::Profile;
 
@@ -124,7 +124,8 @@ fn put(
     let program = &metadata.programs[plan.program];
     for (i, planned) in plan.launches.iter().enumerate() {
         let functions = modules.functions(planned.kernel);
-        launch(functions, planned, stream, early, || place(metadata, program, planned))?;
+        let function = functions.tail.filter(|_| planned.tail).unwrap_or(functions.body);
+        launch(function, planned, stream, early, || place(metadata, program, planned))?;
         then(i, planned)?;
     }
     Ok(())
@@ -142,16 +143,15 @@ fn place(metadata: &Metadata, program: &Program, planned: &Planned) -> String {
     format!("program `{}`, {tail}kernel `{kernel}` ({label})", program.name)
 }
 
-/// Launches a kernel or its tail behind what the stream holds; if `early`, as soon as the kernel before it lets it, where the
-/// plan says that it may.
-fn launch(
-    functions: &Functions,
+/// Launches a function behind what the stream holds; if `early`, as soon as the kernel before it lets it, where the plan says that
+/// it may.
+pub(super) fn launch(
+    function: Function,
     planned: &Planned,
     stream: &Stream,
     early: bool,
     doing: impl FnOnce() -> String,
 ) -> Result<(), CudaError> {
-    let function = if planned.tail { functions.tail.unwrap_or(ptr::null_mut()) } else { functions.body };
     let mut args: Vec<*mut c_void> = planned.args.iter().map(|a| ptr::from_ref(a).cast_mut().cast()).collect();
     let mut attributes = [early_attribute()];
     let config = sys::CUlaunchConfig {
@@ -166,10 +166,10 @@ fn launch(
         attrs: attributes.as_mut_ptr(),
         numAttrs: u32::from(early && planned.early),
     };
-    // SAFETY: the function's parameters are the dimensions, as many pointers as the metadata says (`check_entries`), scratch and
-    // tasks, all of 8 bytes, and the driver copies them before it returns. The pointers lead to memory of the device that lives as
-    // long as the engine and is as large as the linker planned for these dimensions.
-    let status = unsafe { sys::cuLaunchKernelEx(&config, function, args.as_mut_ptr(), ptr::null_mut()) };
+    // SAFETY: the function's parameters are those of the plan: the dimensions, as many pointers as the metadata says (`check_entries`),
+    // scratch and tasks, all of 8 bytes, and the driver copies them before it returns. The pointers lead to memory of the device
+    // that lives as long as the engine and is as large as the linker planned for these dimensions.
+    let status = unsafe { sys::cuLaunchKernelEx(&config, function.0, args.as_mut_ptr(), ptr::null_mut()) };
     check(status, "cuLaunchKernelEx", doing)
 }
 

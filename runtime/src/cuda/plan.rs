@@ -1,6 +1,6 @@
 //! What a step launches: grids, blocks and arguments of each kernel and tail, worked out once for a program and its dimensions.
 
-use nextc_abi::{Kernel, Metadata, Program};
+use nextc_abi::{Kernel, Launch, Metadata, Program};
 
 use super::CudaError;
 use crate::step::Resolved;
@@ -33,15 +33,21 @@ pub(super) struct Planned {
     pub args: Vec<u64>,
 }
 
-/// Bytes of scratch that the launches need at most.
-pub(super) fn scratch_bytes(metadata: &Metadata, resolved: &Resolved) -> u64 {
-    let of = |launch: &crate::step::ResolvedLaunch| {
-        let kernel = &metadata.kernels[launch.kernel];
+/// Bytes of scratch that the launches of a program need at most, in steps of `dims`.
+pub(super) fn scratch_bytes(metadata: &Metadata, program: &Program, dims: &[u64; 4]) -> u64 {
+    let of = |launch: &Launch| {
+        let kernel = &metadata.kernels[launch.kernel as usize];
         // a tail works in the scratch of the first task, or on blocks in that of all
-        kernel.scratch_bytes.saturating_mul(launch.tasks.max(1))
+        kernel.scratch_bytes.saturating_mul(kernel.grid.eval(dims).max(1))
     };
-    let bytes = resolved.launches.iter().map(of).max().unwrap_or(0);
+    let bytes = program.launches.iter().map(of).max().unwrap_or(0);
     bytes.checked_next_multiple_of(SCRATCH_ALIGN).unwrap_or(u64::MAX)
+}
+
+/// Bytes of the device that steps of `dims` work in.
+pub(crate) fn step_bytes(metadata: &Metadata, dims: &[u64; 4]) -> u64 {
+    let scratch = metadata.programs.iter().map(|p| scratch_bytes(metadata, p, dims)).max().unwrap_or(0);
+    metadata.arena.bytes(dims).saturating_add(scratch)
 }
 
 /// The launches of a program, with scratch at an address.
@@ -89,7 +95,7 @@ fn shape(kernel: &Kernel, tasks: u64) -> (u64, u32) {
 
 #[cfg(test)]
 mod tests {
-    use nextc_abi::{Arg, Extent, Input, Launch, Sym};
+    use nextc_abi::{Arg, Extent, Input, Sym};
 
     use super::*;
     use crate::step::{Addresses, INPUTS, resolve};
@@ -121,9 +127,9 @@ mod tests {
             cost: Default::default(),
         };
         metadata.kernels = kernels;
-        let at = Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[] };
-        let resolved = resolve(&metadata, &program, [tokens, 1, 2, 0], &at);
-        let bytes = scratch_bytes(&metadata, &resolved);
+        let (at, dims) = (Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[] }, [tokens, 1, 2, 0]);
+        let resolved = resolve(&metadata, &program, dims, &at);
+        let bytes = scratch_bytes(&metadata, &program, &dims);
         (plan(&metadata, &program, &resolved, 0x2000).unwrap(), bytes)
     }
 
