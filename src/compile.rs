@@ -73,6 +73,9 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
     if args.quant != Quant::Keep {
         bail!("`--quant` asks for another format; quantising is not there yet, expected `keep`");
     }
+    if args.target == TargetKind::Cuda && args.activations != Activations::Auto {
+        bail!("`--activations`: a GPU multiplies rows of 16-bit floats, or sums of two of them; expected `auto`");
+    }
     match args.activations {
         Activations::Auto | Activations::F32 => Ok(()),
         Activations::Bf16 | Activations::Int8 => {
@@ -172,6 +175,7 @@ mod tests {
         for (options, expected) in [
             ("--target cpu+cuda", "`--target cpu+cuda`"),
             ("--target cuda --backend cranelift", "`--target cuda`"),
+            ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
             ("--quant q4", "`--quant`"),
             ("--activations int8", "`--activations`"),

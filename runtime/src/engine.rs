@@ -334,7 +334,7 @@ impl Engine {
         }
         let mut inputs = StepInputs { cu_seqlens: vec![0], ..StepInputs::default() };
         let sequences = parts.iter().map(|p| self.states.get(p.sequence)).collect::<Result<Vec<_>, _>>()?;
-        let width = sequences.iter().map(|s| s.pages.len()).max().unwrap_or(0).max(1);
+        let width = self.device.page_width(sequences.iter().map(|s| s.pages.len()).max().unwrap_or(0).max(1));
         for (part, sequence) in parts.iter().zip(sequences) {
             let positions = part.position as i32..part.position as i32 + part.tokens.len() as i32;
             inputs.tokens.extend(part.tokens.iter().map(|&t| t as i32));
