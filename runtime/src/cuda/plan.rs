@@ -79,7 +79,12 @@ pub(super) fn plan(
             planned.push(Planned { early: kernel.waits && !planned.is_empty(), ..body.clone() });
         }
         if kernel.tail.is_some() && tail_blocks > 0 {
-            planned.push(Planned { tail: true, blocks: tail_blocks, early: kernel.tail_waits && !planned.is_empty(), ..body });
+            planned.push(Planned {
+                tail: true,
+                blocks: tail_blocks,
+                early: kernel.tail_waits && !planned.is_empty(),
+                ..body
+            });
         }
     }
     Ok(planned)
@@ -138,7 +143,10 @@ mod tests {
         let (planned, scratch) = planned(vec![kernel(1, true, false), kernel(256, true, false)], 7);
         let shape = |p: &Planned| (p.kernel, p.tail, p.blocks, p.threads, p.shared_bytes);
         let shapes: Vec<_> = planned.iter().map(shape).collect();
-        assert_eq!(shapes, [(0, false, 3, 32, 0), (0, true, 1, 32, 0), (1, false, 70, 256, 1024), (1, true, 7, 256, 1024)]);
+        assert_eq!(
+            shapes,
+            [(0, false, 3, 32, 0), (0, true, 1, 32, 0), (1, false, 70, 256, 1024), (1, true, 7, 256, 1024)]
+        );
         assert_eq!(planned[0].args, [7, 1, 2, 0, 0x1000, 0x2000, 70]);
         assert_eq!(scratch, 70 * 192);
     }

@@ -276,8 +276,7 @@ fn dispatch(case: &Case, experts: usize, step: &Step) -> Checked<Vec<Datum<f32>>
 fn weight(ty: &WeightType, fill: &Fill, random: &mut Random) -> Checked<Datum<f32>> {
     let dims: Vec<usize> = ty.shape.iter().map(|&d| d as usize).collect();
     let def = ty.format.def();
-    let stored =
-        fill.floats(dims.iter().product(), random)?.into_iter().map(|x| (def.decode)((def.encode)(x)));
+    let stored = fill.floats(dims.iter().product(), random)?.into_iter().map(|x| (def.decode)((def.encode)(x)));
     Datum::floats(&dims, stored.collect()).map_err(text)
 }
 

@@ -41,7 +41,8 @@ impl<'r, 's> Memory<'r, 's> {
     pub(super) fn new(kernel: &Kernel, slots: &'r mut [Slot<'s>], args: &[Place], races: bool) -> Self {
         let (own, own_shadows, is_block) = (Vec::new(), Vec::new(), kernel.is_block());
         let (clock, must_wait, partials) = (Clock::default(), false, Buffer::uninit(0));
-        let mut this = Self { slots, own, partials, shadows: Vec::new(), own_shadows, clock, is_block, races, must_wait };
+        let mut this =
+            Self { slots, own, partials, shadows: Vec::new(), own_shadows, clock, is_block, races, must_wait };
         if races {
             let written = |i: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == i);
             let shadow = |(i, slot): (usize, &Slot<'_>)| written(i).then(|| Shadow::new(slot.get()));
