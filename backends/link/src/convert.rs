@@ -123,6 +123,11 @@ fn input(i: Input) -> abi::Input {
         Input::PageTable => abi::Input::PageTable,
         Input::LogitRows => abi::Input::LogitRows,
         Input::Hidden => abi::Input::Hidden,
+        Input::Factors => abi::Input::Factors,
+        Input::Choices => abi::Input::Choices,
+        Input::EditTokens => abi::Input::EditTokens,
+        Input::EditCounts => abi::Input::EditCounts,
+        Input::EditBiases => abi::Input::EditBiases,
     }
 }
 
@@ -139,6 +144,7 @@ fn program(p: &Program, inputs: &LinkInputs<'_>) -> abi::Program {
         name: p.name.clone(),
         launches: p.launches.iter().map(launch).collect(),
         outputs: p.outputs.iter().map(output).collect(),
+        row_bytes: p.row_bytes,
         cost: cost_of_entry(inputs, p),
     }
 }

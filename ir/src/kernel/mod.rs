@@ -11,6 +11,7 @@ pub mod math;
 pub mod op;
 pub mod parse;
 pub mod print;
+pub mod random;
 pub mod verify;
 
 pub use build::KernelBuilder;

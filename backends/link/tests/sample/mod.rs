@@ -144,13 +144,13 @@ fn step() -> Program {
         launch(3, &with(Y, &[kv, Z])),
         launch(4, &[Z, Arg::Input(LogitRows), Arg::Arena(LOGITS)]),
     ];
-    Program { name: "step".to_owned(), launches, outputs: outputs() }
+    Program { name: "step".to_owned(), launches, outputs: outputs(), row_bytes: 64 }
 }
 
 fn draft() -> Program {
     let [tokens, hidden, rows] = [Input::Tokens, Input::Hidden, Input::LogitRows].map(Arg::Input);
     let launches = vec![launch(5, &[tokens, hidden, Arg::Weight(0), Z]), launch(4, &[Z, rows, Arg::Arena(LOGITS)])];
-    Program { name: "draft".to_owned(), launches, outputs: outputs() }
+    Program { name: "draft".to_owned(), launches, outputs: outputs(), row_bytes: 64 }
 }
 
 /// `base + row * 16 + j` as an element's index.
