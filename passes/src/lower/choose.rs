@@ -405,7 +405,7 @@ impl Row {
                     let logit = self.rung(k, rung);
                     let sum = self.at_least(k, logit);
                     let reached = goal.reached(k, sum);
-                    narrowed(k, reached, [rung, at[1], sum.count, sum.weight], [at[0], rung, at[2], at[3]])
+                    narrowed(k, reached, [at[0], rung, at[2], at[3]], [rung, at[1], sum.count, sum.weight])
                 },
                 |_| at.clone(),
             )
@@ -479,7 +479,7 @@ impl Row {
                     let logit = of_key(k, key);
                     let sum = self.collected_at_least(k, n, logit).add(k, above);
                     let reached = goal.reached(k, sum);
-                    narrowed(k, reached, [key, at[1], sum.count, sum.weight], [at[0], key, at[2], at[3]])
+                    narrowed(k, reached, [key, at[1], at[2], at[3]], [at[0], key, sum.count, sum.weight])
                 },
                 |_| at.clone(),
             )
