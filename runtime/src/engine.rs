@@ -5,6 +5,7 @@ use nextc_abi::{Metadata, Program, Sym};
 use crate::artifact::Artifact;
 use crate::error::Error;
 use crate::memory;
+use crate::sample::rows::{Row, tables};
 use crate::state::{SequenceId, States};
 use crate::step::{Executor, KernelTime, MAX_DIM, Rows, StepInputs};
 use crate::weights::Weights;
@@ -58,6 +59,8 @@ pub struct Output<'a> {
     pub logits: Rows<'a>,
     /// Hidden rows of all tokens after the final norm, `hidden_size` wide.
     pub hidden: Rows<'a>,
+    /// The token with the largest logit of each row of logits; -1 if one is NaN or +infinity.
+    pub best: &'a [i32],
 }
 
 /// Tokens that the draft is fed for one sequence.
@@ -81,7 +84,11 @@ pub struct Engine {
     executor: Executor,
     step: usize,
     draft: Option<usize>,
+    sample: usize,
+    verify: Option<usize>,
     step_tokens: usize,
+    /// The inputs of the last step, which what chooses tokens after it takes too.
+    last: StepInputs,
 }
 
 /// One sequence's part of a step.
@@ -106,9 +113,11 @@ impl Engine {
         let executor = Executor::new(metadata, options.threads.max(1))?;
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
-        let draft = entry("draft");
+        let (draft, verify) = (entry("draft"), entry("verify"));
+        let sample = entry("sample").ok_or(Error::Step("the executable has no entry point `sample`"))?;
         check_outputs(metadata)?;
-        Ok(Self { states, executor, step, draft, step_tokens: options.step_tokens.max(1), weights, artifact })
+        let (step_tokens, last) = (options.step_tokens.max(1), StepInputs::default());
+        Ok(Self { states, executor, step, draft, sample, verify, step_tokens, last, weights, artifact })
     }
 
     /// The executable.
@@ -172,7 +181,8 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.logit_rows = rows.of(&inputs.cu_seqlens);
         self.run_parts(&parts, &inputs)?;
-        self.output(self.step, &inputs.dims())
+        self.last = inputs;
+        self.last_output()
     }
 
     /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. The sequences stay as they are until
@@ -193,7 +203,50 @@ impl Engine {
             // what was replayed is done now
             self.states.set_tokens(part.sequence, part.position, 0)?;
         }
-        self.output(self.step, &inputs.dims())
+        self.last = inputs;
+        self.last_output()
+    }
+
+    /// What the last step gave; only until the draft is fed.
+    /// # Errors
+    /// [`Error::Step`] if the executable lacks an output.
+    pub fn last_output(&self) -> Result<Output<'_>, Error> {
+        self.output(self.step, &self.last.dims())
+    }
+
+    /// Chooses a token for each row of logits of the last step, which must have been the last thing that ran. -1 where there is none to
+    /// choose.
+    /// # Errors
+    /// [`Error`] if memory is lacking, or there are more or fewer rows than the step had.
+    pub(crate) fn sample(&mut self, rows: &[Row<'_>]) -> Result<&[i32], Error> {
+        self.run_after(self.sample, rows)?;
+        self.chosen(self.sample, "tokens")
+    }
+
+    /// As [`Engine::sample`] after a tentative step; also how many of the tokens that were fed to each sequence after its first are the
+    /// ones chosen, from the first on.
+    /// # Errors
+    /// As [`Engine::sample`], and [`Error::NoMtp`].
+    pub(crate) fn verify(&mut self, rows: &[Row<'_>]) -> Result<(&[i32], &[i32]), Error> {
+        let verify =
+            self.verify.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
+        self.run_after(verify, rows)?;
+        Ok((self.chosen(verify, "tokens")?, self.chosen(verify, "accepted")?))
+    }
+
+    /// Runs an entry point that goes on from the last step.
+    fn run_after(&mut self, program: usize, rows: &[Row<'_>]) -> Result<(), Error> {
+        if rows.len() != self.last.logit_rows.len() {
+            return Err(Error::Step("tokens are chosen for other rows than the step had"));
+        }
+        self.last.sampling = Some(tables(rows));
+        self.executor.run(&self.artifact, &self.weights, &self.states, program, &self.last)
+    }
+
+    fn chosen(&self, program: usize, name: &str) -> Result<&[i32], Error> {
+        let metadata = self.artifact.metadata();
+        let numbers = self.executor.numbers(metadata, &metadata.programs[program], name, &self.last.dims());
+        numbers.ok_or(Error::Step("an entry point lacks its output of tokens"))
     }
 
     /// Makes the first `tokens` tokens of the sequence's last step, which was tentative, its own.
@@ -325,11 +378,13 @@ impl Engine {
     fn output(&self, program: usize, dims: &[u64; 4]) -> Result<Output<'_>, Error> {
         let metadata = self.artifact.metadata();
         let program: &Program = &metadata.programs[program];
-        let rows = |name| {
-            let rows = self.executor.output(metadata, program, name, dims);
-            rows.ok_or(Error::Step("an entry point lacks the output `logits` or `hidden`"))
-        };
-        Ok(Output { logits: rows("logits")?, hidden: rows("hidden")? })
+        let missing = Error::Step("an entry point lacks the output `logits`, `hidden` or `best`");
+        let rows = |name| self.executor.output(metadata, program, name, dims);
+        let best = self.executor.numbers(metadata, program, "best", dims);
+        match (rows("logits"), rows("hidden"), best) {
+            (Some(logits), Some(hidden), Some(best)) => Ok(Output { logits, hidden, best }),
+            _ => Err(missing),
+        }
     }
 }
 
@@ -337,7 +392,11 @@ impl Engine {
 fn check_outputs(metadata: &Metadata) -> Result<(), Error> {
     let fits = metadata.programs.iter().flat_map(|p| &p.outputs).all(|o| {
         let unit = o.at.unit.map_or(0, |u| metadata.arena.unit_bytes[u as usize]);
-        let rows = if o.name == "hidden" { Sym::T } else { Sym::R };
+        let rows = match o.name.as_str() {
+            "hidden" => Sym::T,
+            "accepted" => Sym::B,
+            _ => Sym::R,
+        };
         o.rows == rows && o.at.unit == Some(o.rows) && o.width <= o.stride && o.at.at_bytes + o.stride * 4 <= unit
     });
     if fits { Ok(()) } else { Err(Error::Step("an output lies outside the arena")) }

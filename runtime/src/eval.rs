@@ -10,6 +10,7 @@ use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
 use crate::engine::{DraftInput, Engine, LogitRows, Output};
 use crate::error::Error;
+use crate::sample::SampleError;
 use crate::state::SequenceId;
 use crate::tensors::{TensorFile, TensorSpec};
 
@@ -162,15 +163,11 @@ impl Loss {
     }
 }
 
-/// The largest logit's index, the lowest among equals.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
+/// The token that a step found to be the likeliest.
+/// # Errors
+/// [`Error::Sample`] if there is none.
+fn likeliest(best: i32, logits: &[f32]) -> Result<u32, Error> {
+    u32::try_from(best).map_err(|_| SampleError::of_row(logits).into())
 }
 
 struct Eval<'a> {
@@ -240,11 +237,11 @@ impl Eval<'_> {
 
     /// Writes a step's logits, adds up its loss, and gives the token after each row: the known one, or the likeliest after the last.
     fn take_logits(&mut self, pieces: &[Piece<'_>], output: Output<'_>) -> Result<Vec<u32>, Error> {
-        let mut rows = output.logits.iter();
+        let mut rows = output.logits.iter().zip(output.best);
         let mut following = Vec::with_capacity(output.logits.len());
         for piece in pieces {
             let sequence = &self.batch.sequences[piece.number];
-            for (i, logits) in (piece.first..).zip(rows.by_ref().take(piece.tokens.len())) {
+            for (i, (logits, &best)) in (piece.first..).zip(rows.by_ref().take(piece.tokens.len())) {
                 if let Some(out) = &mut self.out {
                     out.write_row(&self.batch.name("logits", piece.number), i, logits)?;
                 }
@@ -252,7 +249,9 @@ impl Eval<'_> {
                 if let Some(target) = target {
                     self.loss.add(logits, target);
                 }
-                following.push(target.unwrap_or_else(|| argmax(logits)));
+                if self.drafts > 0 {
+                    following.push(target.map_or_else(|| likeliest(best, logits), Ok)?);
+                }
             }
         }
         Ok(following)
@@ -294,7 +293,7 @@ impl Eval<'_> {
             if let Some(out) = &mut self.out {
                 out.write_row(&self.batch.name("mtp_logits", piece.number), i * self.drafts + draft, logits)?;
             }
-            token = argmax(logits);
+            token = if draft + 1 < self.drafts { likeliest(output.best[0], logits)? } else { token };
             hidden = output.hidden.row(0).to_vec();
         }
         Ok(())

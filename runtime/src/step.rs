@@ -16,7 +16,7 @@ use crate::weights::Weights;
 const SLACK_BYTES: u64 = 64;
 
 /// Number of inputs an entry point can have.
-const INPUTS: usize = 9;
+const INPUTS: usize = 14;
 
 /// The inputs of a step, as its kernels read them.
 #[derive(Debug, Default)]
@@ -34,19 +34,49 @@ pub(crate) struct StepInputs {
     pub logit_rows: Vec<i32>,
     /// `[T, pad(hidden_size)]`; empty but for drafts.
     pub hidden: Vec<f32>,
+    /// How rows are sampled, for the entry points that do that.
+    pub sampling: Option<SamplingInputs>,
+}
+
+/// How each row of a step is sampled.
+#[derive(Debug, Default)]
+pub(crate) struct SamplingInputs {
+    /// `[R, 16]`: see [`nextc_abi::Factor`].
+    pub factors: Vec<f32>,
+    /// `[R, 16]`: see [`nextc_abi::Choice`].
+    pub choices: Vec<i32>,
+    /// The rows' lists, one after the other.
+    pub edit_tokens: Vec<i32>,
+    /// As many.
+    pub edit_counts: Vec<i32>,
+    /// As many.
+    pub edit_biases: Vec<f32>,
+}
+
+impl SamplingInputs {
+    const NONE: &'static Self = &Self {
+        factors: Vec::new(),
+        choices: Vec::new(),
+        edit_tokens: Vec::new(),
+        edit_counts: Vec::new(),
+        edit_biases: Vec::new(),
+    };
 }
 
 impl StepInputs {
-    /// The dimensions `T`, `B`, `P`, `R`.
+    /// The dimensions `T`, `B`, `P`, `R`; where rows are sampled, `P` is the length of their lists.
     pub fn dims(&self) -> [u64; 4] {
         let sequences = self.slot.len() as u64;
         let pages = self.page_table.len() as u64 / sequences.max(1);
-        [self.tokens.len() as u64, sequences, pages, self.logit_rows.len() as u64]
+        let width = self.sampling.as_ref().map_or(pages, |s| s.edit_tokens.len() as u64);
+        [self.tokens.len() as u64, sequences, width, self.logit_rows.len() as u64]
     }
 
     /// The inputs as bytes, in the order of [`Input`].
     fn bytes(&self) -> [&[u8]; INPUTS] {
         use bytemuck::cast_slice as bytes;
+        let none = SamplingInputs::NONE;
+        let sampling = self.sampling.as_ref().unwrap_or(none);
         [
             bytes(&self.tokens),
             bytes(&self.positions),
@@ -57,6 +87,11 @@ impl StepInputs {
             bytes(&self.page_table),
             bytes(&self.logit_rows),
             bytes(&self.hidden),
+            bytes(&sampling.factors),
+            bytes(&sampling.choices),
+            bytes(&sampling.edit_tokens),
+            bytes(&sampling.edit_counts),
+            bytes(&sampling.edit_biases),
         ]
     }
 }
@@ -72,6 +107,11 @@ const fn input_index(input: Input) -> usize {
         Input::PageTable => 6,
         Input::LogitRows => 7,
         Input::Hidden => 8,
+        Input::Factors => 9,
+        Input::Choices => 10,
+        Input::EditTokens => 11,
+        Input::EditCounts => 12,
+        Input::EditBiases => 13,
     }
 }
 
@@ -187,7 +227,7 @@ impl Executor {
     ) -> Result<(), Error> {
         let metadata = artifact.metadata();
         let dims = inputs.dims();
-        self.make_room(metadata, inputs)?;
+        self.make_room(metadata, &metadata.programs[program], inputs)?;
         let places = self.write_inputs(inputs);
         if self.resolved[program].as_ref().is_none_or(|r| r.dims != dims) {
             let addresses = Addresses { inputs: places, arena: self.arena.address(), weights, states };
@@ -200,15 +240,18 @@ impl Executor {
         Ok(())
     }
 
-    /// Makes arena and inputs large enough; addresses resolved before are void if one has moved.
-    fn make_room(&mut self, metadata: &Metadata, inputs: &StepInputs) -> Result<(), Error> {
-        let arena = metadata.arena.bytes(&inputs.dims()) + SLACK_BYTES;
+    /// Makes arena and inputs large enough, and keeps what is in the arena, as a program may go on from the results of the one before;
+    /// addresses resolved before are void if one has moved.
+    fn make_room(&mut self, metadata: &Metadata, program: &Program, inputs: &StepInputs) -> Result<(), Error> {
+        let arena = metadata.arena.bytes_of(program, &inputs.dims()) + SLACK_BYTES;
         let input = inputs.bytes().iter().map(|b| place_bytes(b)).sum();
         for (region, bytes, what) in [(&mut self.arena, arena, "arena"), (&mut self.inputs, input, "inputs")] {
             if region.bytes() < bytes {
                 check_available(what, bytes)?;
-                *region = reserve(what, bytes.next_power_of_two())?;
-                region.advise_huge();
+                let mut larger = reserve(what, bytes.next_power_of_two())?;
+                larger.advise_huge();
+                larger.as_mut_slice()[..region.bytes() as usize].copy_from_slice(region.as_slice());
+                *region = larger;
                 self.resolved.iter_mut().for_each(|r| *r = None);
             }
         }
@@ -226,6 +269,14 @@ impl Executor {
             at += place_bytes(bytes);
             base + begin as u64
         })
+    }
+
+    /// An output of the program that was run last, or of the one before that it went on from: tokens or counts.
+    pub fn numbers(&self, metadata: &Metadata, program: &Program, name: &str, dims: &[u64; 4]) -> Option<&[i32]> {
+        let output = program.outputs.iter().find(|o| o.name == name && o.width == 1 && o.stride == 1)?;
+        let at = metadata.arena.offset(&output.at, dims) as usize;
+        let bytes = dims[output.rows as usize] as usize * size_of::<i32>();
+        Some(bytemuck::cast_slice(&self.arena.as_slice()[at..at + bytes]))
     }
 
     /// An output of the step that was run last.
@@ -329,6 +380,7 @@ mod tests {
             page_table: vec![0, 1, 2, 0, 0, 0],
             logit_rows: vec![2],
             hidden: Vec::new(),
+            sampling: None,
         };
         assert_eq!(inputs.dims(), [3, 2, 3, 1]);
         assert_eq!(inputs.dims()[nextc_abi::Sym::P as usize], 3);

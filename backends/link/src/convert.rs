@@ -245,3 +245,17 @@ fn assets(files: &[(String, Vec<u8>)]) -> Vec<abi::Asset> {
     };
     files.iter().map(&mut place).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_the_sampling_tables_are_those_of_the_graph() {
+        use nextc_ir::ops::sample::{Choice, Factor};
+        assert_eq!(format!("{:?}", abi::Factor::ALL), format!("{:?}", Factor::ALL));
+        assert_eq!(format!("{:?}", abi::Choice::ALL), format!("{:?}", Choice::ALL));
+        let stride = nextc_abi::sampling::ROW_STRIDE as u64;
+        assert_eq!([Factor::COUNT, Choice::COUNT].map(nextc_ir::shape::pad), [stride; 2]);
+    }
+}

@@ -366,6 +366,12 @@ impl Arena {
         self.fixed_bytes + self.unit_bytes.iter().zip(dims).map(|(b, n)| b * n).sum::<u64>()
     }
 
+    /// Bytes that `program` uses of an arena of these dimensions.
+    pub fn bytes_of(&self, program: &Program, dims: &[u64; 4]) -> u64 {
+        let rows = dims[Sym::R as usize];
+        self.bytes(dims) - (self.unit_bytes[Sym::R as usize] - program.row_bytes) * rows
+    }
+
     /// Offset of a placement under given dimensions.
     pub fn offset(&self, at: &Placement, dims: &[u64; 4]) -> u64 {
         let Some(unit) = at.unit else { return at.at_bytes };
