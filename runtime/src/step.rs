@@ -171,6 +171,8 @@ struct Resolved {
 pub(crate) struct Executor {
     pool: Pool,
     arena: Region,
+    /// Bytes of it that the last program has used.
+    used_bytes: u64,
     inputs: Region,
     scratch: Region,
     scratch_bytes: u64,
@@ -198,6 +200,7 @@ impl Executor {
         Ok(Self {
             pool,
             arena: reserve("arena", 0)?,
+            used_bytes: 0,
             inputs: reserve("inputs", 0)?,
             scratch: reserve("scratch", scratch_bytes * threads as u64)?,
             scratch_bytes,
@@ -240,17 +243,20 @@ impl Executor {
         Ok(())
     }
 
-    /// Makes arena and inputs large enough, and keeps what is in the arena, as a program may go on from the results of the one before;
-    /// addresses resolved before are void if one has moved.
+    /// Makes arena and inputs large enough. What samples rows goes on from the results of the step before it: they are kept. Addresses
+    /// resolved before are void if one has moved.
     fn make_room(&mut self, metadata: &Metadata, program: &Program, inputs: &StepInputs) -> Result<(), Error> {
         let arena = metadata.arena.bytes_of(program, &inputs.dims()) + SLACK_BYTES;
         let input = inputs.bytes().iter().map(|b| place_bytes(b)).sum();
-        for (region, bytes, what) in [(&mut self.arena, arena, "arena"), (&mut self.inputs, input, "inputs")] {
+        let keep = if inputs.sampling.is_some() { self.used_bytes as usize } else { 0 };
+        self.used_bytes = arena - SLACK_BYTES;
+        let regions = [(&mut self.arena, arena, "arena", keep), (&mut self.inputs, input, "inputs", 0)];
+        for (region, bytes, what, keep) in regions {
             if region.bytes() < bytes {
                 check_available(what, bytes)?;
                 let mut larger = reserve(what, bytes.next_power_of_two())?;
                 larger.advise_huge();
-                larger.as_mut_slice()[..region.bytes() as usize].copy_from_slice(region.as_slice());
+                larger.as_mut_slice()[..keep].copy_from_slice(&region.as_slice()[..keep]);
                 *region = larger;
                 self.resolved.iter_mut().for_each(|r| *r = None);
             }

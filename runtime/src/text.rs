@@ -41,23 +41,12 @@ impl Model {
         let batch = Self::batch(runs);
         let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
         self.engine.forward(&batch, rows)?;
-        let ends = match rows {
-            LogitRows::All => runs.iter().map(|run| run.tokens.len()).collect(),
-            _ => vec![1; runs.len()],
-        };
-        let wanted = runs.iter().zip(ends).flat_map(|(run, rows)| {
-            let none = std::iter::repeat_n(None, rows - 1);
-            none.chain([run.choosing]).map(|choosing| Row { choosing, drafts: (0, 0) })
-        });
-        let wanted: Vec<Row<'_>> = wanted.collect();
+        let wanted: Vec<Row<'_>> = runs.iter().flat_map(|run| wanted_rows(run, rows)).collect();
         let mut tokens = Vec::new();
         if runs.iter().any(|run| run.choosing.is_some()) {
             let chosen = self.engine.sample(&wanted)?.to_vec();
-            for (r, (row, token)) in
-                wanted.iter().zip(chosen).enumerate().filter(|(_, (row, _))| row.choosing.is_some())
-            {
-                debug_assert!(row.choosing.is_some());
-                tokens.push(self.token(r, token)?);
+            for (r, _) in wanted.iter().enumerate().filter(|(_, row)| row.choosing.is_some()) {
+                tokens.push(self.token(r, chosen[r])?);
             }
         }
         self.keep_rows(rows == LogitRows::All)?;
@@ -305,6 +294,12 @@ fn extend_lags(lags: &mut HashMap<Sequence, Lag>, runs: &[Run<'_>], positions: &
         let own = rows.by_ref().take(run.tokens.len());
         lags.entry(run.sequence).or_default().extend(position, run.tokens, own);
     }
+}
+
+/// The rows of a step that a run has: a token is chosen for the last one at most.
+fn wanted_rows<'a>(run: &Run<'a>, rows: LogitRows) -> impl Iterator<Item = Row<'a>> + use<'a> {
+    let before = if rows == LogitRows::All { run.tokens.len() - 1 } else { 0 };
+    std::iter::repeat_n(None, before).chain([run.choosing]).map(|choosing| Row { choosing, drafts: (0, 0) })
 }
 
 /// How the token after each tentative one is chosen: those before it, but for the first, count as output.
