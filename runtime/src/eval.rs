@@ -12,6 +12,7 @@ use crate::engine::{DraftInput, Engine, LogitRows};
 use crate::error::Error;
 use crate::sample::SampleError;
 use crate::state::SequenceId;
+use crate::step::Rows;
 use crate::tensors::{TensorFile, TensorSpec};
 
 /// Arguments of `eval`.

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use crate::artifact::Artifact;
-use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
+use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows};
 use crate::error::Error;
 use crate::generate::{self, Checked, Drafter, Forward, GenerateArgs, ModelError, Run, Sequence, TextFiles};
 use crate::sample::rows::Row;
 use crate::sample::{Choosing, SampleError};
 use crate::state::SequenceId;
+use crate::step::Rows;
 
 /// An engine as generation sees it.
 pub(crate) struct Model {
