@@ -1,6 +1,6 @@
 //! Made-up weights for measurements: every format and layout, values as a model has them and none of them zero but the padding.
 
-use nextc_abi::Weight;
+use nextc_abi::{Scaled, Weight};
 
 /// A small, fast generator (SplitMix64); what it makes depends on the seed alone.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +52,10 @@ pub fn fill(entries: &[Weight], memory: &mut [u8]) {
 fn fill_weight(weight: &Weight, memory: &mut [u8], mut random: Random) {
     match weight.layout.as_str() {
         "flat" => fill_flat(weight, memory, &mut random),
-        _ => fill_tiles(weight, memory, &mut random),
+        _ => match &weight.scaled {
+            Some(scaled) => fill_scaled(weight, scaled, memory, &mut random),
+            None => fill_tiles(weight, memory, &mut random),
+        },
     }
 }
 
@@ -99,6 +102,93 @@ fn fill_tiles(weight: &Weight, memory: &mut [u8], random: &mut Random) {
                 encode(x, weight.format == "f16", out);
             }
         }
+    }
+}
+
+/// Codes that are anything but zero, and scales that give a row's sum the variance of its input; both zero in the padding.
+fn fill_scaled(weight: &Weight, scaled: &Scaled, memory: &mut [u8], random: &mut Random) {
+    let tiles = Tiles::of(weight);
+    let per_word = 32 / scaled.bits as usize;
+    let (codes, rest) = memory.split_at_mut(scaled.scales_at as usize);
+    for (tile, codes) in codes.chunks_exact_mut(tiles.columns / per_word * 64).enumerate() {
+        let lanes = tiles.lanes(tile);
+        for (line, words) in codes.chunks_exact_mut(64).enumerate() {
+            for (lane, word) in words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                // columns of a word may be in any order: padding begins at a whole word or ends within one
+                let padding = lane >= lanes || !tiles.is_column(line * per_word);
+                *word = random_codes(&scaled.code, padding, random).to_le_bytes();
+            }
+        }
+    }
+    let scale = 1.0 / (spread(&scaled.code) * (tiles.fan_in as f32).sqrt());
+    let (scales, order) = rest.split_at_mut(scaled.order_at.map_or(rest.len(), |at| (at - scaled.scales_at) as usize));
+    let mut place = Places { scaled, bytes: if scaled.scale == "f32" { 4 } else { 2 } };
+    for (tile, scales) in scales.chunks_exact_mut(scaled.tile_scale_bytes as usize).enumerate() {
+        let lanes = if scaled.block_rows > 1 { 1 } else { tiles.lanes(tile) };
+        for block in 0..tiles.columns.div_ceil(scaled.block_columns as usize) {
+            for lane in 0..lanes {
+                encode(scale * random.between(0.8, 1.2), scaled.scale == "f16", place.of(scales, block, lane, 0));
+                if scaled.zero {
+                    let zero = if random.next_bits() & 1 == 0 { 1.0 } else { -1.0 };
+                    encode(zero, scaled.scale == "f16", place.of(scales, block, lane, 1));
+                }
+            }
+        }
+    }
+    for (column, out) in order.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        *out = ((column % tiles.columns) as u32).to_le_bytes();
+    }
+}
+
+/// Where the numbers of a block lie in the scales of a tile: see `ir/src/layout.rs`.
+struct Places<'a> {
+    scaled: &'a Scaled,
+    bytes: usize,
+}
+
+impl Places<'_> {
+    fn of<'m>(&mut self, scales: &'m mut [u8], block: usize, lane: usize, part: usize) -> &'m mut [u8] {
+        let number = block * (1 + usize::from(self.scaled.zero)) + part;
+        let at = match self.scaled.block_rows {
+            1 => number * self.bytes / 4 * 64 + lane * 4 + number * self.bytes % 4,
+            _ => number * self.bytes,
+        };
+        &mut scales[at..at + self.bytes]
+    }
+}
+
+/// A word of random codes none of which stands for zero, or of codes that all do.
+fn random_codes(code: &str, padding: bool, random: &mut Random) -> u32 {
+    let bits = random.next_bits();
+    match (code, padding) {
+        ("q4", true) => 0x8888_8888,
+        (_, true) => 0,
+        // 1 to 15 but for 8
+        ("q4", false) => (0..8).fold(0, |word, i| {
+            let code = 1 + (bits >> (8 * i) & 0xff) as u32 % 14;
+            word | (code + u32::from(code >= 8)) << (4 * i)
+        }),
+        // signs, exponents from 9 to 13, mantissas: numbers from 4 to 120
+        ("fp8", false) => (0..4).fold(0, |word, i| {
+            let own = (bits >> (16 * i)) as u32;
+            word | ((own & 0x87) | (9 + (own >> 8 & 0xff) % 5) << 3) << (8 * i)
+        }),
+        // -127 to 127 but for 0
+        _ => (0..4).fold(0, |word, i| {
+            let own = (bits >> (16 * i)) as u32;
+            let magnitude = 1 + (own >> 1) % 127;
+            let code = if own & 1 == 0 { magnitude } else { 256 - magnitude };
+            word | code << (8 * i)
+        }),
+    }
+}
+
+/// Root of the mean square of [`random_codes`].
+fn spread(code: &str) -> f32 {
+    match code {
+        "q4" => 4.47,
+        "fp8" => 48.4,
+        _ => 73.6,
     }
 }
 
@@ -167,6 +257,7 @@ mod tests {
             shape: shape.to_vec(),
             in_rank,
             format: format.to_owned(),
+            scaled: None,
             layout: layout.to_owned(),
             offset: 64,
             bytes,
@@ -190,6 +281,55 @@ mod tests {
                 assert_eq!(x == 0.0, padding, "tile {tile} lane {lane} column {column}: {x}");
                 assert!(x.abs() <= 0.354);
             }
+        }
+    }
+
+    /// A scaled weight of two outer indices of 20 rows and 40 columns.
+    fn scaled(code: &str, bits: u64, block_rows: u64, scale: &str, tile_scale_bytes: u64) -> Weight {
+        let scales_at = 4 * 48 / (32 / bits) * 64;
+        let scaled = Scaled {
+            code: code.to_owned(),
+            bits,
+            block_rows,
+            block_columns: 32,
+            scale: scale.to_owned(),
+            zero: false,
+            scales_at,
+            tile_scale_bytes,
+            order_at: None,
+        };
+        let bytes = scales_at + 4 * tile_scale_bytes;
+        Weight { scaled: Some(scaled), ..weight(&[2, 20, 40], 1, code, "tile16", bytes) }
+    }
+
+    #[test]
+    fn scaled_weights_are_wide_and_their_padding_is_zero() {
+        for (w, zero) in [
+            (scaled("q4", 4, 1, "f16", 64), 8),
+            (scaled("q8", 8, 1, "f16", 64), 0),
+            (scaled("fp8", 8, 16, "f32", 8), 0),
+        ] {
+            let mut memory = vec![0; 64 + w.bytes as usize];
+            fill(std::slice::from_ref(&w), &mut memory);
+            let (own, planes) = (&memory[64..], w.scaled.as_ref().expect("it is scaled"));
+            let per_word = 32 / planes.bits as usize;
+            let mut seen = std::collections::BTreeSet::new();
+            for (i, word) in own[..planes.scales_at as usize].as_chunks::<4>().0.iter().enumerate() {
+                let (tile, line, lane) = (i / 16 / (48 / per_word), i / 16 % (48 / per_word), i % 16);
+                let padding = line * per_word >= 40 || (tile % 2 == 1 && lane >= 4);
+                for code in (0..per_word)
+                    .map(|c| u32::from_le_bytes(*word) >> (c as u64 * planes.bits) & ((1 << planes.bits) - 1))
+                {
+                    assert_eq!(code == zero, padding, "{}: tile {tile} line {line} lane {lane}", planes.code);
+                    assert!(planes.code != "fp8" || code & 0x7f < 0x7f, "no NaN");
+                    seen.insert(code);
+                }
+            }
+            assert!(seen.len() > 1 << (planes.bits - 2), "{}: {} codes", planes.code, seen.len());
+            let scales = &own[planes.scales_at as usize..];
+            let zeros = scales.chunks(if planes.scale == "f32" { 4 } else { 2 }).filter(|b| b.iter().all(|&x| x == 0));
+            let expected = if planes.block_rows == 1 { 2 * 12 * 2 } else { 0 };
+            assert_eq!(zeros.count(), expected, "{}", planes.code);
         }
     }
 

@@ -208,6 +208,7 @@ fn weight_table(module: &KernelModule) -> abi::WeightTable {
         shape: w.decl.shape.clone(),
         in_rank: w.decl.in_rank as u64,
         format: w.decl.format.to_string(),
+        scaled: scaled(w),
         layout: w.layout.name().to_owned(),
         offset,
         bytes: w.bytes(),
@@ -219,6 +220,22 @@ fn weight_table(module: &KernelModule) -> abi::WeightTable {
         fingerprint: String::new(),
         entries: module.weights.iter().zip(&placement.offsets).map(entry).collect(),
     }
+}
+
+fn scaled(w: &nextc_ir::schedule::PackedWeight) -> Option<abi::Scaled> {
+    let blocks = w.decl.format.blocks()?;
+    let (def, planes) = (w.decl.format.def(), w.planes());
+    Some(abi::Scaled {
+        code: def.name.to_owned(),
+        bits: def.bits,
+        block_rows: blocks.rows.into(),
+        block_columns: blocks.columns.into(),
+        scale: blocks.scale.to_string(),
+        zero: blocks.zero,
+        scales_at: planes.scales_at(),
+        tile_scale_bytes: planes.tile_scale_bytes(),
+        order_at: blocks.ordered.then(|| planes.order_at()),
+    })
 }
 
 fn state(s: &nextc_ir::schedule::StateDecl) -> abi::State {

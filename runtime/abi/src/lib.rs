@@ -17,7 +17,7 @@ pub mod weights;
 pub use footer::{Footer, FooterError, Section, SectionKind};
 pub use hash::{Hash, from_hex, to_hex};
 pub use metadata::{
-    Arena, Arg, Asset, Cost, Extent, Input, Kernel, Launch, Metadata, Model, Output, Placement, Program, State,
+    Arena, Arg, Asset, Cost, Extent, Input, Kernel, Launch, Metadata, Model, Output, Placement, Program, Scaled, State,
     StateKind, Sym, Target, Weight, WeightTable, WeightsPlace,
 };
 pub use weights::{WeightsHeader, WeightsHeaderError};

@@ -304,8 +304,10 @@ pub struct Weight {
     pub shape: Vec<u64>,
     /// How many of the innermost dimensions are inputs.
     pub in_rank: u64,
-    /// How its numbers are stored: `bf16`, `f16`, `f32`.
+    /// How its numbers are stored: `bf16`, `f32`, `q4<g32>`.
     pub format: String,
+    /// Of a scaled format, what codes and scales there are.
+    pub scaled: Option<Scaled>,
     /// Where its elements lie: `tile16`, `flat`.
     pub layout: String,
     /// Offset from the beginning of the weights; a multiple of 64.
@@ -314,6 +316,29 @@ pub struct Weight {
     pub bytes: u64,
     /// Its blocked hash ([`crate::hash::of_blocks`]); empty if there are no weights.
     pub checksum: String,
+}
+
+/// The planes of a weight in a scaled format: `number = (code - zero point) * scale`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scaled {
+    /// What a code is: `fp8`, `q8`, `q4`.
+    pub code: String,
+    /// Bits of a code.
+    pub bits: u64,
+    /// Rows of a block: 1, or a multiple of 16.
+    pub block_rows: u64,
+    /// Columns of a block.
+    pub block_columns: u64,
+    /// The type of scales and zero points: `f16`, `bf16`, `f32`.
+    pub scale: String,
+    /// True if blocks have zero points.
+    pub zero: bool,
+    /// Where the scales begin in the weight.
+    pub scales_at: u64,
+    /// Bytes of the scales of 16 rows.
+    pub tile_scale_bytes: u64,
+    /// Where the order of the columns begins in the weight, if they have one.
+    pub order_at: Option<u64>,
 }
 
 /// The kinds of state.
