@@ -1,9 +1,11 @@
 //! The command `generate`: a prompt, or token ids, to new tokens.
 //!
 //! The model is behind the trait [`Forward`]; this module holds what is around it: arguments ([`args`]), prompts
-//! ([`requests`]), the loop ([`decode`]), stop texts ([`stop`]), how to choose ([`settings`]) and what is printed.
+//! ([`requests`]), the steps ([`decode`]) and who is in them ([`batch`]), stop texts ([`stop`]), how to choose ([`settings`]) and
+//! what is printed.
 
 pub mod args;
+pub mod batch;
 pub mod decode;
 pub mod draft;
 mod output;
@@ -18,7 +20,6 @@ use crate::sample::SampleError;
 use crate::template::{ChatTemplate, TemplateError};
 use crate::tokenizer::{LazyTokenizer, TokenizerError};
 pub use args::GenerateArgs;
-use decode::Limits;
 use output::Output;
 use requests::Requests;
 use settings::Settings;
@@ -218,16 +219,9 @@ pub fn run(
     let settings = Settings::new(args, files.generation_config, &model.eos_token_ids())?;
     settings.check(args, model.vocab_size())?;
     let requests = Requests::read(args, files, &settings.sampling)?;
-    let limits = Limits {
-        batch: args.batch as usize,
-        step_tokens: args.step_tokens as usize,
-        ends: settings.ends(args),
-        drafts,
-        logprobs: args.logprobs.map(|n| n as usize),
-        prompt_logprobs: args.prompt_logprobs.map(|n| n as usize),
-    };
+    let mut decoder = settings.decoder(args, drafts);
     let mut output = Output::new(args, files, &requests, load_s, out)?;
-    let timings = decode::run(model, &requests.list, &limits, &mut output)?;
+    let timings = batch::run(model, &requests.list, args.batch as usize, &mut decoder, &mut output)?;
     output.finish(&timings)
 }
 

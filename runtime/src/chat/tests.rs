@@ -9,6 +9,7 @@ use super::input::{Line, Lines, Request};
 use super::model::ChatModel;
 use super::session::{Answer, Answering, End, MAX_SNAPSHOTS, Prompt, Session, TurnStats};
 use super::{Chat, ChatError, save};
+use crate::generate::decode::Decoder;
 use crate::generate::draft::Planner;
 use crate::generate::{Drafter, Forward, ModelError, Sequence};
 use crate::sample::Sampling;
@@ -28,6 +29,8 @@ struct Fake {
     script: (usize, Vec<u32>),
     /// Tokens that may be taken back, and their logits.
     tentative: (Vec<u32>, Vec<f32>),
+    /// Fails once, after it has been fed so many tokens.
+    fails_after: Option<usize>,
 }
 
 impl Fake {
@@ -41,6 +44,7 @@ impl Fake {
             fingerprint: "fake".to_owned(),
             script: (0, Vec::new()),
             tentative: Default::default(),
+            fails_after: None,
         }
     }
 
@@ -83,6 +87,9 @@ impl Forward for Fake {
             self.state = mix(self.state, token);
         }
         assert_eq!(self.state, Self::hash(&self.fed), "the state is that of the tokens");
+        if self.fails_after.take_if(|most| self.work > *most).is_some() {
+            return Err("no memory".into());
+        }
         let next = self.next();
         self.logits.fill(0.0);
         self.logits[next as usize] = 9.0;
@@ -180,13 +187,9 @@ impl ChatModel for Fake {
 }
 
 fn how(max_new_tokens: usize) -> Answering {
-    Answering {
-        max_new_tokens,
-        step_tokens: 3,
-        ends: vec![95],
-        sampling: Sampling::default(),
-        drafts: Planner::fixed(0),
-    }
+    let drafts = Planner::fixed(0);
+    let decoder = Decoder { step_tokens: 3, ends: vec![95], drafts, logprobs: None, prompt_logprobs: None };
+    Answering { max_new_tokens, sampling: Sampling::default(), decoder }
 }
 
 fn prompt(tokens: Vec<u32>, stable: usize) -> Prompt {
@@ -247,7 +250,8 @@ fn drafts_change_neither_tokens_nor_state() {
     let tokens: Vec<u32> = (1..12).collect();
     for (drafts, n) in [(1, 20), (3, 20), (7, 20), (7, 4), (4, 189)] {
         let mut session = Session::new(Fake::new(100, 200));
-        let mut how = Answering { drafts: Planner::fixed(drafts), ..how(n) };
+        let mut how = how(n);
+        how.decoder.drafts = Planner::fixed(drafts);
         let go = &mut |_| Ok(std::ops::ControlFlow::Continue(()));
         let answer = session.answer(&prompt(tokens.clone(), 7), &mut how, go).unwrap();
         assert_eq!(answer.tokens, fresh(&tokens, n));
@@ -289,6 +293,26 @@ fn an_interrupt_stops_prompts_and_answers_and_loses_nothing() {
         assert!(whole.starts_with(&answer.tokens));
         assert_eq!(session.fed(), &session.model().fed);
         assert_eq!(ask(&mut session, &tokens, 7, 50).tokens, whole, "{stop_at}");
+    }
+}
+
+#[test]
+fn a_model_that_fails_in_a_turn_is_where_it_was_before() {
+    let tokens: Vec<u32> = (1..12).collect();
+    for (fails_after, drafts) in (0..30).flat_map(|n| [(n, 0), (n, 3)]) {
+        let fails_after = Some(6 + fails_after);
+        let mut session = Session::new(Fake { fails_after, ..Fake::new(100, 200) });
+        let before = ask(&mut session, &tokens[..4], 2, 3);
+        assert_eq!(session.model().work, 6);
+        let next = [&tokens[..4], &before.tokens, &tokens].concat();
+        let mut how = how(50);
+        how.decoder.drafts = Planner::fixed(drafts);
+        let go = &mut |_| Ok(std::ops::ControlFlow::Continue(()));
+        let error = session.answer(&prompt(next.clone(), 9), &mut how, go).unwrap_err();
+        assert_eq!(error.to_string(), "no memory");
+        assert_eq!(session.fed(), &session.model().fed, "{fails_after:?}");
+        assert!(session.fed().len() >= 6, "it goes back to a snapshot");
+        assert_eq!(ask(&mut session, &next, 9, 50).tokens, fresh(&next, 50), "{fails_after:?}");
     }
 }
 
@@ -456,12 +480,14 @@ impl Lines for Typed {
 }
 
 fn chat<'a>(tokenizer: &'a Tokenizer, source: &str, screen: &Screen) -> Chat<'a, Fake> {
+    let mut answering = how(6);
+    (answering.decoder.step_tokens, answering.decoder.ends) = (64, vec![8191]);
     Chat {
         session: Session::new(Fake::new(8192, 4000)),
         conversation: Conversation::new(None, Map::new()),
         template: template(source),
         tokenizer,
-        answering: Answering { step_tokens: 64, ends: vec![8191], ..how(6) },
+        answering,
         last: TurnStats::default(),
         dim: true,
         out: Box::new(screen.clone()),
