@@ -136,6 +136,11 @@ fn input(i: Input) -> abi::Input {
         Input::PageTable => abi::Input::PageTable,
         Input::LogitRows => abi::Input::LogitRows,
         Input::Hidden => abi::Input::Hidden,
+        Input::Factors => abi::Input::Factors,
+        Input::Choices => abi::Input::Choices,
+        Input::EditTokens => abi::Input::EditTokens,
+        Input::EditCounts => abi::Input::EditCounts,
+        Input::EditBiases => abi::Input::EditBiases,
     }
 }
 
@@ -152,6 +157,7 @@ fn program(p: &Program, inputs: &LinkInputs<'_>) -> abi::Program {
         name: p.name.clone(),
         launches: p.launches.iter().map(launch).collect(),
         outputs: p.outputs.iter().map(output).collect(),
+        row_bytes: p.row_bytes,
         cost: cost_of_entry(inputs, p),
     }
 }
@@ -283,4 +289,18 @@ fn assets(files: &[(String, Vec<u8>)]) -> Vec<abi::Asset> {
         asset
     };
     files.iter().map(&mut place).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_the_sampling_tables_are_those_of_the_graph() {
+        use nextc_ir::ops::sample::{Choice, Factor};
+        assert_eq!(format!("{:?}", abi::Factor::ALL), format!("{:?}", Factor::ALL));
+        assert_eq!(format!("{:?}", abi::Choice::ALL), format!("{:?}", Choice::ALL));
+        let stride = nextc_abi::sampling::ROW_STRIDE as u64;
+        assert_eq!([Factor::COUNT, Choice::COUNT].map(nextc_ir::shape::pad), [stride; 2]);
+    }
 }

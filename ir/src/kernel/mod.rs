@@ -13,6 +13,7 @@ pub mod math;
 pub mod op;
 pub mod parse;
 pub mod print;
+pub mod random;
 pub mod verify;
 
 pub use build::KernelBuilder;

@@ -150,8 +150,7 @@ struct Channel {
 struct Turn {
     /// The first value head.
     first_head: Val,
-    /// Of this thread: the value head of its column, the column in that head, and whether it has one.
-    value_head: Val,
+    /// Of this thread: the column in its value head, and whether it has one.
     column: Val,
     live: Val,
     /// Of this thread: its part of a column.
@@ -246,7 +245,6 @@ impl Block<'_> {
         let last_turn = k.cmp(Pred::Eq, turn, last_turn);
         Turn {
             first_head,
-            value_head,
             column,
             live,
             part,
@@ -316,8 +314,9 @@ impl Block<'_> {
             k.load_f32(window, at)
         };
         let rows = 0..self.mixer.q.taps - 1;
-        let zero = k.const_f32(0.0);
-        k.if_else(fresh, |_| rows.clone().map(|_| zero).collect(), |k| rows.clone().map(|i| load(k, i)).collect())
+        let (zero, begun) = (k.const_f32(0.0), self.not(k, fresh));
+        let loads = k.and(begun, channel.owned);
+        k.if_else(loads, |k| rows.clone().map(|i| load(k, i)).collect(), |_| rows.clone().map(|_| zero).collect())
     }
 
     fn store_window(&self, k: &mut KernelBuilder, channel: &Channel, values: &[Val]) {
@@ -341,10 +340,10 @@ impl Block<'_> {
     }
 
     fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
-        let zero = k.const_f32(0.0);
+        let (zero, begun) = (k.const_f32(0.0), self.not(k, fresh));
+        let loads = k.and(begun, turn.live);
         k.if_else(
-            fresh,
-            |_| vec![zero; self.tile.rows as usize],
+            loads,
             |k| {
                 let load = |i| {
                     let at = self.state_index(k, turn, i);
@@ -352,6 +351,7 @@ impl Block<'_> {
                 };
                 (0..self.tile.rows).map(load).collect()
             },
+            |_| vec![zero; self.tile.rows as usize],
         )
     }
 

@@ -60,8 +60,8 @@ impl Place {
 /// One of some elements that a warp shares out: number `lane`, `lane + 32`, ..
 #[derive(Clone, Copy, Debug)]
 pub struct Element {
-    /// Its number; one that exists.
-    at: Val,
+    /// Its number.
+    pub at: Val,
     /// Whether it is this thread's, where it need not be.
     exists: Option<Val>,
 }
@@ -74,9 +74,9 @@ impl Place {
             if first + 32 <= elems {
                 return Element { at, exists: None };
             }
-            let (end, last) = (k.index(elems), k.index(elems - 1));
+            let end = k.index(elems);
             let exists = k.cmp(Pred::Lt, at, end);
-            Element { at: k.min_i64(at, last), exists: Some(exists) }
+            Element { at, exists: Some(exists) }
         };
         (0..elems).step_by(32).map(of).collect()
     }
@@ -85,9 +85,11 @@ impl Place {
 impl Element {
     /// The element of an array of f32; 0 if it is not this thread's.
     pub fn load(&self, k: &mut KernelBuilder, from: Val) -> Val {
-        let x = k.load_f32(from, self.at);
         let zero = k.const_f32(0.0);
-        self.exists.map_or(x, |exists| k.select(exists, x, zero))
+        match self.exists {
+            None => k.load_f32(from, self.at),
+            Some(exists) => k.if_else(exists, |k| vec![k.load_f32(from, self.at)], |_| vec![zero])[0],
+        }
     }
 
     /// Stores it, if it is this thread's.
