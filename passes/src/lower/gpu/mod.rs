@@ -24,6 +24,7 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::Embed => Some(rows::lower_embed(site)),
         Op::GatherRows => Some(rows::lower_gather_rows(site)),
         Op::SumSquares => Some(rows::lower_sum_squares(site)),
+        Op::Argmax => Some(rows::lower_argmax(site)),
         Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
         Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
         Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
