@@ -155,7 +155,8 @@ impl Memory {
         let (arena, weights) = (self.arena.address(), self.weights.address());
         let addresses = Addresses { inputs, arena, weights, states: &states };
         let resolved = resolve(metadata, &metadata.programs[program], dims, &addresses);
-        self.arena.grow(context, stream, metadata.arena.bytes(&dims) + SLACK_BYTES)?;
+        let arena_bytes = metadata.arena.bytes_of(&metadata.programs[program], &dims);
+        self.arena.grow(context, stream, arena_bytes + SLACK_BYTES)?;
         self.scratch.grow(context, stream, plan::scratch_bytes(metadata, &metadata.programs[program], &dims))?;
         let launches = plan::plan(metadata, &metadata.programs[program], &resolved, self.scratch.address())?;
         Ok(Plan::new(program, dims, launches))

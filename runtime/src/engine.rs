@@ -79,6 +79,8 @@ pub struct Engine {
     sample: usize,
     verify: Option<usize>,
     step_tokens: usize,
+    /// Pages and slots that the device's states have room for.
+    reach: (u32, u32),
     /// The inputs of the last step, which what chooses tokens after it takes too.
     last: StepInputs,
     /// The entry point that ran last, `@step` or `@draft`, and the dimensions that it ran with.
@@ -107,7 +109,8 @@ impl Engine {
         let states = States::new(metadata, options.sequences)?;
         let device = device::open(&artifact, options, &states)?;
         let (step_tokens, last, ran) = (options.step_tokens.max(1), StepInputs::default(), (step, [0; 4]));
-        Ok(Self { states, device, step, draft, sample, verify, step_tokens, last, ran, artifact })
+        let reach = (0, 0);
+        Ok(Self { states, device, step, draft, sample, verify, step_tokens, reach, last, ran, artifact })
     }
 
     /// The executable.
@@ -299,8 +302,12 @@ impl Engine {
     /// Makes room for a sequence (number `number` of its batch) of `tokens` tokens.
     pub(crate) fn grow(&mut self, sequence: SequenceId, number: usize, tokens: u64) -> Result<(), Error> {
         self.states.grow(sequence, number, tokens)?;
-        for (state, bytes) in self.states.used_bytes().enumerate() {
-            self.device.grow_state(state, bytes)?;
+        let reach = self.states.reach();
+        if reach != self.reach {
+            for (state, bytes) in self.states.used_bytes().enumerate() {
+                self.device.grow_state(state, bytes)?;
+            }
+            self.reach = reach;
         }
         Ok(())
     }

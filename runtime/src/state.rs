@@ -101,6 +101,11 @@ impl States {
         self.bytes_of(self.pages.count, self.slots.count)
     }
 
+    /// Pages and slots that were ever used: all lie below these.
+    pub(crate) fn reach(&self) -> (u32, u32) {
+        (self.pages.reach(), self.slots.reach())
+    }
+
     /// Bytes of each state from its beginning to the last slot or page that was ever used.
     pub(crate) fn used_bytes(&self) -> impl Iterator<Item = u64> + '_ {
         self.bytes_of(self.pages.reach(), self.slots.reach())

@@ -46,8 +46,9 @@ pub(super) fn scratch_bytes(metadata: &Metadata, program: &Program, dims: &[u64;
 
 /// Bytes of the device that steps of `dims` work in.
 pub(crate) fn step_bytes(metadata: &Metadata, dims: &[u64; 4]) -> u64 {
-    let scratch = metadata.programs.iter().map(|p| scratch_bytes(metadata, p, dims)).max().unwrap_or(0);
-    metadata.arena.bytes(dims).saturating_add(scratch)
+    let most = |of: &dyn Fn(&Program) -> u64| metadata.programs.iter().map(of).max().unwrap_or(0);
+    // the arena and the scratch stay as large as they ever were
+    most(&|p| metadata.arena.bytes_of(p, dims)).saturating_add(most(&|p| scratch_bytes(metadata, p, dims)))
 }
 
 /// The launches of a program, with scratch at an address.
