@@ -70,8 +70,8 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
     if let Some(gpu) = args.gpu.as_ref().filter(|_| args.target == TargetKind::Cpu) {
         bail!("`--gpu {gpu}` names a GPU for `--target cpu`; use `--target cuda`");
     }
-    if args.quant != Quant::Keep {
-        bail!("`--quant` asks for another format; quantising is not there yet, expected `keep`");
+    if args.target == TargetKind::Cuda && args.activations != Activations::Auto {
+        bail!("`--activations`: a GPU multiplies rows of 16-bit floats, or sums of two of them; expected `auto`");
     }
     match args.activations {
         Activations::Auto | Activations::F32 => Ok(()),
@@ -81,12 +81,23 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
     }
 }
 
+fn options(args: &ModelArgs) -> Options {
+    let quant = match args.quant {
+        Quant::Keep => None,
+        Quant::Bf16 => Some(nextc_frontend::Quant::Bf16),
+        Quant::Fp8 => Some(nextc_frontend::Quant::Fp8),
+        Quant::Q8 => Some(nextc_frontend::Quant::Q8),
+        Quant::Q4 => Some(nextc_frontend::Quant::Q4),
+    };
+    Options { max_context: args.max_context, quant }
+}
+
 /// Reads and checks a model, and shows what its user should know.
 /// # Errors
 /// What is wrong with its files.
 pub fn load(args: &ModelArgs) -> anyhow::Result<Model> {
     show::progress(&format!("reading {}", args.model.display()));
-    let model = nextc_frontend::load(&args.model, &Options { max_context: args.max_context })?;
+    let model = nextc_frontend::load(&args.model, &options(args))?;
     model.warnings.iter().for_each(|warning| show::warn(warning));
     Ok(model)
 }
@@ -172,8 +183,8 @@ mod tests {
         for (options, expected) in [
             ("--target cpu+cuda", "`--target cpu+cuda`"),
             ("--target cuda --backend cranelift", "`--target cuda`"),
+            ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
-            ("--quant q4", "`--quant`"),
             ("--activations int8", "`--activations`"),
             ("--cpu pentium", "`pentium` is unknown"),
         ] {

@@ -1,7 +1,7 @@
 //! Rows of a weight from the checkpoint: the runs of an [`Origin`] as one matrix, as numbers or in the codes of its format.
 
-use crate::format::Format;
 use crate::format::codes::Codes;
+use crate::format::{Blocks, Format};
 use crate::graph::{Origin, RowRun, WeightDecl};
 use crate::shape::pad;
 use crate::source::{SourceError, WeightSource};
@@ -54,6 +54,14 @@ pub struct Buffers {
     numbers: Vec<f32>,
     stored: Vec<f32>,
     codes: Codes,
+}
+
+/// True if rows stored as `stored` have the codes and scales of `wanted`: blocks may be cut into lower ones.
+fn has_codes_of(stored: Format, wanted: Format) -> bool {
+    match (stored.blocks(), wanted.blocks()) {
+        (Some(s), Some(w)) => w.rows <= s.rows && stored.with_blocks(Blocks { rows: w.rows, ..s }) == wanted,
+        _ => false,
+    }
 }
 
 impl<'a> Rows<'a> {
@@ -165,7 +173,7 @@ impl<'a> Rows<'a> {
     /// [`RowsError`] if reading fails, or if a number has no code.
     pub fn read_codes(&self, first: u64, rows: u64, out: &mut Codes, buffers: &mut Buffers) -> Result<(), RowsError> {
         out.clear(self.padded_columns() as usize);
-        let stored = |r: &Run<'_>| r.format == self.decl.format;
+        let stored = |r: &Run<'_>| has_codes_of(r.format, self.decl.format);
         if !self.runs.is_empty() && self.runs.iter().all(stored) {
             return self.copy_codes(first, rows, out, &mut buffers.codes);
         }

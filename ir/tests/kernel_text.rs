@@ -407,6 +407,7 @@ fn program() -> KernelModule {
                 launch(1, [Arg::Arena(mid), Arg::Arena(end)]),
             ],
             outputs: vec![Output { name: "y".to_owned(), at: end, rows: Sym::T, width: 2, stride: 16 }],
+            row_bytes: 0,
         }],
         weights: Vec::new(),
         states: Vec::new(),

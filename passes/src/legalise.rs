@@ -91,6 +91,7 @@ impl<'k> Splitter<'k> {
             threads: self.old.threads,
             body,
             tail,
+            tail_grid: self.old.tail_grid.clone(),
             types: self.types,
         }
     }

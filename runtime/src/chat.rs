@@ -13,13 +13,13 @@ pub mod save;
 pub mod session;
 pub mod thoughts;
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use crate::artifact::Artifact;
 use crate::error::Error;
-use crate::generate::{Forward, TextFiles, settings::Settings};
+use crate::generate::{TextFiles, settings::Settings};
 use crate::template::ChatTemplate;
 use crate::text::Model;
 use crate::tokenizer::{Special, TextStream, Tokenizer};
@@ -56,16 +56,9 @@ fn converse(artifact: Artifact, chat_args: &ChatArgs) -> Result<(), Error> {
     let variables = template.thinking(args.no_thinking).map_err(ChatError::from)?;
     let settings = Settings::new(args, files.generation_config, &artifact.metadata().model.eos_token_ids)?;
     let mut model = OneSequence::begin(Model::open(artifact, args)?)?;
-    let answering = Answering {
-        max_new_tokens: chat_args.max_answer(),
-        step_tokens: args.step_tokens as usize,
-        ends: settings.ends(args),
-        sampling: settings.sampling,
-        drafts: args.draft_tokens.planner(&mut model)?,
-    };
-    if let Some(drafter) = model.drafter().filter(|_| answering.drafts.may_draft()) {
-        drafter.prepare();
-    }
+    let decoder = settings.decoder(args, args.draft_tokens.planner(&mut model)?);
+    decoder.prepare(&mut model);
+    let answering = Answering { max_new_tokens: chat_args.max_answer(), sampling: settings.sampling, decoder };
     let out = std::io::stdout();
     let mut chat = Chat {
         session: Session::new(model),
@@ -195,7 +188,7 @@ impl<M: ChatModel> Chat<'_, M> {
             }
             Ok(if interrupt::take() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         });
-        shown.finish()?;
+        shown.finish().map_err(ChatError::Output)?;
         let unfinished = shown.thoughts.inside();
         let answer = result?;
         self.last = answer.stats;
@@ -255,7 +248,7 @@ impl<M: ChatModel> Chat<'_, M> {
     }
 
     fn print(&mut self, text: &str) -> Result<(), ChatError> {
-        write(&mut *self.out, text)
+        write(&mut *self.out, text).map_err(ChatError::Output)
     }
 }
 
@@ -269,8 +262,8 @@ fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-fn write(out: &mut dyn Write, text: &str) -> Result<(), ChatError> {
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(ChatError::Output)
+fn write(out: &mut dyn Write, text: &str) -> io::Result<()> {
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())
 }
 
 /// An answer on its way to the terminal.
@@ -283,27 +276,27 @@ struct Shown<'a> {
 }
 
 impl Shown<'_> {
-    fn push(&mut self, token: u32) -> Result<(), ChatError> {
+    fn push(&mut self, token: u32) -> io::Result<()> {
         let runs = self.thoughts.push(&self.text.push(token));
         self.show(runs)
     }
 
     /// Shows what was held back, and ends thoughts on the terminal.
-    fn finish(&mut self) -> Result<(), ChatError> {
+    fn finish(&mut self) -> io::Result<()> {
         let mut runs = self.thoughts.push(&self.text.finish());
         runs.extend(self.thoughts.finish());
         self.show(runs)?;
         self.set_dimmed(false)
     }
 
-    fn show(&mut self, runs: Vec<Run>) -> Result<(), ChatError> {
+    fn show(&mut self, runs: Vec<Run>) -> io::Result<()> {
         runs.into_iter().try_for_each(|run| {
             self.set_dimmed(run.thought)?;
             write(self.out, &run.text)
         })
     }
 
-    fn set_dimmed(&mut self, dimmed: bool) -> Result<(), ChatError> {
+    fn set_dimmed(&mut self, dimmed: bool) -> io::Result<()> {
         if self.dim && dimmed != self.dimmed {
             write(self.out, DIM[usize::from(!dimmed)])?;
         }

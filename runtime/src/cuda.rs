@@ -2,88 +2,72 @@
 //! executable for a GPU runs. GPU 0 of those that `CUDA_VISIBLE_DEVICES` shows is taken.
 //!
 //! Weights are copied to the device once. States, arena and scratch are ranges of addresses that get memory by use and never move, so
-//! what was worked out for a step stays right. A step is one copy of its inputs and its launches, in one stream.
+//! what was worked out for a step stays right. A step is one copy of its inputs and its launches, in one stream; the launches of a
+//! program and dimensions that come again are a graph.
 //!
-//! `NEXTC_LAUNCH` chooses how kernels are launched: `stream` (one after the other), or `trace`, which waits after each
-//! one, so that an error names its kernel.
+//! The variable `NEXTC_LAUNCH` says how kernels are launched: `graph` (the default), `stream` (one after the other, without graphs), or
+//! `trace`, which waits after each one, so that an error names its kernel.
 
 mod driver;
 mod error;
+mod graph;
 mod launch;
 mod limits;
 mod memory;
 mod module;
-mod plan;
+pub(crate) mod plan;
+mod profile;
+mod recent;
+mod upload;
 
 use std::sync::Arc;
 
-use nextc_abi::{Metadata, Program};
+use nextc_abi::Metadata;
 
 use self::driver::{Context, Event, Stream};
 pub use self::error::CudaError;
+use self::launch::{How, Launcher, Plan};
 use self::memory::{Growing, Pinned, copy_in, copy_out};
 use self::module::Modules;
-use self::plan::Planned;
+use self::profile::Profile;
+use self::recent::Recent;
 use crate::artifact::Artifact;
 use crate::device::{Device, Span};
 use crate::engine::EngineOptions;
 use crate::error::Error;
+use crate::info::human_bytes;
 use crate::limits::Limits;
 use crate::state::States;
-use crate::step::{Addresses, KernelTime, SLACK_BYTES, StepInputs, resolve};
+use crate::step::{Addresses, INPUTS, KernelTime, SLACK_BYTES, StepInputs, resolve};
 use crate::weights::Weights;
 
-/// The variable that says how kernels are launched.
-const LAUNCH_VARIABLE: &str = "NEXTC_LAUNCH";
+/// Programs with dimensions whose plans and graphs are kept.
+const MAX_PLANS: usize = 32;
 
-/// How kernels are launched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
-    /// One after the other.
-    Stream,
-    /// Each when the one before it is done, and waited for.
-    Trace,
-}
-
-impl How {
-    /// As the environment says.
-    fn chosen() -> Result<Self, CudaError> {
-        Self::parse(std::env::var(LAUNCH_VARIABLE).unwrap_or_default())
-    }
-
-    fn parse(value: String) -> Result<Self, CudaError> {
-        match value.as_str() {
-            "" | "stream" => Ok(Self::Stream),
-            "trace" => Ok(Self::Trace),
-            _ => Err(CudaError::Variable { name: LAUNCH_VARIABLE, found: value, expected: "`stream` or `trace`" }),
-        }
-    }
-}
+/// From so many bytes of weights on it is said what memory will be needed.
+const STATED_BYTES: u64 = 1 << 30;
 
 /// A GPU with all that an executable keeps on it.
 pub(crate) struct Cuda {
     // in this order: what is dropped first needs what is dropped last
-    plans: Vec<Option<Plan>>,
-    modules: Modules,
-    profile: Option<Profile>,
+    plans: Recent<(usize, [u64; 4]), Plan>,
+    launcher: Launcher,
+    outputs: Pinned,
+    memory: Memory,
+    stream: Stream,
     /// The program that ran last.
     last: usize,
-    outputs: Pinned,
-    inputs: Inputs,
-    scratch: Growing,
-    arena: Growing,
-    states: Vec<Growing>,
-    weights: Growing,
-    stream: Stream,
-    how: How,
     artifact: Arc<Artifact>,
     context: Context,
 }
 
-/// The launches of a program in steps of certain dimensions.
-struct Plan {
-    dims: [u64; 4],
-    launches: Vec<Planned>,
+/// The device's memory, by use.
+struct Memory {
+    inputs: Inputs,
+    arena: Growing,
+    scratch: Growing,
+    states: Vec<Growing>,
+    weights: Growing,
 }
 
 /// Where a step's inputs lie: on the host, from where they are copied, and on the device.
@@ -102,139 +86,95 @@ impl Cuda {
         let metadata = artifact.metadata();
         let how = How::chosen()?;
         let context = Context::open(&metadata.target.cpu)?;
-        let (_, total) = context.memory()?;
         let stream = Stream::new()?;
-        let reserve = |what, bytes| Growing::reserve(&context, what, bytes);
-        let states = states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?;
-        let inputs = Inputs { host: Pinned::new(1)?, device: reserve("inputs", total)?, copied: Event::new(false)? };
-        let (arena, scratch) = (reserve("arena", total)?, reserve("scratch", total)?);
-        let mut weights = reserve("weights", metadata.weights.bytes)?;
-        let host = match options.random_weights {
-            true => Weights::random(&artifact)?,
-            false => Weights::map(&artifact)?,
-        };
-        weights.grow(&context, &stream, metadata.weights.bytes)?;
-        let bytes = &host.bytes()[..metadata.weights.bytes as usize];
-        copy_in("weights", weights.address(), bytes, &stream)?;
+        let mut memory = Memory::reserve(&context, metadata, states)?;
+        // before memory is taken: a missing file is the better message
+        let host = if options.random_weights { None } else { Some(Weights::map(&artifact)?) };
+        check_memory(&context, metadata, options)?;
+        memory.weights.grow(&context, &stream, metadata.weights.bytes)?;
+        stream.wait(|| "clearing the weights".to_owned())?;
+        let to = memory.weights.address();
+        match host {
+            Some(host) => upload::upload(&context, &host.bytes()[..metadata.weights.bytes as usize], to)?,
+            None => upload::make_up(&metadata.weights.entries, to, &stream)?,
+        }
         let modules = Modules::load(&context, &artifact)?;
-        stream.wait(|| "copying the weights".to_owned())?;
-        let plans = metadata.programs.iter().map(|_| None).collect();
-        let (outputs, profile, last) = (Pinned::new(1)?, None, 0);
+        let launcher = Launcher { how, modules, profile: None };
+        let (plans, outputs) = (Recent::new(MAX_PLANS), Pinned::new(1)?);
+        Ok(Self { plans, launcher, outputs, memory, stream, last: 0, artifact, context })
+    }
+}
+
+/// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps. It is stated
+/// first where it is much.
+fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions) -> Result<(), CudaError> {
+    let (sequences, tokens) = (options.sequences as u64, options.step_tokens as u64);
+    let page = metadata.kv_bytes_per_token().saturating_mul(metadata.page_tokens);
+    let states = metadata.state_bytes_per_sequence().saturating_add(page).saturating_mul(sequences);
+    let steps = plan::step_bytes(metadata, &[tokens, sequences, 1, sequences]);
+    let (weights, (free, _)) = (metadata.weights.bytes, context.memory()?);
+    let needed = weights.saturating_add(states).saturating_add(steps);
+    let human = |bytes: u64| human_bytes(bytes as f64);
+    if weights >= STATED_BYTES {
+        let parts = [weights, states, steps, free].map(human);
+        let [weights, states, steps, free] = parts;
+        eprintln!("{}: {weights} of weights, {states} of states, {steps} for steps; {free} free", context.name());
+    }
+    match needed > free {
+        true => {
+            let what = "weights, states and the largest steps";
+            Err(CudaError::Memory { device: context.name().to_owned(), what, needed, free })
+        }
+        false => Ok(()),
+    }
+}
+
+impl Memory {
+    fn reserve(context: &Context, metadata: &Metadata, states: &States) -> Result<Self, CudaError> {
+        let (_, total) = context.memory()?;
+        let reserve = |what, bytes| Growing::reserve(context, what, bytes);
         Ok(Self {
-            plans,
-            modules,
-            profile,
-            last,
-            outputs,
-            inputs,
-            scratch,
-            arena,
-            states,
-            weights,
-            stream,
-            how,
-            artifact,
-            context,
+            inputs: Inputs { host: Pinned::new(1)?, device: reserve("inputs", total)?, copied: Event::new(false)? },
+            arena: reserve("arena", total)?,
+            scratch: reserve("scratch", total)?,
+            states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
+            weights: reserve("weights", metadata.weights.bytes)?,
         })
     }
 
-    fn metadata(&self) -> &Metadata {
-        self.artifact.metadata()
-    }
-
-    fn program(&self, program: usize) -> &Program {
-        &self.metadata().programs[program]
-    }
-
-    /// Copies the inputs to the device, and gives their addresses.
-    fn copy_inputs(&mut self, inputs: &StepInputs) -> Result<[u64; crate::step::INPUTS], CudaError> {
-        let bytes = inputs.placed_bytes();
-        let Self { inputs: Inputs { host, device, copied }, stream, context, .. } = self;
-        copied.wait()?;
-        if host.bytes() < bytes {
-            *host = Pinned::new(bytes.next_power_of_two())?;
-        }
-        device.grow(context, stream, bytes)?;
-        let offsets = inputs.write(host.as_mut_slice());
-        copy_in("inputs", device.address(), &host.as_slice()[..bytes as usize], stream)?;
-        copied.record(stream)?;
-        Ok(offsets.map(|offset| device.address() + offset))
-    }
-
     /// Works out the launches of a program for steps of `dims`, and makes room for them.
-    fn prepare(&mut self, program: usize, dims: [u64; 4], inputs: [u64; crate::step::INPUTS]) -> Result<(), CudaError> {
-        if self.plans[program].as_ref().is_some_and(|plan| plan.dims == dims) {
-            return Ok(());
-        }
-        let artifact = Arc::clone(&self.artifact);
-        let metadata = artifact.metadata();
+    fn plan(
+        &mut self,
+        context: &Context,
+        stream: &Stream,
+        metadata: &Metadata,
+        (program, dims): (usize, [u64; 4]),
+        inputs: [u64; INPUTS],
+    ) -> Result<Plan, CudaError> {
         let states: Vec<u64> = self.states.iter().map(Growing::address).collect();
         let (arena, weights) = (self.arena.address(), self.weights.address());
         let addresses = Addresses { inputs, arena, weights, states: &states };
-        let resolved = resolve(metadata, self.program(program), dims, &addresses);
-        self.arena.grow(&self.context, &self.stream, metadata.arena.bytes(&dims) + SLACK_BYTES)?;
-        self.scratch.grow(&self.context, &self.stream, plan::scratch_bytes(metadata, &resolved))?;
-        let launches = plan::plan(metadata, self.program(program), &resolved, self.scratch.address())?;
-        self.plans[program] = Some(Plan { dims, launches });
-        Ok(())
-    }
-
-    fn launch_all(&mut self, program: usize) -> Result<(), CudaError> {
-        let Some(plan) = &self.plans[program] else { return Ok(()) };
-        let early = self.how == How::Stream && self.profile.is_none();
-        if let Some(profile) = &mut self.profile {
-            profile.begin(plan.launches.len(), &self.stream)?;
-        }
-        for (i, planned) in plan.launches.iter().enumerate() {
-            let place = || place(self.metadata(), program, planned);
-            launch::launch(self.modules.functions(planned.kernel), planned, &self.stream, early, place)?;
-            if let Some(profile) = &self.profile {
-                profile.events[i + 1].record(&self.stream)?;
-            }
-            if self.how == How::Trace {
-                let dims = plan.dims;
-                self.stream.wait(|| format!("{} in a step of T, B, P, R = {dims:?}: {planned:x?}", place()))?;
-            }
-        }
-        if let Some(profile) = &mut self.profile {
-            self.stream.wait(|| format!("program `{}`", self.artifact.metadata().programs[program].name))?;
-            profile.end(&plan.launches)?;
-        }
-        Ok(())
+        let resolved = resolve(metadata, &metadata.programs[program], dims, &addresses);
+        self.arena.grow(context, stream, metadata.arena.bytes(&dims) + SLACK_BYTES)?;
+        self.scratch.grow(context, stream, plan::scratch_bytes(metadata, &metadata.programs[program], &dims))?;
+        let launches = plan::plan(metadata, &metadata.programs[program], &resolved, self.scratch.address())?;
+        Ok(Plan::new(program, dims, launches))
     }
 }
 
-/// Where in the model a launch is, for messages.
-fn place(metadata: &Metadata, program: usize, planned: &Planned) -> String {
-    let program = &metadata.programs[program];
-    let (kernel, label) = (&metadata.kernels[planned.kernel].name, &program.launches[planned.launch].label);
-    let tail = if planned.tail { "the tail of " } else { "" };
-    format!("program `{}`, {tail}kernel `{kernel}` ({label})", program.name)
-}
-
-/// Times of kernels, from events between them.
-struct Profile {
-    times: Vec<KernelTime>,
-    events: Vec<Event>,
-}
-
-impl Profile {
-    /// Has an event for each of so many launches and one before them, and records that one.
-    fn begin(&mut self, launches: usize, stream: &Stream) -> Result<(), CudaError> {
-        while self.events.len() < launches + 1 {
-            self.events.push(Event::new(true)?);
+impl Inputs {
+    /// Copies the inputs to the device, and gives their addresses, which depend on their lengths alone.
+    fn copy(&mut self, context: &Context, stream: &Stream, inputs: &StepInputs) -> Result<[u64; INPUTS], CudaError> {
+        let bytes = inputs.placed_bytes();
+        self.copied.wait()?;
+        if self.host.bytes() < bytes {
+            self.host = Pinned::new(bytes.next_power_of_two())?;
         }
-        self.events[0].record(stream)
-    }
-
-    /// Adds up the times between events that have been reached. A tail counts to its kernel.
-    fn end(&mut self, launches: &[Planned]) -> Result<(), CudaError> {
-        for (planned, events) in launches.iter().zip(self.events.windows(2)) {
-            let time = &mut self.times[planned.kernel];
-            time.runs += u64::from(!planned.tail);
-            time.seconds += events[0].seconds_until(&events[1])?;
-        }
-        Ok(())
+        self.device.grow(context, stream, bytes)?;
+        let offsets = inputs.write(self.host.as_mut_slice());
+        copy_in("inputs", self.device.address(), &self.host.as_slice()[..bytes as usize], stream)?;
+        self.copied.record(stream)?;
+        Ok(offsets.map(|offset| self.device.address() + offset))
     }
 }
 
@@ -248,31 +188,38 @@ impl Device for Cuda {
         Ok(limits::measure(&self.context, &self.stream)?)
     }
 
+    /// Few widths, since each needs a plan and a graph of its own.
+    fn page_width(&self, pages: usize) -> usize {
+        pages.next_power_of_two()
+    }
+
     fn grow_state(&mut self, state: usize, bytes: u64) -> Result<(), Error> {
         self.context.make_current()?;
-        Ok(self.states[state].grow(&self.context, &self.stream, bytes)?)
+        Ok(self.memory.states[state].grow(&self.context, &self.stream, bytes)?)
     }
 
     fn read_state(&self, state: usize, at: u64, out: &mut [u8]) -> Result<(), Error> {
         self.context.make_current()?;
-        let from = self.states[state].check_range(at, out.len() as u64)?;
+        let from = self.memory.states[state].check_range(at, out.len() as u64)?;
         copy_out("states", out, from, &self.stream)?;
         Ok(self.stream.wait(|| "reading states".to_owned())?)
     }
 
     fn write_state(&mut self, state: usize, at: u64, bytes: &[u8]) -> Result<(), Error> {
         self.context.make_current()?;
-        let to = self.states[state].check_range(at, bytes.len() as u64)?;
+        let to = self.memory.states[state].check_range(at, bytes.len() as u64)?;
         copy_in("states", to, bytes, &self.stream)?;
         Ok(self.stream.wait(|| "writing states".to_owned())?)
     }
 
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
-        self.context.make_current()?;
+        let Self { plans, launcher, memory, stream, artifact, context, .. } = self;
+        context.make_current()?;
+        let (metadata, key) = (artifact.metadata(), (program, inputs.dims()));
+        let places = memory.inputs.copy(context, stream, inputs)?;
+        let plan = plans.get_or_make(key, || memory.plan(context, stream, metadata, key, places))?;
         self.last = program;
-        let places = self.copy_inputs(inputs)?;
-        self.prepare(program, inputs.dims(), places)?;
-        Ok(self.launch_all(program)?)
+        Ok(launcher.run(metadata, stream, plan)?)
     }
 
     fn fetch(&mut self, spans: &[Span]) -> Result<Vec<&[u8]>, Error> {
@@ -284,41 +231,19 @@ impl Device for Cuda {
         let mut rest = self.outputs.as_mut_slice();
         for span in spans {
             let (part, after) = rest.split_at_mut(span.bytes as usize);
-            copy_out("outputs", part, self.arena.check_range(span.at, span.bytes)?, &self.stream)?;
+            copy_out("outputs", part, self.memory.arena.check_range(span.at, span.bytes)?, &self.stream)?;
             rest = after;
         }
-        let name = &self.artifact.metadata().programs[self.last].name;
-        self.stream.wait(|| format!("program `{name}` (`{LAUNCH_VARIABLE}=trace` names the kernel)"))?;
-        let mut rest = self.outputs.as_slice();
-        Ok(spans
-            .iter()
-            .map(|span| {
-                let (part, after) = rest.split_at(span.bytes as usize);
-                rest = after;
-                part
-            })
-            .collect())
+        self.stream.wait(|| launch::describe(&self.artifact.metadata().programs[self.last]))?;
+        let ends = spans.iter().scan(0, |end, span| {
+            *end += span.bytes as usize;
+            Some(*end)
+        });
+        Ok(spans.iter().zip(ends).map(|(span, end)| &self.outputs.as_slice()[end - span.bytes as usize..end]).collect())
     }
 
     fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
-        let times = vec![KernelTime::default(); self.metadata().kernels.len()];
-        let begin = go_on.then(|| Profile { times, events: Vec::new() });
-        std::mem::replace(&mut self.profile, begin).map_or_else(Vec::new, |profile| profile.times)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_way_of_launching_is_one_of_a_few() {
-        let check = |value: &str| How::parse(value.to_owned());
-        assert!(matches!(
-            (check(""), check("stream"), check("trace")),
-            (Ok(How::Stream), Ok(How::Stream), Ok(How::Trace))
-        ));
-        let error = check("fast").unwrap_err().to_string();
-        assert_eq!(error, "`NEXTC_LAUNCH` is `fast`, expected `stream` or `trace`");
+        let begin = go_on.then(|| Profile::new(self.artifact.metadata().kernels.len()));
+        std::mem::replace(&mut self.launcher.profile, begin).map(Profile::times).unwrap_or_default()
     }
 }

@@ -31,6 +31,11 @@ pub(crate) trait Device: Send {
     /// What it can do at best, measured.
     fn limits(&mut self) -> Result<Limits, Error>;
 
+    /// The width of a page table that is laid out for sequences of `pages` pages.
+    fn page_width(&self, pages: usize) -> usize {
+        pages
+    }
+
     /// Makes the first `bytes` bytes of a state usable.
     fn grow_state(&mut self, state: usize, bytes: u64) -> Result<(), Error>;
 

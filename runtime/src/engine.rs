@@ -5,11 +5,12 @@ use std::sync::Arc;
 use nextc_abi::{Metadata, StateKind, Sym};
 
 use crate::artifact::Artifact;
-use crate::device::{self, Device};
+use crate::device::{self, Device, Span};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::memory;
 use crate::random::Random;
+use crate::sample::rows::{Row, tables};
 use crate::state::{SequenceId, States};
 use crate::step::{self, KernelTime, MAX_DIM, Rows, StepInputs};
 
@@ -55,15 +56,6 @@ impl LogitRows {
     }
 }
 
-/// What a step gave.
-#[derive(Clone, Copy, Debug)]
-pub struct Output<'a> {
-    /// Logits of the tokens that were asked for, `vocab_size` wide.
-    pub logits: Rows<'a>,
-    /// Hidden rows of all tokens after the final norm, `hidden_size` wide; none unless [`Engine::want_hidden`] asked for them.
-    pub hidden: Rows<'a>,
-}
-
 /// Tokens that the draft is fed for one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct DraftInput<'a> {
@@ -84,8 +76,13 @@ pub struct Engine {
     pub(crate) device: Box<dyn Device>,
     step: usize,
     draft: Option<usize>,
+    sample: usize,
+    verify: Option<usize>,
     step_tokens: usize,
-    hidden_wanted: bool,
+    /// The inputs of the last step, which what chooses tokens after it takes too.
+    last: StepInputs,
+    /// The entry point that ran last, `@step` or `@draft`, and the dimensions that it ran with.
+    ran: (usize, [u64; 4]),
 }
 
 /// One sequence's part of a step.
@@ -104,12 +101,13 @@ impl Engine {
         let metadata = artifact.metadata();
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
-        let draft = entry("draft");
+        let (draft, verify) = (entry("draft"), entry("verify"));
+        let sample = entry("sample").ok_or(Error::Step("the executable has no entry point `sample`"))?;
         check_outputs(metadata)?;
         let states = States::new(metadata, options.sequences)?;
         let device = device::open(&artifact, options, &states)?;
-        let step_tokens = options.step_tokens.max(1);
-        Ok(Self { states, device, step, draft, step_tokens, hidden_wanted: false, artifact })
+        let (step_tokens, last, ran) = (options.step_tokens.max(1), StepInputs::default(), (step, [0; 4]));
+        Ok(Self { states, device, step, draft, sample, verify, step_tokens, last, ran, artifact })
     }
 
     /// The executable.
@@ -137,11 +135,6 @@ impl Engine {
     /// Begins to measure each kernel, or stops; gives what was measured before, by kernel.
     pub fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
         self.device.profile(go_on)
-    }
-
-    /// Says whether steps give hidden rows too; drafts always do.
-    pub fn want_hidden(&mut self, wanted: bool) {
-        self.hidden_wanted = wanted;
     }
 
     /// True if [`Engine::draft`] works.
@@ -172,7 +165,7 @@ impl Engine {
     /// kernel runs.
     /// # Errors
     /// [`Error::Token`], [`Error::Context`] or [`Error::Step`] say which sequence cannot be fed.
-    pub fn forward(&mut self, batch: &[(SequenceId, &[u32])], rows: LogitRows) -> Result<Output<'_>, Error> {
+    pub fn forward(&mut self, batch: &[(SequenceId, &[u32])], rows: LogitRows) -> Result<(), Error> {
         let mut parts = self.check_batch(batch)?;
         if rows == LogitRows::Last {
             self.feed_ahead(&mut parts)?;
@@ -180,14 +173,15 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.logit_rows = rows.of(&inputs.cu_seqlens);
         self.run_parts(&parts, &inputs)?;
-        self.output(self.step, &inputs.dims(), self.hidden_wanted)
+        self.last = inputs;
+        Ok(())
     }
 
     /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. The sequences stay as they are until
     /// [`Engine::accept`] says how many of the tokens are theirs.
     /// # Errors
     /// As [`Engine::forward`], and [`Error::Step`] for more tokens than a state can keep.
-    pub fn forward_tentative(&mut self, batch: &[(SequenceId, &[u32])]) -> Result<Output<'_>, Error> {
+    pub fn forward_tentative(&mut self, batch: &[(SequenceId, &[u32])]) -> Result<(), Error> {
         let most = self.metadata().tentative_tokens as usize;
         if batch.iter().any(|(_, tokens)| tokens.len() > most) {
             return Err(Error::Step("more tentative tokens than a state keeps"));
@@ -196,12 +190,52 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.tentative.fill(1);
         inputs.logit_rows = LogitRows::All.of(&inputs.cu_seqlens);
-        self.device.run(self.step, &inputs)?;
+        self.run(self.step, &inputs)?;
         for part in &parts {
             // what was replayed is done now
             self.states.set_tokens(part.sequence, part.position, 0)?;
         }
-        self.output(self.step, &inputs.dims(), self.hidden_wanted)
+        self.last = inputs;
+        Ok(())
+    }
+
+    /// Chooses a token for each row of logits of the last step, which must have been the last thing that ran. -1 where there is none to
+    /// choose.
+    /// # Errors
+    /// [`Error`] if memory is lacking, or there are more or fewer rows than the step had.
+    pub(crate) fn sample(&mut self, rows: &[Row<'_>]) -> Result<&[i32], Error> {
+        self.run_after(self.sample, rows)?;
+        self.numbers(self.sample, &["tokens"]).map(|numbers| numbers[0])
+    }
+
+    /// As [`Engine::sample`] after a tentative step; also how many of the tokens that were fed to each sequence after its first are the
+    /// ones chosen, from the first on.
+    /// # Errors
+    /// As [`Engine::sample`], and [`Error::NoMtp`].
+    pub(crate) fn verify(&mut self, rows: &[Row<'_>]) -> Result<(&[i32], &[i32]), Error> {
+        let verify =
+            self.verify.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
+        self.run_after(verify, rows)?;
+        let numbers = self.numbers(verify, &["tokens", "accepted"])?;
+        Ok((numbers[0], numbers[1]))
+    }
+
+    /// Runs an entry point that goes on from the last step.
+    fn run_after(&mut self, program: usize, rows: &[Row<'_>]) -> Result<(), Error> {
+        if rows.len() != self.last.logit_rows.len() {
+            return Err(Error::Step("tokens are chosen for other rows than the step had"));
+        }
+        // where inputs lie must follow from the dimensions, which do not count pages here
+        self.last.page_table.clear();
+        self.last.sampling = Some(tables(rows));
+        self.device.run(program, &self.last)
+    }
+
+    /// Tokens and counts that an entry point gave.
+    fn numbers(&mut self, program: usize, names: &[&str]) -> Result<Vec<&[i32]>, Error> {
+        let dims = self.last.dims();
+        let spans = names.iter().map(|name| self.span(program, name, &dims)).collect::<Result<Vec<_>, _>>()?;
+        Ok(self.device.fetch(&spans)?.into_iter().map(bytemuck::cast_slice).collect())
     }
 
     /// Makes the first `tokens` tokens of the sequence's last step, which was tentative, its own.
@@ -215,7 +249,7 @@ impl Engine {
     /// Feeds the draft; the sequence's own length stays as it is. Entries of the draft's KV from `position` on are written.
     /// # Errors
     /// As [`Engine::forward`], and [`Error::NoMtp`].
-    pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<Output<'_>, Error> {
+    pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<(), Error> {
         let program =
             self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
         let width = self.metadata().model.hidden_size as usize;
@@ -235,8 +269,13 @@ impl Engine {
             inputs.hidden.extend_from_slice(row);
             inputs.hidden.resize(inputs.hidden.len() + padded - width, 0.0);
         }
-        self.device.run(program, &inputs)?;
-        self.output(program, &inputs.dims(), true)
+        self.run(program, &inputs)
+    }
+
+    /// Runs a step or a draft.
+    fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
+        self.ran = (program, inputs.dims());
+        self.device.run(program, inputs)
     }
 
     /// Gives a sequence a made-up past of `tokens` tokens: for measurements at depth.
@@ -319,7 +358,7 @@ impl Engine {
     }
 
     fn run_parts(&mut self, parts: &[Part<'_>], inputs: &StepInputs) -> Result<(), Error> {
-        self.device.run(self.step, inputs)?;
+        self.run(self.step, inputs)?;
         for part in parts {
             self.states.set_tokens(part.sequence, part.position + part.tokens.len() as u64, 0)?;
         }
@@ -334,7 +373,7 @@ impl Engine {
         }
         let mut inputs = StepInputs { cu_seqlens: vec![0], ..StepInputs::default() };
         let sequences = parts.iter().map(|p| self.states.get(p.sequence)).collect::<Result<Vec<_>, _>>()?;
-        let width = sequences.iter().map(|s| s.pages.len()).max().unwrap_or(0).max(1);
+        let width = self.device.page_width(sequences.iter().map(|s| s.pages.len()).max().unwrap_or(0).max(1));
         for (part, sequence) in parts.iter().zip(sequences) {
             let positions = part.position as i32..part.position as i32 + part.tokens.len() as i32;
             inputs.tokens.extend(part.tokens.iter().map(|&t| t as i32));
@@ -350,25 +389,42 @@ impl Engine {
         Ok(inputs)
     }
 
-    /// Logits of the last step if it had any, and hidden rows if they are wanted.
-    fn output(&mut self, program: usize, dims: &[u64; 4], hidden_wanted: bool) -> Result<Output<'_>, Error> {
+    /// Logits of the rows that the last step or draft was asked for, `vocab_size` wide.
+    /// # Errors
+    /// [`Error`] if the device fails.
+    pub fn logits(&mut self) -> Result<Rows<'_>, Error> {
+        self.rows("logits")
+    }
+
+    /// Hidden rows of all tokens of the last step or draft after the final norm, `hidden_size` wide.
+    /// # Errors
+    /// [`Error`] if the device fails.
+    pub fn hidden(&mut self) -> Result<Rows<'_>, Error> {
+        self.rows("hidden")
+    }
+
+    /// The token with the largest logit of each row of logits of the last step or draft; -1 if one is NaN or +infinity.
+    /// # Errors
+    /// [`Error`] if the device fails.
+    pub fn best(&mut self) -> Result<&[i32], Error> {
+        let (program, dims) = self.ran;
+        let span = self.span(program, "best", &dims)?;
+        Ok(bytemuck::cast_slice(self.device.fetch(&[span])?.remove(0)))
+    }
+
+    fn rows(&mut self, name: &str) -> Result<Rows<'_>, Error> {
+        let (program, dims) = self.ran;
+        let span = self.span(program, name, &dims)?;
+        let bytes = self.device.fetch(&[span])?.remove(0);
+        let output = self.artifact.metadata().programs[program].outputs.iter().find(|o| o.name == name);
+        Ok(output.map_or(Rows::NONE, |output| Rows::new(output, &dims, bytes)))
+    }
+
+    fn span(&self, program: usize, name: &str, dims: &[u64; 4]) -> Result<Span, Error> {
         let metadata = self.artifact.metadata();
-        let find = |name| metadata.programs[program].outputs.iter().find(|o| o.name == name);
-        let (Some(logits), Some(hidden)) = (find("logits"), find("hidden")) else {
-            return Err(Error::Step("an entry point lacks the output `logits` or `hidden`"));
-        };
-        let mut output = Output { logits: Rows::NONE, hidden: Rows::NONE };
-        let wanted =
-            [(logits, &mut output.logits, dims[Sym::R as usize] > 0), (hidden, &mut output.hidden, hidden_wanted)];
-        let wanted: Vec<_> = wanted.into_iter().filter(|(_, _, wanted)| *wanted).collect();
-        if wanted.is_empty() {
-            return Ok(output);
-        }
-        let spans: Vec<_> = wanted.iter().map(|(output, _, _)| step::span_of(metadata, output, dims)).collect();
-        for ((output, rows, _), bytes) in wanted.into_iter().zip(self.device.fetch(&spans)?) {
-            *rows = Rows::new(output, dims, bytes);
-        }
-        Ok(output)
+        let output = metadata.programs[program].outputs.iter().find(|o| o.name == name);
+        let output = output.ok_or(Error::Step("an entry point lacks one of its outputs"))?;
+        Ok(step::span_of(metadata, output, dims))
     }
 }
 
@@ -385,7 +441,11 @@ fn made_up_past(bytes: usize, mut random: Random) -> Vec<u8> {
 fn check_outputs(metadata: &Metadata) -> Result<(), Error> {
     let fits = metadata.programs.iter().flat_map(|p| &p.outputs).all(|o| {
         let unit = o.at.unit.map_or(0, |u| metadata.arena.unit_bytes[u as usize]);
-        let rows = if o.name == "hidden" { Sym::T } else { Sym::R };
+        let rows = match o.name.as_str() {
+            "hidden" => Sym::T,
+            "accepted" => Sym::B,
+            _ => Sym::R,
+        };
         o.rows == rows && o.at.unit == Some(o.rows) && o.width <= o.stride && o.at.at_bytes + o.stride * 4 <= unit
     });
     if fits { Ok(()) } else { Err(Error::Step("an output lies outside the arena")) }

@@ -7,6 +7,7 @@ use nextc_abi::{FooterError, WeightsHeaderError};
 use crate::chat::ChatError;
 use crate::cuda::CudaError;
 use crate::generate::GenerateError;
+use crate::sample::SampleError;
 
 /// What can go wrong when an executable runs; each message says where, what was found and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -175,6 +176,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// There is no token to choose.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
     /// Nothing, or no more, was generated.
     #[error(transparent)]
     Generate(#[from] GenerateError),

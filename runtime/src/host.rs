@@ -24,6 +24,8 @@ pub(crate) struct Host {
     states: Vec<Region>,
     pool: Pool,
     arena: Region,
+    /// Bytes of it that the last program has used.
+    used_bytes: u64,
     inputs: Region,
     scratch: Region,
     scratch_bytes: u64,
@@ -55,6 +57,7 @@ impl Host {
             states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
             pool: Pool::new(threads).map_err(|error| Error::Threads { threads, error })?,
             arena: reserve("arena", 0)?,
+            used_bytes: 0,
             inputs: reserve("inputs", 0)?,
             scratch: reserve("scratch", scratch_bytes * threads as u64)?,
             scratch_bytes,
@@ -65,15 +68,22 @@ impl Host {
         })
     }
 
-    /// Makes arena and inputs large enough; addresses resolved before are void if one has moved.
-    fn make_room(&mut self, inputs: &StepInputs) -> Result<(), Error> {
-        let arena = self.artifact.metadata().arena.bytes(&inputs.dims()) + SLACK_BYTES;
-        let input = inputs.placed_bytes();
-        for (region, bytes, what) in [(&mut self.arena, arena, "arena"), (&mut self.inputs, input, "inputs")] {
+    /// Makes arena and inputs large enough. What samples rows goes on from the results of the step before it: they are kept. Addresses
+    /// resolved before are void if one has moved.
+    fn make_room(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
+        let metadata = self.artifact.metadata();
+        let arena = metadata.arena.bytes_of(&metadata.programs[program], &inputs.dims()) + SLACK_BYTES;
+        let keep = if inputs.sampling.is_some() { self.used_bytes as usize } else { 0 };
+        self.used_bytes = arena - SLACK_BYTES;
+        let regions =
+            [(&mut self.arena, arena, "arena", keep), (&mut self.inputs, inputs.placed_bytes(), "inputs", 0)];
+        for (region, bytes, what, keep) in regions {
             if region.bytes() < bytes {
                 check_available(what, bytes)?;
-                *region = reserve(what, bytes.next_power_of_two())?;
-                region.advise_huge();
+                let mut larger = reserve(what, bytes.next_power_of_two())?;
+                larger.advise_huge();
+                larger.as_mut_slice()[..keep].copy_from_slice(&region.as_slice()[..keep]);
+                *region = larger;
                 self.resolved.iter_mut().for_each(|r| *r = None);
             }
         }
@@ -132,7 +142,7 @@ impl Device for Host {
     }
 
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
-        self.make_room(inputs)?;
+        self.make_room(program, inputs)?;
         let dims = inputs.dims();
         let base = self.inputs.address();
         let places = inputs.write(self.inputs.as_mut_slice()).map(|offset| base + offset);

@@ -10,7 +10,7 @@ use crate::device::Span;
 pub(crate) const SLACK_BYTES: u64 = 64;
 
 /// Number of inputs an entry point can have.
-pub(crate) const INPUTS: usize = 9;
+pub(crate) const INPUTS: usize = 14;
 
 /// The inputs of a step, as its kernels read them.
 #[derive(Debug, Default)]
@@ -28,14 +28,42 @@ pub(crate) struct StepInputs {
     pub logit_rows: Vec<i32>,
     /// `[T, pad(hidden_size)]`; empty but for drafts.
     pub hidden: Vec<f32>,
+    /// How rows are sampled, for the entry points that do that.
+    pub sampling: Option<SamplingInputs>,
+}
+
+/// How each row of a step is sampled.
+#[derive(Debug, Default)]
+pub(crate) struct SamplingInputs {
+    /// `[R, 16]`: see [`nextc_abi::Factor`].
+    pub factors: Vec<f32>,
+    /// `[R, 16]`: see [`nextc_abi::Choice`].
+    pub choices: Vec<i32>,
+    /// The rows' lists, one after the other.
+    pub edit_tokens: Vec<i32>,
+    /// As many.
+    pub edit_counts: Vec<i32>,
+    /// As many.
+    pub edit_biases: Vec<f32>,
+}
+
+impl SamplingInputs {
+    const NONE: &'static Self = &Self {
+        factors: Vec::new(),
+        choices: Vec::new(),
+        edit_tokens: Vec::new(),
+        edit_counts: Vec::new(),
+        edit_biases: Vec::new(),
+    };
 }
 
 impl StepInputs {
-    /// The dimensions `T`, `B`, `P`, `R`.
+    /// The dimensions `T`, `B`, `P`, `R`; where rows are sampled, `P` is the length of their lists.
     pub fn dims(&self) -> [u64; 4] {
         let sequences = self.slot.len() as u64;
         let pages = self.page_table.len() as u64 / sequences.max(1);
-        [self.tokens.len() as u64, sequences, pages, self.logit_rows.len() as u64]
+        let width = self.sampling.as_ref().map_or(pages, |s| s.edit_tokens.len() as u64);
+        [self.tokens.len() as u64, sequences, width, self.logit_rows.len() as u64]
     }
 
     /// Bytes that [`StepInputs::write`] needs.
@@ -57,6 +85,8 @@ impl StepInputs {
     /// The inputs as bytes, in the order of [`Input`].
     fn bytes(&self) -> [&[u8]; INPUTS] {
         use bytemuck::cast_slice as bytes;
+        let none = SamplingInputs::NONE;
+        let sampling = self.sampling.as_ref().unwrap_or(none);
         [
             bytes(&self.tokens),
             bytes(&self.positions),
@@ -67,6 +97,11 @@ impl StepInputs {
             bytes(&self.page_table),
             bytes(&self.logit_rows),
             bytes(&self.hidden),
+            bytes(&sampling.factors),
+            bytes(&sampling.choices),
+            bytes(&sampling.edit_tokens),
+            bytes(&sampling.edit_counts),
+            bytes(&sampling.edit_biases),
         ]
     }
 }
@@ -82,6 +117,11 @@ const fn input_index(input: Input) -> usize {
         Input::PageTable => 6,
         Input::LogitRows => 7,
         Input::Hidden => 8,
+        Input::Factors => 9,
+        Input::Choices => 10,
+        Input::EditTokens => 11,
+        Input::EditCounts => 12,
+        Input::EditBiases => 13,
     }
 }
 
@@ -143,6 +183,8 @@ pub(crate) struct ResolvedLaunch {
     pub kernel: usize,
     /// Number of its tasks.
     pub tasks: u64,
+    /// Number of tasks of its tail.
+    pub tail_tasks: u64,
     /// Where in [`Resolved::args`] its arguments lie: the dimensions, then addresses.
     pub args: Range<usize>,
 }
@@ -177,8 +219,9 @@ pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at
             Arg::State(i) => at.states[*i as usize],
         }));
         let kernel = launch.kernel as usize;
-        let tasks = metadata.kernels[kernel].grid.eval(&dims);
-        resolved.launches.push(ResolvedLaunch { kernel, tasks, args: first..resolved.args.len() });
+        let [tasks, tail_tasks] =
+            [&metadata.kernels[kernel].grid, &metadata.kernels[kernel].tail_grid].map(|grid| grid.eval(&dims));
+        resolved.launches.push(ResolvedLaunch { kernel, tasks, tail_tasks, args: first..resolved.args.len() });
     }
     resolved
 }
@@ -211,6 +254,7 @@ mod tests {
             page_table: vec![0, 1, 2, 0, 0, 0],
             logit_rows: vec![2],
             hidden: Vec::new(),
+            sampling: None,
         };
         assert_eq!(inputs.dims(), [3, 2, 3, 1]);
         assert_eq!(inputs.dims()[nextc_abi::Sym::P as usize], 3);

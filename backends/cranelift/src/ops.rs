@@ -60,6 +60,7 @@ impl Emitter<'_, '_> {
             KOp::If => self.if_else(stmt),
             KOp::Thread
             | KOp::Shared { .. }
+            | KOp::Partials { .. }
             | KOp::Barrier
             | KOp::ShuffleXor { .. }
             | KOp::AtomicAdd

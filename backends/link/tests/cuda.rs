@@ -51,7 +51,13 @@ impl Exe {
     /// The message of a run that fails with status 1.
     fn error(&self, settings: &[(&str, &str)], args: &[&str]) -> String {
         let output = self.run(settings, args);
-        assert_eq!(output.status.code(), Some(1), "{args:?} {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "{args:?} {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stderr).unwrap()
     }
 
@@ -81,7 +87,11 @@ fn steps_of_all_sizes_give_what_the_kernels_compute() {
         for args in [&[][..], &["--mode", "decode"], &["--step-tokens", "2"]] {
             let sequence = exe.eval(settings, batch, args, "logits.0");
             assert_eq!(sequence, sample::logits(&[3, 4, 5, 6, 7, 8]), "{settings:?} {args:?}");
-            assert_eq!(exe.eval(settings, batch, args, "logits.2"), sample::logits(&[10, 11, 12]), "{settings:?} {args:?}");
+            assert_eq!(
+                exe.eval(settings, batch, args, "logits.2"),
+                sample::logits(&[10, 11, 12]),
+                "{settings:?} {args:?}"
+            );
         }
     }
 }

@@ -27,6 +27,7 @@ impl KernelBuilder {
             threads: 1,
             body: Region::default(),
             tail: None,
+            tail_grid: 1.into(),
             types,
         };
         Self { kernel, open: vec![Region::default()] }
@@ -76,6 +77,12 @@ impl KernelBuilder {
         build(&mut self);
         self.kernel.tail = self.open.pop();
         self.kernel
+    }
+
+    /// The finished kernel of blocks with a tail that is run for each task of `grid`.
+    pub fn finish_with_tail_grid(mut self, grid: Extent, build: impl FnOnce(&mut Self)) -> Kernel {
+        self.kernel.tail_grid = grid;
+        self.finish_with_tail(build)
     }
 
     fn value(&mut self, ty: KType) -> Val {
@@ -367,6 +374,10 @@ impl KernelBuilder {
     /// Memory that the threads of a block share. Call it at the top level of the body or of the tail.
     pub fn shared(&mut self, dtype: DType, elems: u64) -> Val {
         self.emit(KOp::Shared { dtype, elems }, &[], KType::Ptr(Space::Shared))
+    }
+    /// Memory for what tasks of the body hand to the tail, `elems` elements a task. Call it at the top level of both.
+    pub fn partials(&mut self, dtype: DType, elems: u64) -> Val {
+        self.emit(KOp::Partials { dtype, elems }, &[], KType::Ptr(Space::Scratch))
     }
     /// Waits for all threads of the block.
     pub fn barrier(&mut self) {

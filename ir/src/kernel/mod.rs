@@ -1,7 +1,7 @@
 //! The kernel IR: a small typed IR near the machine, of structured loops, vectors and pointers.
 //!
 //! A [`Kernel`] is one parallel region: its body runs once for each task of the grid, in any order and on any thread, and
-//! its `tail`, if it has one, runs once after all tasks. Every value is in SSA form and has a [`KType`]; loops carry values and
+//! its `tail`, if it has one, runs after all tasks: once, or on blocks for each task of a grid of its own. Every value is in SSA form and has a [`KType`]; loops carry values and
 //! regions yield them, so there are no variables and no jumps.
 //!
 //! A task is one thread's, or a block of [`Kernel::threads`] threads that all run the body: then values differ from thread to thread,
@@ -13,6 +13,7 @@ pub mod math;
 pub mod op;
 pub mod parse;
 pub mod print;
+pub mod random;
 pub mod verify;
 
 pub use build::KernelBuilder;
@@ -139,8 +140,8 @@ pub struct KParam {
     pub written: bool,
 }
 
-/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, not to be used in the
-/// tail), and values from 5 on are the parameters, all `ptr<global>`.
+/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, in the tail only on
+/// blocks), and values from 5 on are the parameters, all `ptr<global>`.
 ///
 /// Machine code for a CPU is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
 /// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`. Code for a GPU
@@ -159,8 +160,10 @@ pub struct Kernel {
     pub threads: u32,
     /// What each task does.
     pub body: Region,
-    /// What is done once, after all tasks.
+    /// What is done after all tasks.
     pub tail: Option<Region>,
+    /// Number of tasks of the tail: 1, but where tasks are blocks of threads.
+    pub tail_grid: Extent,
     /// The type of every value, indexed by [`Val`].
     pub types: Vec<KType>,
 }
@@ -190,13 +193,22 @@ impl Kernel {
         Val(Self::FIRST_PARAM + i as u32)
     }
 
-    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes.
+    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes; on blocks its `partials`.
     pub fn scratch_bytes(&self) -> u64 {
         let bytes = |op| match op {
             KOp::Alloc { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(64)),
             _ => None,
         };
-        self.allocated(bytes).into_iter().sum()
+        self.partial_bytes() + self.allocated(bytes).into_iter().sum::<u64>()
+    }
+
+    /// Bytes that one task of the body hands to the tail: those of `partials`, which body and tail share.
+    fn partial_bytes(&self) -> u64 {
+        let bytes = |op| match op {
+            KOp::Partials { dtype, elems } => Some(elems * dtype.bytes()),
+            _ => None,
+        };
+        self.allocated(bytes).into_iter().fold(0, u64::max)
     }
 
     /// Bytes of memory that the threads of a block share: the larger of body and tail, each `shared` rounded up to 128 bytes.

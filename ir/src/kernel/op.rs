@@ -186,6 +186,9 @@ kops! {
     Thread = "thread" Block;
     /// `elems` elements that the threads of a block share, 128-byte aligned, undefined when the block begins; only at the top level of a region.
     Shared { dtype: DType, elems: u64 } = "shared" Block;
+    /// Memory in which tasks of the body hand to the tail what they found: `elems` elements for each task, one task's after another's, undefined when the body
+    /// begins. 128-byte aligned as a whole; only at the top level of a region, the same in body and tail.
+    Partials { dtype: DType, elems: u64 } = "partials" Block;
     /// Waits until every thread of the block is here; what was written before is seen by all after.
     Barrier = "barrier" Block;
     /// The 32-bit scalar that the thread `lane ^ mask` of the warp has. Every thread of the warp is here.

@@ -246,7 +246,7 @@ impl<'t> Parser<'t> {
             1
         };
         let body = self.block()?;
-        let tail = if self.eat_word("tail") { Some(self.block()?) } else { None };
+        let (tail, tail_grid) = self.tail()?;
         Ok(Kernel {
             name,
             doc: doc.join("\n"),
@@ -255,8 +255,22 @@ impl<'t> Parser<'t> {
             threads,
             body,
             tail,
+            tail_grid,
             types: std::mem::take(&mut self.types),
         })
+    }
+
+    fn tail(&mut self) -> Parsed<(Option<Region>, Extent)> {
+        if !self.eat_word("tail") {
+            return Ok((None, 1.into()));
+        }
+        let grid = if self.eat_word("grid") {
+            self.punct("=")?;
+            self.extent()?
+        } else {
+            1.into()
+        };
+        Ok((Some(self.block()?), grid))
     }
 
     fn params(&mut self) -> Parsed<Vec<KParam>> {
@@ -387,6 +401,7 @@ impl<'t> Parser<'t> {
             }
             "alloc" => (KOp::Alloc { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
             "shared" => (KOp::Shared { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
+            "partials" => (KOp::Partials { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
             "thread" => (KOp::Thread, Vec::new()),
             "barrier" => (KOp::Barrier, Vec::new()),
             "wait" => (KOp::Wait, Vec::new()),

@@ -26,7 +26,8 @@ pub fn kernel(kernel: &Kernel) -> String {
     region(&mut out, &kernel.body, &names, 1);
     out.push('}');
     if let Some(tail) = &kernel.tail {
-        out.push_str(" tail {\n");
+        let grid = if kernel.is_block() { format!("grid = {} ", kernel.tail_grid) } else { String::new() };
+        put(&mut out, format_args!(" tail {grid}{{\n"));
         region(&mut out, tail, &names, 1);
         out.push('}');
     }
@@ -193,7 +194,9 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
     let arg = |i: usize| s.args.get(i).map_or_else(|| "%?".to_owned(), |&v| names.get(v));
     match s.op {
         KOp::Const { dtype, bits } => put(out, format_args!(" {dtype} {}", constant(dtype, bits))),
-        KOp::Alloc { dtype, elems } | KOp::Shared { dtype, elems } => put(out, format_args!(" {dtype} {elems}")),
+        KOp::Alloc { dtype, elems } | KOp::Shared { dtype, elems } | KOp::Partials { dtype, elems } => {
+            put(out, format_args!(" {dtype} {elems}"))
+        }
         KOp::Splat { lanes } => put(out, format_args!(" x{lanes} {}", arg(0))),
         KOp::Extract { lane } => put(out, format_args!(" {}[{lane}]", arg(0))),
         KOp::Cmp { pred } => put(out, format_args!(" {} {}", pred.name(), names.list(&s.args))),

@@ -42,8 +42,7 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let last = k.add_const(first, step);
         let last = k.min_i64(last, end);
         k.for_each((first, last, per_word), |k, column| {
-            let line = k.div_const(column, per_word);
-            for (i, code) in (0..).zip(tile.codes(k, line, lane)) {
+            for (i, code) in (0..).zip(tile.codes(k, column, lane)) {
                 let code = zero.map_or(code, |zero| k.fsub(code, zero));
                 let x = scale.map_or(code, |scale| k.fmul(code, scale));
                 let at = k.add_const(column, i);

@@ -84,9 +84,8 @@ pub enum Lanes {
 }
 
 impl Lanes {
-    /// The words of a line: of all rows, or of one.
-    fn load(self, k: &mut KernelBuilder, dtype: DType, lines: Val, line: Val) -> Val {
-        let at = k.mul_const(line, LANES);
+    /// The words of a line that begins at word `at`: of all rows, or of one.
+    fn load(self, k: &mut KernelBuilder, dtype: DType, lines: Val, at: Val) -> Val {
         match self {
             Self::All => k.load(dtype, LANES as u32, lines, at),
             Self::One(lane) => {
@@ -105,9 +104,10 @@ impl Lanes {
 }
 
 impl Tile {
-    /// The codes of the columns that line `line` holds, as numbers.
-    pub fn codes(&self, k: &mut KernelBuilder, line: Val, lanes: Lanes) -> Vec<Val> {
-        let words = lanes.load(k, DType::I32, self.codes, line);
+    /// The codes of column `column` and those that share a word with it, as numbers; it is the first in its word.
+    pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
+        let at = k.mul_const(column, LANES / self.planes.format.word_columns());
+        let words = lanes.load(k, DType::I32, self.codes, at);
         (self.planes.format.def().unpack)(k, words)
     }
 
@@ -118,13 +118,15 @@ impl Tile {
         let plain = Format::plain(blocks.scale).expect("scales are floats");
         match (blocks.rows, blocks.scale, blocks.zero) {
             (1, DType::F32, zero) => {
-                let scale = lanes.load(k, DType::F32, scales, number);
-                let next = k.add_const(number, 1);
+                let at = k.mul_const(number, LANES);
+                let scale = lanes.load(k, DType::F32, scales, at);
+                let next = k.add_const(at, LANES);
                 (Some(scale), zero.then(|| lanes.load(k, DType::F32, scales, next)))
             }
             // a scale and its zero point share a word
             (1, _, true) => {
-                let words = lanes.load(k, DType::I32, scales, block);
+                let at = k.mul_const(block, LANES);
+                let words = lanes.load(k, DType::I32, scales, at);
                 let both = (plain.def().unpack)(k, words);
                 (Some(both[0]), Some(both[1]))
             }
@@ -132,7 +134,8 @@ impl Tile {
             (1, _, false) => {
                 let (one, sixteen) = (k.const_i64(1), k.const_i32(16));
                 let line = k.ushr(block, one);
-                let words = lanes.load(k, DType::I32, scales, line);
+                let at = k.mul_const(line, LANES);
+                let words = lanes.load(k, DType::I32, scales, at);
                 let odd = k.and(block, one);
                 let odd = k.narrow(odd);
                 let shift = k.mul(odd, sixteen);
@@ -234,13 +237,12 @@ fn add_line(
     acc: &mut [Val],
 ) {
     let per_word = tiles[0].planes.format.word_columns();
-    let line = k.div_const(column, per_word);
     let shared: Vec<Vec<Val>> = match tiles[0].order {
         None => (0..per_word).map(|i| load_column(k, rows, column, i, None)).collect(),
         Some(_) => Vec::new(),
     };
     for (t, tile) in tiles.iter().enumerate() {
-        let codes = tile.codes(k, line, Lanes::All);
+        let codes = tile.codes(k, column, Lanes::All);
         for (i, code) in (0..).zip(codes) {
             let w = zeros.get(t).map_or(code, |&zero| k.fsub(code, zero));
             let own = tile.order.map(|order| load_column(k, rows, column, i, Some(order)));

@@ -22,7 +22,7 @@ pub struct Metadata {
     pub target: Target,
     /// The kernels.
     pub kernels: Vec<Kernel>,
-    /// The entry points: `step`, and `draft` where the model has MTP.
+    /// The entry points: `step` and `sample`, and `draft` and `verify` where the model has MTP.
     pub programs: Vec<Program>,
     /// The weights.
     pub weights: WeightTable,
@@ -115,6 +115,8 @@ pub struct Kernel {
     pub params: u32,
     /// Number of tasks.
     pub grid: Extent,
+    /// Number of tasks of its tail: more than 1 only on a GPU, where scratch of the kernel's tasks is the tail's as a whole.
+    pub tail_grid: Extent,
 }
 
 /// A dimension that only a step knows.
@@ -161,7 +163,7 @@ impl Extent {
     }
 }
 
-/// An input of a step. All are `i32` but `Hidden`.
+/// An input of a step. All are `i32` but `Hidden`, `Factors` and `EditBiases`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Input {
     /// `tokens[T]`.
@@ -182,6 +184,16 @@ pub enum Input {
     LogitRows,
     /// `hidden[T, hidden_size]`, f32, rows padded to 16.
     Hidden,
+    /// `factors[R, 6]`, f32, rows padded to 16: [`crate::Factor`].
+    Factors,
+    /// `choices[R, 9]`, rows padded to 16: [`crate::Choice`].
+    Choices,
+    /// `edit_tokens[P]`: tokens whose logits are changed, of all rows.
+    EditTokens,
+    /// `edit_counts[P]`: how often the output has each, -1 if the prompt has it not either.
+    EditCounts,
+    /// `edit_biases[P]`, f32: what is added to each one's logit.
+    EditBiases,
 }
 
 /// A place in the arena: `at_bytes` a unit of `unit`, inside the region of that unit; a fixed place if there is none.
@@ -217,18 +229,18 @@ pub struct Launch {
     pub label: String,
 }
 
-/// A result of an entry point: `rows` rows of `width` floats, `stride` floats apart.
+/// A result of an entry point: `rows` rows of `width` numbers of 4 bytes, `stride` apart: floats, or i32 for tokens and counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
-    /// Its name: `logits`, `hidden`.
+    /// Its name: `logits`, `hidden`, `best`; `tokens`, `accepted`.
     pub name: String,
     /// Where it lies.
     pub at: Placement,
     /// How many rows it has.
     pub rows: Sym,
-    /// Floats of one row.
+    /// Numbers of one row.
     pub width: u64,
-    /// Floats from one row to the next.
+    /// Numbers from one row to the next.
     pub stride: u64,
 }
 
@@ -241,6 +253,8 @@ pub struct Program {
     pub launches: Vec<Launch>,
     /// What it gives.
     pub outputs: Vec<Output>,
+    /// Bytes a row of logits that it uses of the arena's last region; other programs may use more.
+    pub row_bytes: u64,
     /// What one step costs.
     pub cost: Cost,
 }
@@ -325,8 +339,57 @@ pub struct Weight {
     pub offset: u64,
     /// Bytes.
     pub bytes: u64,
+    /// What its bytes mean, for weights that are made up.
+    pub parts: Vec<Part>,
     /// Its blocked hash ([`crate::hash::of_blocks`]); empty if there are no weights.
     pub checksum: String,
+}
+
+/// A run of a weight's bytes that mean one thing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Offset from the beginning of the weight.
+    pub at: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// What they are.
+    pub holds: Holds,
+}
+
+/// What bytes of a weight are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Holds {
+    /// Numbers, or codes that have scales.
+    Numbers(Number),
+    /// Scales, and between them zero points where there are any.
+    Scales {
+        /// How they are stored.
+        stored: Number,
+        /// What they scale.
+        codes: Number,
+    },
+    /// For each of so many stored columns the number of the column that it is, i32; for many groups of rows one after the other.
+    Order {
+        /// Columns.
+        columns: u64,
+    },
+}
+
+/// How a number is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Number {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// FP8 (e4m3fn).
+    E4m3,
+    /// A signed byte.
+    I8,
+    /// Four bits: a number from -8 to 7 with 8 added.
+    U4,
 }
 
 /// The kinds of state.
@@ -365,6 +428,12 @@ impl Arena {
     /// Bytes for a step of these dimensions.
     pub fn bytes(&self, dims: &[u64; 4]) -> u64 {
         self.fixed_bytes + self.unit_bytes.iter().zip(dims).map(|(b, n)| b * n).sum::<u64>()
+    }
+
+    /// Bytes that `program` uses of an arena of these dimensions.
+    pub fn bytes_of(&self, program: &Program, dims: &[u64; 4]) -> u64 {
+        let rows = dims[Sym::R as usize];
+        self.bytes(dims) - (self.unit_bytes[Sym::R as usize] - program.row_bytes) * rows
     }
 
     /// Offset of a placement under given dimensions.

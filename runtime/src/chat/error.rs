@@ -4,7 +4,6 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::generate::{GenerateError, ModelError};
-use crate::sample::SampleError;
 use crate::template::TemplateError;
 use crate::tokenizer::TokenizerError;
 
@@ -71,13 +70,19 @@ pub enum ChatError {
     /// The chat template fails.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// No token can be chosen.
+    /// No answer can be made, for another reason.
     #[error(transparent)]
-    Sample(#[from] SampleError),
-    /// The settings are wrong.
-    #[error(transparent)]
-    Settings(#[from] Box<GenerateError>),
+    Generate(Box<GenerateError>),
     /// The model fails.
     #[error("{0}")]
     Model(ModelError),
+}
+
+impl From<GenerateError> for ChatError {
+    fn from(error: GenerateError) -> Self {
+        match error {
+            GenerateError::Output(error) => Self::Output(error),
+            other => Self::Generate(Box::new(other)),
+        }
+    }
 }

@@ -1,12 +1,14 @@
 //! A sequence that is kept between turns: what it has been fed, and the snapshots it can go back to.
 
 use std::ops::ControlFlow;
-use std::time::Instant;
 
 use super::error::ChatError;
 use super::model::ChatModel;
-use crate::generate::draft::Planner;
-use crate::sample::{History, Sampling};
+use crate::generate::GenerateError;
+use crate::generate::decode::{Decoder, Finish, Job};
+use crate::generate::requests::Request;
+use crate::sample::Sampling;
+use crate::tokenizer::Special;
 
 /// Snapshots that are kept; the oldest goes first.
 pub const MAX_SNAPSHOTS: usize = 8;
@@ -16,14 +18,24 @@ pub const MAX_SNAPSHOTS: usize = 8;
 pub struct Answering {
     /// Most new tokens.
     pub max_new_tokens: usize,
-    /// Most tokens of a prompt in one step.
-    pub step_tokens: usize,
-    /// Tokens that end an answer.
-    pub ends: Vec<u32>,
     /// How to choose tokens.
     pub sampling: Sampling,
-    /// How many tokens to draft.
-    pub drafts: Planner,
+    /// Makes the steps, and remembers what it has learnt of drafts.
+    pub decoder: Decoder,
+}
+
+impl Answering {
+    fn request(&self, prompt: &Prompt) -> Request {
+        Request {
+            at: "the conversation".to_owned(),
+            tokens: prompt.tokens.clone(),
+            max_new_tokens: self.max_new_tokens,
+            sampling: self.sampling.clone(),
+            number: 0,
+            stops: Vec::new(),
+            special: Special::Skip,
+        }
+    }
 }
 
 /// A conversation as token ids, to be answered.
@@ -78,7 +90,7 @@ pub struct Answer {
 }
 
 /// What watches an answer: called with each token, and with none between the steps of a prompt.
-pub type Watch<'a> = dyn FnMut(Option<u32>) -> Result<ControlFlow<()>, ChatError> + 'a;
+pub type Watch<'a> = dyn FnMut(Option<u32>) -> Result<ControlFlow<()>, GenerateError> + 'a;
 
 /// A model's sequence, its tokens and snapshots.
 pub struct Session<M: ChatModel> {
@@ -118,26 +130,47 @@ impl<M: ChatModel> Session<M> {
 
     /// Answers a conversation; feeds what the sequence has not been fed.
     /// # Errors
-    /// [`ChatError`] if the prompt does not fit, or the model fails.
+    /// [`ChatError`] if the prompt does not fit, or the model fails; then the sequence is as it was at its last snapshot.
     pub fn answer(&mut self, prompt: &Prompt, how: &mut Answering, watch: &mut Watch<'_>) -> Result<Answer, ChatError> {
         let max_context = self.model.max_context();
         if prompt.tokens.len() > max_context {
             return Err(ChatError::Full { tokens: prompt.tokens.len(), max_context });
         }
-        let begun = Instant::now();
         // the last token is fed in any case: its logits are needed
         let prompt_end = prompt.tokens.len().saturating_sub(1);
         self.go_back_to(&prompt.tokens[..prompt_end])?;
-        let mut stats = TurnStats { reused: self.fed.len(), ..TurnStats::default() };
-        let logits = self.prefill(prompt, how.step_tokens, watch);
-        stats.fed = self.fed.len() - stats.reused;
-        stats.prefill_s = begun.elapsed().as_secs_f64();
-        let mut answer = Answer { tokens: Vec::new(), end: End::Interrupted, stats };
-        if let Some(logits) = logits? {
-            self.decode(&logits, &prompt.tokens, how, &mut answer, watch)?;
+        let reused = self.fed.len();
+        let request = how.request(prompt);
+        let mut job = Job::new(0, &request, self.model.sequence(), max_context).resume(reused, prompt.stable);
+        if let Err(error) = self.run(&mut job, prompt.stable, &mut how.decoder, watch) {
+            self.go_back_to_snapshot()?;
+            return Err(error);
         }
         self.keep_snapshot()?;
-        Ok(answer)
+        let fed = self.fed.len().min(prompt.tokens.len()) - reused;
+        Ok(answer_of(job, &how.decoder, TurnStats { fed, reused, ..TurnStats::default() }))
+    }
+
+    /// Steps until the job ends, or is interrupted.
+    fn run(
+        &mut self,
+        job: &mut Job<'_>,
+        stable: usize,
+        decoder: &mut Decoder,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ChatError> {
+        while job.finish().is_none() {
+            let reading = job.is_reading();
+            if reading && watch(None)?.is_break() {
+                break;
+            }
+            decoder.step(&mut self.model, std::slice::from_mut(job), &mut |_, token| watch(Some(token)))?;
+            self.fed.extend(job.fed_since(self.fed.len()));
+            if reading && self.fed.len() == stable {
+                self.keep_snapshot()?;
+            }
+        }
+        Ok(())
     }
 
     /// Forgets the snapshot at `tokens` tokens, since later turns go on from a later one.
@@ -179,104 +212,19 @@ impl<M: ChatModel> Session<M> {
         let most = self.fed.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         if self.fed.len() > most {
             self.snapshots.retain(|s| s.tokens <= most);
-            match self.snapshots.last() {
-                Some(snapshot) => self.model.go_back(&snapshot.kept),
-                None => self.model.rewind(),
-            }
-            .map_err(ChatError::Model)?;
-            self.fed.truncate(self.snapshots.last().map_or(0, |s| s.tokens));
+            self.go_back_to_snapshot()?;
         }
         Ok(())
     }
 
-    /// Feeds the rest of the prompt; gives the logits after it, or none if it was interrupted.
-    fn prefill(
-        &mut self,
-        prompt: &Prompt,
-        step_tokens: usize,
-        watch: &mut Watch<'_>,
-    ) -> Result<Option<Vec<f32>>, ChatError> {
-        let mut logits = Vec::new();
-        for end in [prompt.stable, prompt.tokens.len()] {
-            while self.fed.len() < end {
-                if watch(None)?.is_break() {
-                    return Ok(None);
-                }
-                let until = end.min(self.fed.len() + step_tokens.max(1));
-                logits = self.feed(&prompt.tokens[self.fed.len()..until])?;
-                if until == end && end == prompt.stable {
-                    self.keep_snapshot()?;
-                }
-            }
-        }
-        Ok(Some(logits))
-    }
-
-    fn feed(&mut self, tokens: &[u32]) -> Result<Vec<f32>, ChatError> {
-        let sequence = self.model.sequence();
-        let logits = self.model.forward(&[(sequence, tokens)]).map_err(ChatError::Model)?.to_vec();
-        self.fed.extend_from_slice(tokens);
-        Ok(logits)
-    }
-
-    /// Steps until the answer ends. The newest token of an answer is not fed before the step that needs it.
-    fn decode(
-        &mut self,
-        logits: &[f32],
-        prompt: &[u32],
-        how: &mut Answering,
-        answer: &mut Answer,
-        watch: &mut Watch<'_>,
-    ) -> Result<(), ChatError> {
-        let begun = Instant::now();
-        let most = how.max_new_tokens.min(self.model.max_context() - prompt.len());
-        let mut choosing = Choosing { how, prompt, most, answer, watch };
-        let mut end = choosing.take(logits)?;
-        while end.is_none() {
-            let known = choosing.answer.tokens[choosing.answer.tokens.len() - 1];
-            let room = most - choosing.answer.tokens.len();
-            let drafts = choosing.how.drafts.next(1).min(room.saturating_sub(1));
-            let (step, before) = (Instant::now(), choosing.answer.stats.answer);
-            end = match drafts {
-                0 => choosing.take(&self.feed(&[known])?)?,
-                _ => self.checked_step(known, drafts, &mut choosing)?,
-            };
-            let gained = choosing.answer.stats.answer - before;
-            choosing.how.drafts.observe(drafts, 1, gained, step.elapsed());
-        }
-        answer.end = end.unwrap_or(End::Length);
-        answer.stats.decode_s = begun.elapsed().as_secs_f64();
-        Ok(())
-    }
-
-    /// Drafts tokens after `known` and checks them in one step; see [`crate::generate::decode`].
-    fn checked_step(
-        &mut self,
-        known: u32,
-        drafts: usize,
-        choosing: &mut Choosing<'_, '_>,
-    ) -> Result<Option<End>, ChatError> {
-        let (sequence, vocab_size) = (self.model.sequence(), self.model.vocab_size());
-        let Some(drafter) = self.model.drafter() else {
-            return Err(ChatError::Model("the model cannot draft".into()));
+    /// Goes back to the last snapshot, or the beginning, whatever the sequence was fed since.
+    fn go_back_to_snapshot(&mut self) -> Result<(), ChatError> {
+        self.fed.truncate(self.snapshots.last().map_or(0, |s| s.tokens));
+        let done = match self.snapshots.last() {
+            Some(snapshot) => self.model.go_back(&snapshot.kept),
+            None => self.model.rewind(),
         };
-        let drafted = drafter.draft(&[(sequence, known)], drafts).map_err(ChatError::Model)?.concat();
-        let fed = [&[known], drafted.as_slice()].concat();
-        let rows = drafter.forward_tentative(&[(sequence, &fed)]).map_err(ChatError::Model)?;
-        let (mut own, mut end) = (0, None);
-        for (row, draft) in rows.chunks_exact(vocab_size).zip(drafted.iter().map(Some).chain([None])) {
-            own += 1;
-            end = choosing.take(row)?;
-            let right = end.is_none() && draft == choosing.answer.tokens.last();
-            choosing.answer.stats.accepted += usize::from(right);
-            if !right {
-                break;
-            }
-        }
-        choosing.answer.stats.drafted += drafted.len();
-        drafter.accept(sequence, own).map_err(ChatError::Model)?;
-        self.fed.extend_from_slice(&fed[..own]);
-        Ok(end)
+        done.map_err(ChatError::Model)
     }
 
     /// Remembers the sequence as it is now.
@@ -293,34 +241,22 @@ impl<M: ChatModel> Session<M> {
     }
 }
 
-/// An answer while it is chosen.
-struct Choosing<'a, 'w> {
-    how: &'a mut Answering,
-    /// The conversation before it.
-    prompt: &'a [u32],
-    /// Most tokens it may have.
-    most: usize,
-    answer: &'a mut Answer,
-    watch: &'a mut Watch<'w>,
-}
-
-impl Choosing<'_, '_> {
-    /// Chooses the next token; says if the answer ends with it.
-    fn take(&mut self, logits: &[f32]) -> Result<Option<End>, ChatError> {
-        if self.answer.tokens.len() >= self.most {
-            return Ok(Some(End::Length));
-        }
-        let position = u32::try_from(self.prompt.len() + self.answer.tokens.len()).unwrap_or(u32::MAX);
-        let history = History { prompt: self.prompt, output: &self.answer.tokens };
-        let token = self.how.sampling.choose(logits, &history, 0, position)?;
-        self.answer.stats.answer += 1;
-        if self.how.ends.contains(&token) {
-            return Ok(Some(End::Stop));
-        }
-        self.answer.tokens.push(token);
-        if (self.watch)(Some(token))?.is_break() {
-            return Ok(Some(End::Interrupted));
-        }
-        Ok((self.answer.tokens.len() >= self.most).then_some(End::Length))
-    }
+/// What a job has become, with what is known of its cost.
+fn answer_of(job: Job<'_>, decoder: &Decoder, stats: TurnStats) -> Answer {
+    let finish = job.finish();
+    let completion = job.complete(decoder);
+    let end = match finish {
+        Some(Finish::Stop) if !completion.ended_by_watch => End::Stop,
+        Some(Finish::Length) => End::Length,
+        Some(Finish::Stop) | None => End::Interrupted,
+    };
+    let stats = TurnStats {
+        prefill_s: completion.prefill_s,
+        answer: completion.tokens.len(),
+        decode_s: completion.decode_s,
+        drafted: completion.drafted,
+        accepted: completion.accepted,
+        ..stats
+    };
+    Answer { tokens: completion.without_end().to_vec(), end, stats }
 }

@@ -6,7 +6,7 @@ use std::ptr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUjit_option as Option_, CUresult};
+use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUjit_option as JitOption, CUresult};
 use nextc_abi::Kernel;
 
 use super::CudaError;
@@ -19,16 +19,77 @@ const LOG_BYTES: usize = 16 << 10;
 /// Bytes of shared memory that a block may have without being asked for.
 const PLAIN_SHARED_BYTES: u64 = 48 << 10;
 
-/// The functions of one kernel.
+/// Code on the device.
+#[derive(Debug)]
+pub(super) struct Module(sys::CUmodule);
+
+// SAFETY: a handle of a context that every thread may use.
+unsafe impl Send for Module {}
+
+/// A function of a [`Module`] that lives.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Functions {
-    module: sys::CUmodule,
-    pub body: sys::CUfunction,
-    pub tail: Option<sys::CUfunction>,
+pub(super) struct Function(pub sys::CUfunction);
+
+// SAFETY: as above.
+unsafe impl Send for Function {}
+
+impl Module {
+    /// Compiles a text.
+    /// # Errors
+    /// [`CudaError::Compile`] with what the driver's compiler says of `name`.
+    pub fn compile(text: &CStr, name: &str) -> Result<Self, CudaError> {
+        let mut log = vec![0u8; LOG_BYTES];
+        let mut options = [JitOption::CU_JIT_ERROR_LOG_BUFFER, JitOption::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        // the driver takes a number as if it were a pointer
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), ptr::without_provenance_mut(LOG_BYTES - 1)];
+        let mut module = ptr::null_mut();
+        // SAFETY: the text ends with a NUL; the log has as many bytes as the options say; all of it lives through the call.
+        let status = unsafe {
+            let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
+            sys::cuModuleLoadDataEx(&mut module, text.as_ptr().cast(), 2, options, values)
+        };
+        match status {
+            CUresult::CUDA_SUCCESS => Ok(Self(module)),
+            status => {
+                let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().trim_end().to_owned();
+                Err(CudaError::Compile { kernel: name.to_owned(), error: describe(status), log })
+            }
+        }
+    }
+
+    /// The entry function `entry`, ready to be launched with so much shared memory. Its code is loaded now, since a graph could
+    /// not be recorded while it is loaded.
+    pub fn function(&self, entry: &str, kernel: &str, shared_bytes: u64) -> Result<Function, CudaError> {
+        let name = CString::new(entry).expect("a name without NUL");
+        let mut function = ptr::null_mut();
+        let doing = format!("kernel `{kernel}`: finding `{entry}`");
+        driver!(doing, cuModuleGetFunction(&mut function, self.0, name.as_ptr()))?;
+        driver!(format!("kernel `{kernel}`: loading its code"), cuFuncLoad(function))?;
+        if shared_bytes > PLAIN_SHARED_BYTES {
+            let bytes = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
+            driver!(
+                format!("kernel `{kernel}`: asking for {bytes} B of shared memory"),
+                cuFuncSetAttribute(function, Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes)
+            )?;
+        }
+        Ok(Function(function))
+    }
 }
 
-// SAFETY: handles of a context that every thread may use.
-unsafe impl Send for Functions {}
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _ = driver!("unloading code", cuModuleUnload(self.0));
+    }
+}
+
+/// The functions of one kernel.
+#[derive(Debug)]
+pub(super) struct Functions {
+    pub body: Function,
+    pub tail: Option<Function>,
+    /// What holds them.
+    _module: Module,
+}
 
 /// The functions of all kernels.
 #[derive(Debug)]
@@ -67,64 +128,16 @@ impl Modules {
     }
 }
 
-impl Drop for Modules {
-    fn drop(&mut self) {
-        for functions in &self.0 {
-            let _ = driver!("unloading a kernel", cuModuleUnload(functions.module));
-        }
-    }
-}
-
 fn claim<'a>(next: &AtomicUsize, kernels: &'a [Kernel]) -> Option<(usize, &'a Kernel)> {
     let i = next.fetch_add(1, Ordering::Relaxed);
     kernels.get(i).map(|k| (i, k))
 }
 
-/// Compiles and loads one kernel, ready to be launched.
+/// Compiles and loads one kernel.
 fn load(text: &CStr, index: usize, kernel: &Kernel) -> Result<Functions, CudaError> {
-    let module = compile(text, kernel)?;
-    let function = |prefix: &str| {
-        let name = CString::new(format!("nextc_{prefix}_{index}")).expect("a name without NUL");
-        let mut function = ptr::null_mut();
-        let doing = format!("kernel `{}`: finding {name:?}", kernel.name);
-        driver!(doing, cuModuleGetFunction(&mut function, module, name.as_ptr()))?;
-        prepare(function, kernel)?;
-        Ok::<_, CudaError>(function)
-    };
+    let module = Module::compile(text, &kernel.name)?;
+    let function =
+        |prefix: &str| module.function(&format!("nextc_{prefix}_{index}"), &kernel.name, kernel.shared_bytes);
     let tail = kernel.tail.map(|_| function("tail")).transpose()?;
-    Ok(Functions { module, body: function("kernel")?, tail })
-}
-
-/// Loads the code now, since a graph could not be captured while it is loaded, and asks for much shared memory where it is needed.
-fn prepare(function: sys::CUfunction, kernel: &Kernel) -> Result<(), CudaError> {
-    let name = &kernel.name;
-    driver!(format!("kernel `{name}`: loading its code"), cuFuncLoad(function))?;
-    if kernel.shared_bytes > PLAIN_SHARED_BYTES {
-        let bytes = i32::try_from(kernel.shared_bytes).unwrap_or(i32::MAX);
-        driver!(
-            format!("kernel `{name}`: asking for {bytes} B of shared memory"),
-            cuFuncSetAttribute(function, Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes)
-        )?;
-    }
-    Ok(())
-}
-
-fn compile(text: &CStr, kernel: &Kernel) -> Result<sys::CUmodule, CudaError> {
-    let mut log = vec![0u8; LOG_BYTES];
-    let mut options = [Option_::CU_JIT_ERROR_LOG_BUFFER, Option_::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-    // the driver takes a number as if it were a pointer
-    let mut values = [log.as_mut_ptr().cast::<c_void>(), ptr::without_provenance_mut(LOG_BYTES - 1)];
-    let mut module = ptr::null_mut();
-    // SAFETY: the text ends with a NUL; the log has as many bytes as the options say; all of it lives through the call.
-    let status = unsafe {
-        let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
-        sys::cuModuleLoadDataEx(&mut module, text.as_ptr().cast(), 2, options, values)
-    };
-    match status {
-        CUresult::CUDA_SUCCESS => Ok(module),
-        status => {
-            let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().trim_end().to_owned();
-            Err(CudaError::Compile { kernel: kernel.name.clone(), error: describe(status), log })
-        }
-    }
+    Ok(Functions { body: function("kernel")?, tail, _module: module })
 }

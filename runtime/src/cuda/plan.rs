@@ -1,6 +1,6 @@
 //! What a step launches: grids, blocks and arguments of each kernel and tail, worked out once for a program and its dimensions.
 
-use nextc_abi::{Kernel, Metadata, Program};
+use nextc_abi::{Kernel, Launch, Metadata, Program};
 
 use super::CudaError;
 use crate::step::Resolved;
@@ -33,15 +33,21 @@ pub(super) struct Planned {
     pub args: Vec<u64>,
 }
 
-/// Bytes of scratch that the launches need at most.
-pub(super) fn scratch_bytes(metadata: &Metadata, resolved: &Resolved) -> u64 {
-    let of = |launch: &crate::step::ResolvedLaunch| {
-        let kernel = &metadata.kernels[launch.kernel];
-        // a tail works in the scratch of the first task
-        kernel.scratch_bytes.saturating_mul(launch.tasks.max(1))
+/// Bytes of scratch that the launches of a program need at most, in steps of `dims`.
+pub(super) fn scratch_bytes(metadata: &Metadata, program: &Program, dims: &[u64; 4]) -> u64 {
+    let of = |launch: &Launch| {
+        let kernel = &metadata.kernels[launch.kernel as usize];
+        // a tail works in the scratch of the first task, or on blocks in that of all
+        kernel.scratch_bytes.saturating_mul(kernel.grid.eval(dims).max(1))
     };
-    let bytes = resolved.launches.iter().map(of).max().unwrap_or(0);
+    let bytes = program.launches.iter().map(of).max().unwrap_or(0);
     bytes.checked_next_multiple_of(SCRATCH_ALIGN).unwrap_or(u64::MAX)
+}
+
+/// Bytes of the device that steps of `dims` work in.
+pub(crate) fn step_bytes(metadata: &Metadata, dims: &[u64; 4]) -> u64 {
+    let scratch = metadata.programs.iter().map(|p| scratch_bytes(metadata, p, dims)).max().unwrap_or(0);
+    metadata.arena.bytes(dims).saturating_add(scratch)
 }
 
 /// The launches of a program, with scratch at an address.
@@ -60,9 +66,10 @@ pub(super) fn plan(
         let too_many = |_| CudaError::Call {
             doing: format!("program `{}`, kernel `{}` ({})", program.name, kernel.name, program.launches[launch].label),
             call: "launch",
-            error: format!("{} tasks, expected at most {MAX_BLOCKS} blocks", r.tasks),
+            error: format!("{} tasks, {} of its tail, expected at most {MAX_BLOCKS} blocks", r.tasks, r.tail_tasks),
         };
-        let blocks = u32::try_from(blocks).ok().filter(|&n| u64::from(n) <= MAX_BLOCKS).ok_or(()).map_err(too_many)?;
+        let fits = |n: u64| u32::try_from(n).ok().filter(|&n| u64::from(n) <= MAX_BLOCKS).ok_or(()).map_err(too_many);
+        let (blocks, tail_blocks) = (fits(blocks)?, fits(r.tail_tasks)?);
         let mut args = resolved.args[r.args.clone()].to_vec();
         args.extend([scratch, r.tasks]);
         let shared_bytes = u32::try_from(kernel.shared_bytes).unwrap_or(u32::MAX);
@@ -71,8 +78,13 @@ pub(super) fn plan(
         if blocks > 0 {
             planned.push(Planned { early: kernel.waits && !planned.is_empty(), ..body.clone() });
         }
-        if kernel.tail.is_some() {
-            planned.push(Planned { tail: true, blocks: 1, early: kernel.tail_waits && !planned.is_empty(), ..body });
+        if kernel.tail.is_some() && tail_blocks > 0 {
+            planned.push(Planned {
+                tail: true,
+                blocks: tail_blocks,
+                early: kernel.tail_waits && !planned.is_empty(),
+                ..body
+            });
         }
     }
     Ok(planned)
@@ -88,7 +100,7 @@ fn shape(kernel: &Kernel, tasks: u64) -> (u64, u32) {
 
 #[cfg(test)]
 mod tests {
-    use nextc_abi::{Arg, Extent, Input, Launch, Sym};
+    use nextc_abi::{Arg, Extent, Input, Sym};
 
     use super::*;
     use crate::step::{Addresses, INPUTS, resolve};
@@ -106,6 +118,7 @@ mod tests {
             tail_waits: waits,
             params: 1,
             grid: Extent::Mul(Box::new(Extent::Sym(Sym::T)), Box::new(Extent::Const(10))),
+            tail_grid: if threads > 1 { Extent::Sym(Sym::T) } else { Extent::Const(1) },
         }
     }
 
@@ -119,18 +132,21 @@ mod tests {
             cost: Default::default(),
         };
         metadata.kernels = kernels;
-        let at = Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[] };
-        let resolved = resolve(&metadata, &program, [tokens, 1, 2, 0], &at);
-        let bytes = scratch_bytes(&metadata, &resolved);
+        let (at, dims) = (Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[] }, [tokens, 1, 2, 0]);
+        let resolved = resolve(&metadata, &program, dims, &at);
+        let bytes = scratch_bytes(&metadata, &program, &dims);
         (plan(&metadata, &program, &resolved, 0x2000).unwrap(), bytes)
     }
 
     #[test]
-    fn tasks_of_one_thread_share_blocks_and_tails_follow_alone() {
-        let (planned, scratch) = planned(vec![kernel(1, true, false), kernel(256, false, false)], 7);
+    fn tasks_of_one_thread_share_blocks_and_tails_follow_on_their_own_grid() {
+        let (planned, scratch) = planned(vec![kernel(1, true, false), kernel(256, true, false)], 7);
         let shape = |p: &Planned| (p.kernel, p.tail, p.blocks, p.threads, p.shared_bytes);
         let shapes: Vec<_> = planned.iter().map(shape).collect();
-        assert_eq!(shapes, [(0, false, 3, 32, 0), (0, true, 1, 32, 0), (1, false, 70, 256, 1024)]);
+        assert_eq!(
+            shapes,
+            [(0, false, 3, 32, 0), (0, true, 1, 32, 0), (1, false, 70, 256, 1024), (1, true, 7, 256, 1024)]
+        );
         assert_eq!(planned[0].args, [7, 1, 2, 0, 0x1000, 0x2000, 70]);
         assert_eq!(scratch, 70 * 192);
     }
@@ -140,7 +156,7 @@ mod tests {
         let kernels = || vec![kernel(64, true, true), kernel(1, false, false), kernel(64, false, true)];
         let early = |tokens| planned(kernels(), tokens).0.iter().map(|p| p.early).collect::<Vec<_>>();
         assert_eq!(early(1), [false, true, false, true]);
-        // a grid of no task is left out, its tail is not
-        assert_eq!(early(0), [false]);
+        // a grid of no task is left out
+        assert!(early(0).is_empty());
     }
 }

@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 
 use serde_json::{Value as Json, json};
 
-use super::decode::{Completion, Finish, Timings, Watch};
+use super::batch::{Timings, Watch};
+use super::decode::{Completion, Finish};
 use super::requests::{Form, Request, Requests};
 use super::stop::StopTexts;
 use super::{GenerateArgs, GenerateError, TextFiles};
@@ -188,7 +189,7 @@ impl Watch for Output<'_> {
 
     fn done(&mut self, i: usize, completion: Completion) -> Result<(), GenerateError> {
         let stream = &mut self.streams[i];
-        if let (Some(text), false) = (&mut stream.text, completion.stopped_by_text) {
+        if let (Some(text), false) = (&mut stream.text, completion.ended_by_watch) {
             let rest = stream.stops.finish(&text.finish());
             match self.is_live() {
                 true => print(self.out, &rest).map(drop)?,

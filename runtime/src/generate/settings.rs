@@ -2,6 +2,8 @@
 
 use serde_json::Value as Json;
 
+use super::decode::Decoder;
+use super::draft::Planner;
 use super::{GenerateArgs, GenerateError};
 use crate::sample::Sampling;
 use crate::sample::settings::{LOGIT_BIAS, SETTINGS, Setting};
@@ -51,10 +53,16 @@ impl Settings {
         }
     }
 
-    /// The tokens that end a sequence.
-    pub fn ends(&self, args: &GenerateArgs) -> Vec<u32> {
+    /// What makes the steps that the arguments ask for.
+    pub fn decoder(&self, args: &GenerateArgs, drafts: Planner) -> Decoder {
         let eos: &[u32] = if args.ignore_eos { &[] } else { &self.eos };
-        [eos, &args.stop_token].concat()
+        Decoder {
+            step_tokens: args.step_tokens as usize,
+            ends: [eos, &args.stop_token].concat(),
+            drafts,
+            logprobs: args.logprobs.map(|n| n as usize),
+            prompt_logprobs: args.prompt_logprobs.map(|n| n as usize),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 // Memory of the "device" is memory of this process at addresses that become usable when they are mapped, so a stray access ends the
 // program. Work is queued, and done only when somebody waits: a buffer that is changed too early shows. Kernels are those of the
 // processor: a "PTX" text is `PARAMS PATH`, the number of pointers that the kernel takes and the shared library that has it. Only
-// kernels of single threads run.
+// kernels of single threads run; real PTX does nothing.
 //
 // The environment sets what it pretends: STAND_IN_CAPABILITY (90), STAND_IN_MEMORY (bytes), STAND_IN_FAULT (a function whose run
 // is an illegal access), STAND_IN_LOG (a file that gets a line for each launch).
@@ -80,6 +80,7 @@ static void run(const op *o) {
     case CLEAR: memset(o->to, o->value, o->bytes); break;
     case RECORD: ((event *)o->to)->at = now += 0.001; break;
     case LAUNCH:
+        if (!o->f->run) return;
         note(o);
         if (fault && !strcmp(fault, o->f->name)) { broken = ILLEGAL_ADDRESS; return; }
         uint64_t tasks = o->args[4 + o->f->params + 1];
@@ -166,8 +167,9 @@ status cuModuleLoadDataEx(module **m, const char *text, unsigned n, const int *o
     char path[4096];
     module loaded = { 0 };
     if (!current) return INVALID;
-    if (sscanf(text, "%d %4095s", &loaded.params, path) == 2) loaded.library = dlopen(path, RTLD_NOW);
-    if (!loaded.library) {
+    int real = strstr(text, ".version") != NULL;
+    if (!real && sscanf(text, "%d %4095s", &loaded.params, path) == 2) loaded.library = dlopen(path, RTLD_NOW);
+    if (!real && !loaded.library) {
         for (unsigned i = 0; i < n; i++)
             if (options[i] == 5) snprintf(values[i], 64, "ptxas: line 1: no such instruction");
         return INVALID_PTX;
@@ -178,8 +180,8 @@ status cuModuleLoadDataEx(module **m, const char *text, unsigned n, const int *o
 }
 status cuModuleUnload(module *m) { free(m); return OK; }
 status cuModuleGetFunction(function **f, module *m, const char *name) {
-    function found = { .run = (code)dlsym(m->library, name), .params = m->params };
-    if (!found.run || m->params + 6 > MAX_ARGS) return INVALID;
+    function found = { .run = m->library ? (code)dlsym(m->library, name) : NULL, .params = m->params };
+    if ((m->library && !found.run) || m->params + 6 > MAX_ARGS) return INVALID;
     snprintf(found.name, sizeof found.name, "%s", name);
     *f = malloc(sizeof(function));
     **f = found;
@@ -191,6 +193,7 @@ status cuFuncSetAttribute(function *f, int a, int v) { (void)f; (void)a; (void)v
 typedef struct { unsigned grid[3], block[3], shared; stream *stream; void *attributes; unsigned count; } config;
 status cuLaunchKernelEx(const config *c, function *f, void **params, void **extra) {
     op o = { .kind = LAUNCH, .f = f, .blocks = c->grid[0], .early = c->count };
+    if (f && !f->run) return push(c->stream, o);
     if (!f || extra || c->block[0] != 32 || !c->grid[0] || c->grid[1] != 1 || c->grid[2] != 1) return INVALID;
     for (int i = 0; i < 4 + f->params + 2; i++) o.args[i] = *(uint64_t *)params[i];
     uint64_t tasks = o.args[4 + f->params + 1];

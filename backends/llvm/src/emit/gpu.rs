@@ -76,13 +76,13 @@ impl<'a, 'c> Emitter<'a, 'c> {
     }
 
     /// The scratch pointer and the number of tasks, which follow the kernel's own parameters.
-    fn grid_param(&self, which: u32) -> inkwell::values::BasicValueEnum<'c> {
+    pub(super) fn grid_param(&self, which: u32) -> inkwell::values::BasicValueEnum<'c> {
         self.param(Kernel::TASK.0 + self.kernel.params.len() as u32 + which)
     }
 
     /// The body for the task of this block, or of this thread.
     fn grid_task(mut self) -> Result<()> {
-        let block = self.special_register("llvm.nvvm.read.ptx.sreg.ctaid.x")?;
+        let block = self.block_number()?;
         let kernel = self.kernel;
         if kernel.is_block() {
             self.define(Kernel::TASK, block.into());
@@ -96,6 +96,10 @@ impl<'a, 'c> Emitter<'a, 'c> {
         }
         self.builder.build_return(None)?;
         Ok(())
+    }
+
+    fn block_number(&self) -> Result<IntValue<'c>> {
+        self.special_register("llvm.nvvm.read.ptx.sreg.ctaid.x")
     }
 
     /// The body for one thread, if there is such a task.
@@ -122,9 +126,12 @@ impl<'a, 'c> Emitter<'a, 'c> {
         Ok(())
     }
 
-    /// The tail, by one block, or by the first thread of one.
+    /// The tail, by blocks, or by the first thread of one.
     fn grid_tail(mut self, tail: &Region) -> Result<()> {
-        if !self.kernel.is_block() {
+        if self.kernel.is_block() {
+            let block = self.block_number()?;
+            self.define(Kernel::TASK, block.into());
+        } else {
             let thread = self.thread()?;
             let zero = self.context.i64_type().const_zero();
             let first = self.builder.build_int_compare(IntPredicate::EQ, thread, zero, "first")?;

@@ -71,6 +71,7 @@ impl<'c> Emitter<'_, 'c> {
 
             KOp::Thread => self.thread()?.into(),
             KOp::Shared { dtype, elems } => self.shared(dtype, elems)?,
+            KOp::Partials { dtype: _, elems: _ } => self.grid_param(0),
             KOp::Barrier => return self.barrier(),
             KOp::ShuffleXor { mask } => self.shuffle_xor(stmt, mask)?,
             KOp::AtomicAdd => self.atomic_add(stmt)?,

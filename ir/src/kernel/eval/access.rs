@@ -8,7 +8,7 @@ use super::memory::{Buffer, Place, Slot};
 use super::shadow::{Clock, Shadow};
 use crate::kernel::Kernel;
 
-/// A pointer: `buffer` counts the run's slots first, then the task's allocations.
+/// A pointer: `buffer` counts the run's slots first, then what the body hands to the tail, then the task's allocations.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pointer {
     pub(super) buffer: usize,
@@ -25,6 +25,8 @@ pub(super) struct Memory<'r, 's> {
     own: Vec<Buffer>,
     /// One for each slot that a parameter may write; none if races are not looked for.
     shadows: Vec<Option<Shadow>>,
+    /// What the body hands to the tail: a slot behind the last.
+    partials: Buffer,
     /// One for each allocation that threads share.
     own_shadows: Vec<Shadow>,
     clock: Clock,
@@ -38,8 +40,9 @@ pub(super) struct Memory<'r, 's> {
 impl<'r, 's> Memory<'r, 's> {
     pub(super) fn new(kernel: &Kernel, slots: &'r mut [Slot<'s>], args: &[Place], races: bool) -> Self {
         let (own, own_shadows, is_block) = (Vec::new(), Vec::new(), kernel.is_block());
-        let (clock, must_wait) = (Clock::default(), false);
-        let mut this = Self { slots, own, shadows: Vec::new(), own_shadows, clock, is_block, races, must_wait };
+        let (clock, must_wait, partials) = (Clock::default(), false, Buffer::uninit(0));
+        let mut this =
+            Self { slots, own, partials, shadows: Vec::new(), own_shadows, clock, is_block, races, must_wait };
         if races {
             let written = |i: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == i);
             let shadow = |(i, slot): (usize, &Slot<'_>)| written(i).then(|| Shadow::new(slot.get()));
@@ -48,13 +51,25 @@ impl<'r, 's> Memory<'r, 's> {
         this
     }
 
-    /// A task begins; `None` is the tail.
+    /// Makes room for what the body hands to the tail.
+    pub(super) fn take_partials(&mut self, bytes: u64) {
+        if self.is_block {
+            self.partials = Buffer::uninit(bytes);
+            if self.races {
+                self.shadows.push(Some(Shadow::new(&self.partials)));
+            }
+        }
+    }
+
+    /// A pointer to what the body hands to the tail.
+    pub(super) fn partials(&self) -> Pointer {
+        Pointer { buffer: self.slots.len(), at: 0, writable: true }
+    }
+
+    /// A task begins; `None` is the tail of tasks of one thread.
     pub(super) fn begin(&mut self, task: Option<u32>, block: &Block) {
         self.clock.begin(task);
         self.must_wait = block.wait.is_some();
-        if task.is_none() {
-            self.forget_tasks();
-        }
         let same = self.own.len() == block.own.len()
             && self.own.iter().zip(&block.own).all(|(b, &n)| b.len_bytes() == n.next_multiple_of(4));
         if same {
@@ -66,13 +81,14 @@ impl<'r, 's> Memory<'r, 's> {
     }
 
     /// Before the tail: all tasks are done. A thread alone conflicts with nobody.
-    fn forget_tasks(&mut self) {
+    pub(super) fn forget_tasks(&mut self) {
         if !self.is_block {
             return self.shadows.clear();
         }
-        for (shadow, slot) in self.shadows.iter_mut().zip(self.slots.iter()) {
+        let buffers = self.slots.iter().map(Slot::get).chain([&self.partials]);
+        for (shadow, buffer) in self.shadows.iter_mut().zip(buffers) {
             if let Some(shadow) = shadow {
-                *shadow = Shadow::new(slot.get());
+                *shadow = Shadow::new(buffer);
             }
         }
     }
@@ -84,7 +100,7 @@ impl<'r, 's> Memory<'r, 's> {
 
     /// A pointer to allocation `piece` of the task.
     pub(super) fn own(&self, piece: usize) -> Pointer {
-        Pointer { buffer: self.slots.len() + piece, at: 0, writable: true }
+        Pointer { buffer: self.slots.len() + 1 + piece, at: 0, writable: true }
     }
 
     /// The words that an access reads.
@@ -97,9 +113,11 @@ impl<'r, 's> Memory<'r, 's> {
     ) -> Result<&[u32], Misdeed> {
         let at = address(p.at, index, elem_bytes);
         self.check(p, at, lanes as u64 * elem_bytes)?;
+        let slots = self.slots.len();
         let buffer = match self.slots.get(p.buffer) {
             Some(slot) => slot.get(),
-            None => &self.own[p.buffer - self.slots.len()],
+            None if p.buffer == slots => &self.partials,
+            None => &self.own[p.buffer - slots - 1],
         };
         let range = buffer.range(at, lanes, elem_bytes)?;
         let words = buffer.read(range.clone())?;
@@ -175,6 +193,7 @@ impl<'r, 's> Memory<'r, 's> {
         }
         match self.slots.get(p.buffer) {
             Some(Slot::Shared(_) | Slot::Own(_)) if self.must_wait => Err(Misdeed::BeforeWait),
+            None if self.must_wait && p.buffer == self.slots.len() => Err(Misdeed::BeforeWait),
             _ => Ok(()),
         }
     }
@@ -183,13 +202,14 @@ impl<'r, 's> Memory<'r, 's> {
         let slots = self.slots.len();
         match self.slots.get_mut(buffer) {
             Some(slot) => slot.get_mut(),
-            None => Ok(&mut self.own[buffer - slots]),
+            None if buffer == slots => Ok(&mut self.partials),
+            None => Ok(&mut self.own[buffer - slots - 1]),
         }
     }
 }
 
 fn own(shadows: &mut [Shadow], p: Pointer, slots: usize) -> Option<&mut Shadow> {
-    shadows.get_mut(p.buffer.checked_sub(slots)?)
+    shadows.get_mut(p.buffer.checked_sub(slots + 1)?)
 }
 
 /// Where an element lies; what does not fit is outside every buffer.

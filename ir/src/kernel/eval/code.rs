@@ -101,6 +101,10 @@ pub(super) enum Inst {
         d: Reg,
         piece: usize,
     },
+    /// A pointer to what the body hands to the tail.
+    Partials {
+        d: Reg,
+    },
     Splat32 {
         d: Reg,
         a: Reg,

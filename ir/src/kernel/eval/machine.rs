@@ -21,14 +21,18 @@ impl Code {
         options: Options,
     ) -> Result<(), EvalError> {
         self.check_args(slots, args)?;
-        let tasks = tasks(&self.kernel.grid, &syms).and_then(|n| u32::try_from(n).ok()).filter(|&n| n < u32::MAX - 1);
-        let tasks = tasks.ok_or_else(|| EvalError::Grid(self.kernel.name.clone()))?;
+        let grids = [self.grid(&self.kernel.grid, &syms)?, self.grid(&self.kernel.tail_grid, &syms)?];
         if self.kernel.is_block() {
-            Machine::<false>::new(self, syms, slots, args, options.races).launch(tasks, options.seed)?;
+            Machine::<false>::new(self, syms, slots, args, options.races).launch(grids, options.seed)?;
         } else {
-            Machine::<true>::new(self, syms, slots, args, options.races).launch(tasks, options.seed)?;
+            Machine::<true>::new(self, syms, slots, args, options.races).launch(grids, options.seed)?;
         }
         Ok(())
+    }
+
+    fn grid(&self, extent: &Extent, syms: &[u64; 4]) -> Result<u32, EvalError> {
+        let tasks = tasks(extent, syms).and_then(|n| u32::try_from(n).ok()).filter(|&n| n < u32::MAX - 1);
+        tasks.ok_or_else(|| EvalError::Grid(self.kernel.name.clone()))
     }
 
     fn check_args(&self, slots: &[Slot<'_>], args: &[Place]) -> Result<(), EvalError> {
@@ -82,7 +86,7 @@ struct Machine<'r, 's, const SINGLE: bool> {
     pointers: Vec<Pointer>,
     memory: Memory<'r, 's>,
     masks: Masks,
-    /// `None` in the tail.
+    /// `None` in the tail of a task of one thread.
     task: Option<u32>,
     /// The thread at work, where one alone can fail.
     thread: Option<usize>,
@@ -126,16 +130,28 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
         self.wide[reg..reg + threads].fill(x);
     }
 
-    /// Runs all tasks, then the tail.
-    fn launch(&mut self, tasks: u32, seed: u64) -> Result<(), KernelFault> {
+    /// Runs all tasks, then those of the tail.
+    fn launch(&mut self, [tasks, tail_tasks]: [u32; 2], seed: u64) -> Result<(), KernelFault> {
         let code = self.code;
-        for task in shuffled(tasks, seed) {
-            self.task = Some(task);
-            self.set_wide(code.implied[Kernel::TASK.0 as usize], i64::from(task));
-            self.block(&code.body)?;
+        self.memory.take_partials(code.kernel.scratch_bytes() * u64::from(tasks));
+        self.tasks(&code.body, tasks, seed)?;
+        self.memory.forget_tasks();
+        match &code.tail {
+            None => Ok(()),
+            Some(tail) if SINGLE => {
+                self.task = None;
+                self.block(tail)
+            }
+            Some(tail) => self.tasks(tail, tail_tasks, seed),
         }
-        self.task = None;
-        code.tail.as_ref().map_or(Ok(()), |tail| self.block(tail))
+    }
+
+    fn tasks(&mut self, block: &'r Block, tasks: u32, seed: u64) -> Result<(), KernelFault> {
+        shuffled(tasks, seed).into_iter().try_for_each(|task| {
+            self.task = Some(task);
+            self.set_wide(self.code.implied[Kernel::TASK.0 as usize], i64::from(task));
+            self.block(block)
+        })
     }
 
     /// Runs a body for the current task, or the tail.
@@ -176,6 +192,10 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
             Inst::Const64 { d, bits } => self.wide[d..d + threads].fill(bits),
             Inst::Own { d, piece } => {
                 let pointer = self.memory.own(piece);
+                self.pointers[d..d + threads].fill(pointer);
+            }
+            Inst::Partials { d } => {
+                let pointer = self.memory.partials();
                 self.pointers[d..d + threads].fill(pointer);
             }
             Inst::Splat32 { d, a, lanes } => splat(&mut self.narrow, d, a, lanes, threads),

@@ -105,6 +105,11 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             range("elements", elems, (1..=1 << 18).contains(&elems), "1 to 2^18")?;
             Some(KType::Ptr(Space::Shared))
         }
+        KOp::Partials { dtype, elems } => {
+            in_memory(dtype)?;
+            range("elements", elems, (1..=1 << 24).contains(&elems), "1 to 2^24")?;
+            Some(KType::Ptr(Space::Scratch))
+        }
         KOp::Barrier | KOp::Wait | KOp::Release => None,
         KOp::ShuffleXor { mask } => {
             range("mask", mask.into(), (1..32).contains(&mask), "1 to 31")?;

@@ -82,7 +82,10 @@ impl<'k> Checker<'k> {
                 Broken::Constant { what: "threads", found, expected: "1, or a multiple of 32 up to 1024" },
             );
         }
-        if divides_by_zero(&k.grid) {
+        if !k.is_block() && k.tail_grid != Extent::Const(1) {
+            self.fail("tail", Broken::Threads(k.threads));
+        }
+        if divides_by_zero(&k.grid) || divides_by_zero(&k.tail_grid) {
             self.fail("grid", Broken::Constant { what: "divisor", found: 0, expected: "positive" });
         }
     }
@@ -95,7 +98,7 @@ impl<'k> Checker<'k> {
         self.top(&k.body, "body");
         self.visible.fill(false);
         self.visible[..implied].fill(true);
-        self.visible[Kernel::TASK.0 as usize] = false;
+        self.visible[Kernel::TASK.0 as usize] = k.is_block();
         if let Some(tail) = &k.tail {
             self.top(tail, "tail");
         }
@@ -127,7 +130,8 @@ impl<'k> Checker<'k> {
         if let Err(broken) = count("regions", stmt.regions.len(), regions) {
             self.fail(&text, broken);
         }
-        if matches!(stmt.op, KOp::Alloc { .. } | KOp::Shared { .. }) && self.depth > 0 {
+        let allocates = matches!(stmt.op, KOp::Alloc { .. } | KOp::Shared { .. } | KOp::Partials { .. });
+        if allocates && self.depth > 0 {
             self.fail(&text, Broken::NestedAlloc);
         }
         let misplaced =

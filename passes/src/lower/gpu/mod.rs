@@ -11,7 +11,7 @@ pub mod rows;
 pub mod tile;
 
 use nextc_ir::Op;
-use nextc_ir::kernel::{KernelBuilder, Val};
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 
 use super::LowerError;
 use super::ports::{Lowered, Site};
@@ -54,6 +54,58 @@ impl Place {
     pub fn here(k: &mut KernelBuilder) -> Self {
         let thread = k.thread();
         Self { thread, warp: k.div_const(thread, 32), lane: k.rem_const(thread, 32) }
+    }
+}
+
+/// One of some elements that a warp shares out: number `lane`, `lane + 32`, ..
+#[derive(Clone, Copy, Debug)]
+pub struct Element {
+    /// Its number.
+    pub at: Val,
+    /// Whether it is this thread's, where it need not be.
+    exists: Option<Val>,
+}
+
+impl Place {
+    /// This thread's share of `elems` elements.
+    pub fn places(&self, k: &mut KernelBuilder, elems: u64) -> Vec<Element> {
+        let of = |first: u64| {
+            let at = k.add_const(self.lane, first);
+            if first + 32 <= elems {
+                return Element { at, exists: None };
+            }
+            let end = k.index(elems);
+            let exists = k.cmp(Pred::Lt, at, end);
+            Element { at, exists: Some(exists) }
+        };
+        (0..elems).step_by(32).map(of).collect()
+    }
+}
+
+impl Element {
+    /// The element of an array of f32; 0 if it is not this thread's.
+    pub fn load(&self, k: &mut KernelBuilder, from: Val) -> Val {
+        let zero = k.const_f32(0.0);
+        match self.exists {
+            None => k.load_f32(from, self.at),
+            Some(exists) => k.if_else(exists, |k| vec![k.load_f32(from, self.at)], |_| vec![zero])[0],
+        }
+    }
+
+    /// Stores it, if it is this thread's.
+    pub fn store(&self, k: &mut KernelBuilder, to: Val, x: Val) {
+        match self.exists {
+            None => k.store(to, self.at, x),
+            Some(exists) => k.if_then(exists, |k| k.store(to, self.at, x)),
+        }
+    }
+}
+
+/// The lanes of a vector.
+pub fn lanes_of(k: &mut KernelBuilder, x: Val) -> Vec<Val> {
+    match k.ty(x).lanes() {
+        1 => vec![x],
+        n => (0..n).map(|lane| k.extract(x, lane)).collect(),
     }
 }
 

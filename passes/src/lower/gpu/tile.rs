@@ -5,7 +5,7 @@
 //! block share a tile's columns by turns of 64 and add up in shared memory, in order. So a token's bits depend on neither T nor its neighbours.
 //!
 //! fragment  16 bytes a thread and load, asked for before the kernel waits for its input
-//! products  16-bit floats (bf16 for bf16, else f16), sums in f32; of scaled formats for each block of columns, then `sum += scale · part`
+//! products  16-bit floats (f16; for weights in bf16 a row of x as the sum of two bf16), sums in f32; of scaled formats for each block of columns, then `sum += scale · part`
 
 use nextc_ir::format::{Blocks, Format};
 use nextc_ir::graph::Value;
@@ -335,7 +335,7 @@ pub struct Product<'a> {
     /// Whether every warp has as many turns.
     even: bool,
     place: Place,
-    /// Whether rows of x are taken as the sum of two 16-bit floats, for products that decide something.
+    /// Whether rows of x are taken as the sum of two 16-bit floats: where one has 8 bits (bf16), and for products that decide something.
     precise: bool,
     /// Row of the thread's fragments, and its token; and which eight columns of a half turn are its own.
     row: Val,
@@ -356,7 +356,17 @@ impl<'a> Product<'a> {
         let first = if warps == 1 { k.const_i64(0) } else { k.mul_const(place.warp, most) };
         let (row, q) = (k.div_const(place.lane, 4), k.rem_const(place.lane, 4));
         let even = all_turns == most * warps;
-        Self { fragments, tiles, turns: (first, most), all_turns, even, place, precise: false, row, q }
+        Self {
+            fragments,
+            tiles,
+            turns: (first, most),
+            all_turns,
+            even,
+            place,
+            precise: fragments.half() == DType::BF16,
+            row,
+            q,
+        }
     }
 
     /// The same with rows of x as sums of two 16-bit floats.
