@@ -69,8 +69,10 @@ fn make(kernel: &Kernel, module: &KernelModule, ptx: &str) -> Result<Made, Strin
 
 /// What each kernel came to; equal texts of PTX are assembled once.
 fn make_all(models: &[(&str, KernelModule)]) -> BTreeMap<(usize, usize), Result<Made, String>> {
-    let texts: Vec<Vec<Vec<u8>>> =
-        models.iter().map(|(name, m)| nextc_llvm::compile(m, &target()).unwrap_or_else(|e| panic!("{name}: {e}"))).collect();
+    let texts: Vec<Vec<Vec<u8>>> = models
+        .iter()
+        .map(|(name, m)| nextc_llvm::compile(m, &target()).unwrap_or_else(|e| panic!("{name}: {e}")))
+        .collect();
     let all = models.iter().enumerate().flat_map(|(m, (_, module))| (0..module.kernels.len()).map(move |k| (m, k)));
     let mut seen = std::collections::HashSet::new();
     let work: Vec<(usize, usize)> = all.filter(|&(m, k)| seen.insert(&texts[m][k])).collect();

@@ -59,7 +59,8 @@ fn entries(said: &str) -> Option<Vec<Entry>> {
             let name = rest.split('\'').next()?.to_owned();
             entries.push(Entry { name, registers: 0, spilled_bytes: 0 });
         } else if line.contains("bytes spill stores") {
-            entries.last_mut()?.spilled_bytes = before(line, "bytes spill stores")? + before(line, "bytes spill loads")?;
+            entries.last_mut()?.spilled_bytes =
+                before(line, "bytes spill stores")? + before(line, "bytes spill loads")?;
         } else if line.contains("Used ") {
             entries.last_mut()?.registers = before(line, "registers")?;
         }

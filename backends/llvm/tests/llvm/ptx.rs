@@ -32,17 +32,38 @@ fn block(body: &str) -> Kernel {
 }
 
 /// Each op of a block: statements that use it, and what has to be in the PTX.
-const OPS: [(&str, &str, &str); 13] = [
+const OPS: [(&str, &str, &str); 14] = [
     ("thread", "store %out[%t], %t", "%tid.x"),
-    ("shared", "%s = shared i32 64\n store %s[%t], %w\n barrier\n %v = load i32 %s[%0]\n store %out[%t], %v", "st.shared.b32"),
+    (
+        "shared",
+        "%s = shared i32 64\n store %s[%t], %w\n barrier\n %v = load i32 %s[%0]\n store %out[%t], %v",
+        "st.shared.b32",
+    ),
+    (
+        "partials",
+        "%p = partials f32 64\n %64 = const i64 64\n %a = mul %task, %64\n %i = add %a, %t\n store %p[%i], %f",
+        "nextc_kernel_0_param_6",
+    ),
     ("barrier", "barrier\n store %out[%t], %w", "bar"),
-    ("shuffle_xor", "%v = shuffle_xor %w 5\n %g = shuffle_xor %f 16\n %i = to_int %g\n %y = add %v, %i\n store %out[%t], %y", "shfl.sync.bfly.b32"),
+    (
+        "shuffle_xor",
+        "%v = shuffle_xor %w 5\n %g = shuffle_xor %f 16\n %i = to_int %g\n %y = add %v, %i\n store %out[%t], %y",
+        "shfl.sync.bfly.b32",
+    ),
     ("atomic_add", "%v = atomic_add %out[%0], %w\n store %out[%t], %v", "atom.acq_rel.gpu.global.add.u32"),
-    ("pack", "%v = pack f16 %f, %f\n %u = pack bf16 %f, %f\n %y = add %u, %v\n store %out[%t], %y", "cvt.rn.satfinite.f16x2.f32"),
+    (
+        "pack",
+        "%v = pack f16 %f, %f\n %u = pack bf16 %f, %f\n %y = add %u, %v\n store %out[%t], %y",
+        "cvt.rn.satfinite.f16x2.f32",
+    ),
     ("half_fma", "%v = half_fma f16 %w, %w, %w\n %u = half_fma bf16 %v, %w, %w\n store %out[%t], %u", "fma.rn.bf16x2"),
     ("half_to_float", "%v = half_to_float %w\n store %out[%t], %v", "cvt.f32.f16"),
     ("fp8_to_f16", "%v = fp8_to_f16 %w\n store %out[%t], %v", "cvt.rn.f16x2.e4m3x2"),
-    ("mma", "%c = splat x4 %f\n %m = mma bf16 %w, %w, %w, %w, %w, %w, %c\n %n = mma f16 %w, %w, %w, %w, %w, %w, %m\n %r = reduce_add %n\n store %out[%t], %r", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
+    (
+        "mma",
+        "%c = splat x4 %f\n %m = mma bf16 %w, %w, %w, %w, %w, %w, %c\n %n = mma f16 %w, %w, %w, %w, %w, %w, %m\n %r = reduce_add %n\n store %out[%t], %r",
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    ),
     ("prefetch", "%16 = const i64 16\n prefetch %x[%0], %16", "cp.async.bulk.prefetch.L2.global"),
     ("wait", "wait\n store %out[%t], %w", "griddepcontrol.wait"),
     ("release", "wait\n release\n store %out[%t], %w", "griddepcontrol.launch_dependents"),
@@ -60,8 +81,10 @@ fn every_op_of_a_block_assembles() {
 
 #[test]
 fn vectors_move_16_bytes_at_once() {
-    let text = ptx(block("%4 = const i64 4\n %i = mul %t, %4\n %v = load f32x4 %x[%i]\n %s = shared f32 256\n store %s[%i], %v\n barrier\n %u = load i32x4 %s[%i]\n store %out[%i], %u"));
-    for wanted in ["ld.global.nc.v4", "st.shared.v4", "ld.shared.v4", "st.global.v4"] {
+    let text = ptx(block(
+        "%4 = const i64 4\n %i = mul %t, %4\n %v = load f32x4 %x[%i]\n %s = shared f32 256\n store %s[%i], %v\n barrier\n %u = load i32x4 %s[%i]\n store %out[%i], %u",
+    ));
+    for wanted in ["ld.global.v4", "st.shared.v4", "ld.shared.v4", "st.global.v4"] {
         assert!(text.contains(wanted), "`{wanted}` is not in\n{text}");
     }
 }
