@@ -36,6 +36,9 @@ pub struct BenchArgs {
     /// Measurements of each row
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
+    /// Prompts are processed in steps of at most this many tokens
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..))]
+    step_tokens: u64,
     /// Make weights up; no weights file is needed
     #[arg(long)]
     random_weights: bool,
@@ -90,7 +93,7 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     check_rows(&rows, artifact.metadata().model.max_context)?;
     let sequences = args.batch.iter().copied().max().unwrap_or(1) as usize;
     let mut options = args.machine.engine(sequences);
-    options.random_weights = args.random_weights;
+    (options.random_weights, options.step_tokens) = (args.random_weights, args.step_tokens as usize);
     let mut engine = Engine::new(artifact, &options)?;
     let limits = engine.limits()?;
     let mut results = Vec::with_capacity(rows.len());

@@ -29,7 +29,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use artifact::Artifact;
-pub use engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
+pub use engine::{DraftInput, Engine, EngineOptions, LogitRows};
 pub use error::Error;
 pub use state::SequenceId;
 pub use step::KernelTime;

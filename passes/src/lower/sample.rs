@@ -128,7 +128,7 @@ impl Blocks {
 }
 
 /// `x`, or +infinity where it is NaN.
-fn bounded(k: &mut KernelBuilder, x: Val) -> Val {
+pub fn bounded(k: &mut KernelBuilder, x: Val) -> Val {
     let infinity = k.f32_like(x, f32::INFINITY);
     let below = k.cmp(Pred::Lt, x, infinity);
     k.select(below, x, infinity)

@@ -7,9 +7,6 @@ use cudarc::driver::sys;
 use super::CudaError;
 use super::driver::{Context, Stream, driver};
 
-/// Bytes by which memory grows at least, where that many are left.
-const LEAST_GROWTH_BYTES: u64 = 8 << 20;
-
 /// Device addresses, of which a prefix has memory. Its address never changes.
 #[derive(Debug)]
 pub(super) struct Growing {
@@ -133,7 +130,7 @@ fn properties(context: &Context) -> sys::CUmemAllocationProp {
 
 /// By how much memory of `have` bytes grows to have `needed` of `reserved`: a little more than it must, so that it grows seldom.
 fn growth(have: u64, needed: u64, reserved: u64, granularity: u64) -> u64 {
-    let wanted = (needed - have).max(have / 8).max(LEAST_GROWTH_BYTES);
+    let wanted = (needed - have).max(have / 8);
     wanted.next_multiple_of(granularity).min(reserved - have)
 }
 
@@ -212,9 +209,8 @@ mod tests {
     fn memory_grows_by_whole_pages_within_what_is_reserved() {
         let page = 2 << 20;
         let check = |have: u64, needed, reserved, expected| assert_eq!(growth(have, needed, reserved, page), expected);
-        check(0, 1, 1 << 30, 8 << 20);
-        check(0, 1, 4 << 20, 4 << 20);
-        check(8 << 20, (8 << 20) + 1, 1 << 30, 8 << 20);
+        check(0, 1, 1 << 30, 2 << 20);
+        check(8 << 20, (8 << 20) + 1, 1 << 30, 2 << 20);
         check(800 << 20, (800 << 20) + 1, 1 << 30, 100 << 20);
         check(1020 << 20, (1020 << 20) + 1, 1 << 30, 4 << 20);
         check(0, 33 << 20, 1 << 30, 34 << 20);

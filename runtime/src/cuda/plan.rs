@@ -129,6 +129,7 @@ mod tests {
             name: "step".to_owned(),
             launches: (0..kernels.len() as u32).map(launch).collect(),
             outputs: Vec::new(),
+            row_bytes: 0,
             cost: Default::default(),
         };
         metadata.kernels = kernels;

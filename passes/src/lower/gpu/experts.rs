@@ -33,7 +33,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let tiles = router_matrix.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &router_matrix.planes) };
     let mut k = ports.builder(site, (tiles + 1).into());
-    k.threads(split.threads());
+    split.apply(&mut k);
     let shared = split.shared(&mut k);
     let (place, count) = (Place::here(&mut k), k.dim(sym));
     let block = |k: &mut KernelBuilder, fragments: &Fragments, weight: Port, tile: Val, is_gate: bool| {
@@ -111,7 +111,9 @@ impl Choice {
             .map(|&e| {
                 let end = k.index(self.experts);
                 let exists = k.cmp(Pred::Lt, e, end);
-                k.if_else(exists, |k| vec![k.load_f32(logits, e)], |_| vec![lowest])[0]
+                let x = k.if_else(exists, |k| vec![k.load_f32(logits, e)], |_| vec![lowest])[0];
+                // NaN is no larger than anything
+                k.fmax(x, lowest)
             })
             .collect();
         let (largest, _) = self.best(k, &held, &numbers);
@@ -147,13 +149,21 @@ impl Choice {
 
     /// The largest of the warp's numbers and its expert, in all lanes; the last expert if there is none (all NaN).
     fn best(&self, k: &mut KernelBuilder, held: &[Val], numbers: &[Val]) -> (Val, Val) {
-        let mut best = k.const_f32(f32::NEG_INFINITY);
-        let mut id = k.const_i32(self.experts as i32 - 1);
-        for (&x, &e) in held.iter().zip(numbers) {
-            let larger = k.cmp(Pred::Gt, x, best);
-            let e = k.narrow(e);
-            (best, id) = (k.select(larger, x, best), k.select(larger, e, id));
+        let (lowest, last) = (k.const_f32(f32::NEG_INFINITY), k.const_i32(self.experts as i32 - 1));
+        let mut found: Vec<(Val, Val)> = held.iter().zip(numbers).map(|(&x, &e)| (x, k.narrow(e))).collect();
+        while found.len() > 1 {
+            // the later one of a pair has the higher number: it must be larger
+            let join = |pair: &[(Val, Val)]| match *pair {
+                [(x, e), (y, f)] => {
+                    let larger = k.cmp(Pred::Gt, y, x);
+                    (k.select(larger, y, x), k.select(larger, f, e))
+                }
+                _ => pair[0],
+            };
+            found = found.chunks(2).map(join).collect();
         }
+        let some = k.cmp(Pred::Gt, found[0].0, lowest);
+        let (mut best, mut id) = (found[0].0, k.select(some, found[0].1, last));
         for mask in [16, 8, 4, 2, 1] {
             let (x, e) = (k.shuffle_xor(best, mask), k.shuffle_xor(id, mask));
             let (larger, same, lower) = (k.cmp(Pred::Gt, x, best), k.cmp(Pred::Eq, x, best), k.cmp(Pred::Lt, e, id));
@@ -342,7 +352,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
     let split = pair_split(site, &routed);
     let mut k = ports.builder(site, Extent::from(shared_tiles) + most * expert_tiles.into());
-    k.threads(split.threads());
+    split.apply(&mut k);
     let shared = split.shared(&mut k);
     let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
     let (task, shared_end) = (k.task(), k.index(shared_tiles));
@@ -456,7 +466,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let sym = site.rows(site.result(0))?;
     let mut k = ports.builder(site, down.tiles.into());
-    k.threads(DOWN_WARPS as u32 * 32);
+    Split { warps: DOWN_WARPS, tiles: 1 }.apply(&mut k);
     let sums = k.shared(DType::F32, down.tokens * (choices + 1) * LANES);
     let place = Place::here(&mut k);
     let (tile, base) = (k.task(), k.param(down.s_down));

@@ -167,7 +167,7 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let splits: Vec<Split> = splits.into_iter().map(|s| Split { warps, ..s }).collect();
     let tasks = |i: usize| groups[i].iter().map(|s| s.fragments.planes.tiles().div_ceil(splits[i].tiles)).sum::<u64>();
     let mut k = ports.builder(site, (0..groups.len()).map(tasks).sum::<u64>().into());
-    k.threads(warps as u32 * 32);
+    Split { warps, tiles: 1 }.apply(&mut k);
     let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
     let shared = widest.shared(&mut k);
     let place = Place::here(&mut k);
@@ -312,7 +312,7 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let tiles = fragments.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
     let mut k = ports.builder(site, tiles.into());
-    k.threads(split.threads());
+    split.apply(&mut k);
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
     let (weight, task) = (k.param(weight), k.task());
@@ -359,7 +359,7 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (sym, stride): (Sym, u64) = (site.rows(result)?, site.stride(result));
     let split = pair_split(site, &fragments);
     let mut k = ports.builder(site, fragments.planes.tiles().into());
-    k.threads(split.threads());
+    split.apply(&mut k);
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
     let (task, out) = (k.task(), k.param(out));

@@ -24,6 +24,7 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::Embed => Some(rows::lower_embed(site)),
         Op::GatherRows => Some(rows::lower_gather_rows(site)),
         Op::SumSquares => Some(rows::lower_sum_squares(site)),
+        Op::Argmax => Some(rows::lower_argmax(site)),
         Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
         Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
         Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
@@ -31,7 +32,7 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::NormRouter => Some(experts::lower_norm_router(site)),
         Op::ExpertsGateUp => Some(experts::lower_experts_gate_up(site)),
         Op::ExpertsDown => Some(experts::lower_experts_down(site)),
-        Op::NormRopeAppend => attention::lower_norm_rope_append(site),
+        Op::NormRopeAppend => Some(attention::lower_norm_rope_append(site)),
         Op::GatedAttention => attention::lower_gated_attention(site),
         Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),
         _ => None,
@@ -121,4 +122,38 @@ pub fn warp_sum(k: &mut KernelBuilder, x: Val) -> Val {
         let other = k.shuffle_xor(sum, mask);
         k.fadd(sum, other)
     })
+}
+
+/// Largest number of the threads of a warp, in all of them.
+pub fn warp_max(k: &mut KernelBuilder, x: Val) -> Val {
+    [16, 8, 4, 2, 1].into_iter().fold(x, |max, mask| {
+        let other = k.shuffle_xor(max, mask);
+        k.fmax(max, other)
+    })
+}
+
+/// Sums of several numbers (a power of two, at most 32) over the threads of a warp: thread `lane` gets that of number `lane / (32 / n)`. The tree of each is that of
+/// [`warp_sum`].
+pub fn warp_sums(k: &mut KernelBuilder, lane: Val, mut x: Vec<Val>) -> Val {
+    let (lane, zero) = (k.narrow(lane), k.const_i32(0));
+    for mask in [16, 8, 4, 2, 1] {
+        if x.len() == 1 {
+            let other = k.shuffle_xor(x[0], mask);
+            x[0] = k.fadd(x[0], other);
+            continue;
+        }
+        let bit = k.const_i32(mask as i32);
+        let bit = k.and(lane, bit);
+        let is_upper = k.cmp(Pred::Ne, bit, zero);
+        let (low, high) = x.split_at(x.len() / 2);
+        let pairs = low.iter().zip(high);
+        x = pairs
+            .map(|(&low, &high)| {
+                let (own, given) = (k.select(is_upper, high, low), k.select(is_upper, low, high));
+                let other = k.shuffle_xor(given, mask);
+                k.fadd(own, other)
+            })
+            .collect();
+    }
+    x[0]
 }

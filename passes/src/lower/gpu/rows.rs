@@ -1,9 +1,10 @@
-//! `rows` on a GPU: embedding rows, gathered rows, sums of squares, norms of whole rows.
+//! `rows` on a GPU: embedding rows, gathered rows, sums of squares, norms of whole rows, the largest logit.
 //!
 //! task     one row; threads take four columns each
 //! traffic  each row once: bound by the launch
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::ops::sample::BLOCK;
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, pad};
 use nextc_ir::{DType, Op};
@@ -11,6 +12,7 @@ use nextc_ir::{DType, Op};
 use super::super::LowerError;
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
+use super::super::sample::{Blocks, bounded, is_finite};
 use super::tile::Fragments;
 use super::{Place, begin, warp_sum};
 
@@ -141,14 +143,130 @@ pub fn lower_rms_norm(site: &Site<'_>) -> Result<Lowered, LowerError> {
 /// Sum over all threads of a block of [`THREADS`], in all of them; `parts` holds a number a warp.
 fn block_sum(k: &mut KernelBuilder, place: Place, parts: Val, x: Val) -> Val {
     let sum = warp_sum(k, x);
+    each_warp(k, place, parts, sum, (DType::F32, |k, a, b| k.fadd(a, b)))
+}
+
+/// `argmax`: a warp a block of logits finds its peak; in the tail a block of threads a row finds the first of the largest.
+pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let blocks = Blocks { vocab: site.inner(site.named("x"))[0] };
+    let rows = site.rows(site.result(0))?;
+    let x = ports.read("x", site.named("x"));
+    let (best, peaks) = (ports.write("best", site.result(0)), ports.write("peaks", site.result(1)));
+    let groups = blocks.peaks_stride().div_ceil(THREADS / 32);
+    let mut k = ports.builder(site, Extent::from(rows) * groups.into());
+    begin_row(&mut k);
+    let (place, task) = (Place::here(&mut k), k.task());
+    let (row, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+    let (x, peaks, best) = (k.param(x), k.param(peaks), k.param(best));
+    let (own_x, own_peaks) =
+        (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, peaks, row, blocks.peaks_stride()));
+    let block = k.mul_const(group, THREADS / 32);
+    let block = k.add(block, place.warp);
+    let first = k.mul_const(block, BLOCK);
+    let lowest = k.const_f32(f32::NEG_INFINITY);
+    let end = k.index(blocks.vocab);
+    let mut peak = lowest;
+    for i in 0..BLOCK / 32 {
+        let at = k.add_const(first, 32 * i);
+        let at = k.add(at, place.lane);
+        let exists = k.cmp(Pred::Lt, at, end);
+        let x = k.if_else(exists, |k| vec![k.load_f32(own_x, at)], |_| vec![lowest])[0];
+        let x = bounded(&mut k, x);
+        peak = k.fmax(peak, x);
+    }
+    let peak = warp_max(&mut k, peak);
+    let (zero, count) = (k.const_i64(0), k.index(blocks.peaks_stride()));
+    let leads = k.cmp(Pred::Eq, place.lane, zero);
+    let exists = k.cmp(Pred::Lt, block, count);
+    let leads = k.and(leads, exists);
+    k.if_then(leads, |k| k.store(own_peaks, block, peak));
+    let kernel = k.finish_with_tail_grid(rows.into(), |k| {
+        let (parts, firsts) = (k.shared(DType::F32, THREADS / 32), k.shared(DType::I32, THREADS / 32));
+        begin(k);
+        let (place, row) = (Place::here(k), k.task());
+        let (x, peaks) = (row_ptr(k, x, row, blocks.stride()), row_ptr(k, peaks, row, blocks.peaks_stride()));
+        let (lowest, count) = (k.const_f32(f32::NEG_INFINITY), k.index(blocks.count()));
+        let peak = k.for_carry((place.thread, count, THREADS), &[lowest], |k, i, acc| {
+            let peak = k.load_f32(peaks, i);
+            vec![k.fmax(acc[0], peak)]
+        })[0];
+        let largest = block_max(k, place, parts, peak);
+        let none = k.const_i32(i32::MAX);
+        let own = k.for_carry((place.thread, count, THREADS), &[none], |k, i, acc| {
+            let (peak, i) = (k.load_f32(peaks, i), k.narrow(i));
+            vec![first_if_equal(k, (peak, largest), i, acc[0])]
+        })[0];
+        let block = block_min(k, place, firsts, own);
+        let block = k.widen(block);
+        let first = k.mul_const(block, BLOCK);
+        let (behind, end) = (k.add_const(first, BLOCK), k.index(blocks.vocab));
+        let (own, end) = (k.add(first, place.thread), k.min_i64(behind, end));
+        let own = k.for_carry((own, end, THREADS), &[none], |k, i, acc| {
+            let (x, i) = (k.load_f32(x, i), k.narrow(i));
+            vec![first_if_equal(k, (x, largest), i, acc[0])]
+        })[0];
+        k.barrier();
+        let at = block_min(k, place, firsts, own);
+        let (finite, no) = (is_finite(k, largest), k.const_i32(-1));
+        let found = k.select(finite, at, no);
+        let zero = k.const_i64(0);
+        let leads = k.cmp(Pred::Eq, place.thread, zero);
+        k.if_then(leads, |k| k.store(best, row, found));
+    });
+    Ok(ports.finish(kernel))
+}
+
+/// The smaller of `i` and `found` if `x` equals `wanted`, else `found`.
+fn first_if_equal(k: &mut KernelBuilder, (x, wanted): (Val, Val), i: Val, found: Val) -> Val {
+    let (same, lower) = (k.cmp(Pred::Eq, x, wanted), k.cmp(Pred::Lt, i, found));
+    let better = k.and(same, lower);
+    k.select(better, i, found)
+}
+
+/// The largest over the threads of a warp, in all of them.
+fn warp_max(k: &mut KernelBuilder, x: Val) -> Val {
+    [16, 8, 4, 2, 1].into_iter().fold(x, |most, mask| {
+        let other = k.shuffle_xor(most, mask);
+        k.fmax(most, other)
+    })
+}
+
+/// The largest over the threads of a block of [`THREADS`], in all of them; `parts` holds a number a warp.
+fn block_max(k: &mut KernelBuilder, place: Place, parts: Val, x: Val) -> Val {
+    let most = warp_max(k, x);
+    each_warp(k, place, parts, most, (DType::F32, |k, a, b| k.fmax(a, b)))
+}
+
+/// The smallest i32 over the threads of a block of [`THREADS`], in all of them; `parts` holds a number a warp.
+fn block_min(k: &mut KernelBuilder, place: Place, parts: Val, x: Val) -> Val {
+    let least = |k: &mut KernelBuilder, a: Val, b: Val| {
+        let less = k.cmp(Pred::Lt, a, b);
+        k.select(less, a, b)
+    };
+    let own = [16, 8, 4, 2, 1].into_iter().fold(x, |min, mask| {
+        let other = k.shuffle_xor(min, mask);
+        least(k, min, other)
+    });
+    each_warp(k, place, parts, own, (DType::I32, least))
+}
+
+/// Joins what each warp has found.
+fn each_warp(
+    k: &mut KernelBuilder,
+    place: Place,
+    parts: Val,
+    own: Val,
+    (dtype, join): (DType, impl Fn(&mut KernelBuilder, Val, Val) -> Val),
+) -> Val {
     let zero = k.const_i64(0);
     let leads = k.cmp(Pred::Eq, place.lane, zero);
-    k.if_then(leads, |k| k.store(parts, place.warp, sum));
+    k.if_then(leads, |k| k.store(parts, place.warp, own));
     k.barrier();
-    let nothing = k.const_f32(0.0);
-    (0..THREADS / 32).fold(nothing, |sum, i| {
+    let first = k.load(dtype, 1, parts, zero);
+    (1..THREADS / 32).fold(first, |joined, i| {
         let i = k.index(i);
-        let part = k.load_f32(parts, i);
-        k.fadd(sum, part)
+        let part = k.load(dtype, 1, parts, i);
+        join(k, joined, part)
     })
 }

@@ -22,6 +22,8 @@ use super::Place;
 pub const TOKENS: u64 = 8;
 /// Elements from one token's sums of a tile to the next in shared memory: 16 rows, and 4 that keep threads in different banks.
 const SUM_STRIDE: u64 = LANES + 4;
+/// Threads that shall fit a multiprocessor together: half of what one holds.
+const RESIDENT_THREADS: u32 = 1024;
 /// Loads of 16 bytes that a thread has in flight.
 const LOADS: u64 = 8;
 
@@ -314,6 +316,12 @@ impl Split {
     /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.warps as u32 * 32
+    }
+
+    /// Makes each task a block of so many threads, several of which fit a multiprocessor, so that the next kernel's begin early.
+    pub fn apply(&self, k: &mut KernelBuilder) {
+        k.threads(self.threads());
+        k.resident((RESIDENT_THREADS / self.threads()).max(1));
     }
 
     /// Shared memory for the sums.
