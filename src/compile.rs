@@ -76,7 +76,10 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
 /// What is wrong with its files.
 pub fn load(args: &ModelArgs) -> anyhow::Result<Model> {
     show::progress(&format!("reading {}", args.model.display()));
-    let model = nextc_frontend::load(&args.model, &Options { max_context: args.max_context })?;
+    let model = nextc_frontend::load(
+        &args.model,
+        &Options { max_context: args.max_context, rope_scaling: args.rope_scaling.clone() },
+    )?;
     model.warnings.iter().for_each(|warning| show::warn(warning));
     Ok(model)
 }

@@ -206,6 +206,26 @@ fn executables() {
     }
 }
 
+/// The fixture's numbers, with its scaling taken from the configuration and asked for instead.
+#[test]
+fn a_rope_scaling_that_is_asked_for_gives_the_published_logits() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture("yarn").join(file), dir.path().join(file)).expect("the fixture is there");
+    }
+    let path = dir.path().join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("a configuration is JSON");
+    let scaling = config.as_object_mut().and_then(|c| c.remove("rope_scaling")).expect("the fixture scales");
+    let original = &scaling["original_max_position_embeddings"];
+    config["max_position_embeddings"] = original.clone();
+    std::fs::write(&path, config.to_string()).expect("the file is written");
+    let scaling = format!("yarn,factor={}", scaling["factor"]);
+    for backend in backends() {
+        check_all(&Exe::build(dir.path(), backend, &["--rope-scaling", &scaling]), "yarn", backend);
+    }
+}
+
 /// A token's logits have the same bits alone and in a batch, whole and in pieces, with one thread and with several.
 #[test]
 fn bits_do_not_depend_on_the_step() {
