@@ -109,11 +109,13 @@ pub enum Input {
     LogitRows,
     /// `hidden[T, hidden_size]`, f32, rows padded to 16: what `@draft` continues from.
     Hidden,
+    /// `wanted[ceil(vocab_size / 16)]`: 1 where the logits of 16 tokens are wanted of `@guess`.
+    Wanted,
 }
 
 impl Input {
     /// Every input.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Tokens,
         Self::Positions,
         Self::CuSeqlens,
@@ -123,6 +125,7 @@ impl Input {
         Self::PageTable,
         Self::LogitRows,
         Self::Hidden,
+        Self::Wanted,
     ];
 
     /// The parameter's name in the entry functions.
@@ -137,6 +140,7 @@ impl Input {
             Self::PageTable => "page_table",
             Self::LogitRows => "logit_rows",
             Self::Hidden => "hidden",
+            Self::Wanted => "wanted",
         }
     }
 }

@@ -81,6 +81,7 @@ pub struct Engine {
     executor: Executor,
     step: usize,
     draft: Option<usize>,
+    guess: Option<usize>,
     step_tokens: usize,
 }
 
@@ -106,9 +107,9 @@ impl Engine {
         let executor = Executor::new(metadata, options.threads.max(1))?;
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
-        let draft = entry("draft");
+        let (draft, guess) = (entry("draft"), entry("guess"));
         check_outputs(metadata)?;
-        Ok(Self { states, executor, step, draft, step_tokens: options.step_tokens.max(1), weights, artifact })
+        Ok(Self { states, executor, step, draft, guess, step_tokens: options.step_tokens.max(1), weights, artifact })
     }
 
     /// The executable.
@@ -210,6 +211,29 @@ impl Engine {
     pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<Output<'_>, Error> {
         let program =
             self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
+        self.run_draft(program, batch, rows, &[])
+    }
+
+    /// As [`Engine::draft`], for drafts that are only to be checked: with the logits after the last token of each sequence, and where the
+    /// executable can, only of the tokens that are `wanted`: a flag for each 16; those of others are minus infinity.
+    /// # Errors
+    /// As [`Engine::draft`], and [`Error::Step`] for flags of another number or without any that is set.
+    pub fn guess(&mut self, batch: &[DraftInput<'_>], wanted: &[i32]) -> Result<Output<'_>, Error> {
+        let Some(program) = self.guess else { return self.draft(batch, LogitRows::Last) };
+        if wanted.len() as u64 != self.metadata().model.vocab_size.div_ceil(16) || wanted.iter().all(|&flag| flag == 0)
+        {
+            return Err(Error::Step("a guess needs a flag for each 16 tokens, and some of them wanted"));
+        }
+        self.run_draft(program, batch, LogitRows::Last, wanted)
+    }
+
+    fn run_draft(
+        &mut self,
+        program: usize,
+        batch: &[DraftInput<'_>],
+        rows: LogitRows,
+        wanted: &[i32],
+    ) -> Result<Output<'_>, Error> {
         let width = self.metadata().model.hidden_size as usize;
         let mut parts = Vec::with_capacity(batch.len());
         for (number, d) in batch.iter().enumerate() {
@@ -222,6 +246,7 @@ impl Engine {
         }
         let mut inputs = self.inputs(&parts)?;
         inputs.logit_rows = rows.of(&inputs.cu_seqlens);
+        inputs.wanted.extend_from_slice(wanted);
         let padded = width.next_multiple_of(16);
         for row in batch.iter().flat_map(|d| d.hidden.chunks_exact(width)) {
             inputs.hidden.extend_from_slice(row);

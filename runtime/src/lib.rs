@@ -16,6 +16,7 @@ pub mod memory;
 pub mod pool;
 pub mod random;
 pub mod sample;
+pub mod shortlist;
 pub mod snapshot;
 pub mod state;
 mod step;

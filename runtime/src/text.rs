@@ -7,6 +7,7 @@ use crate::artifact::Artifact;
 use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
 use crate::error::Error;
 use crate::generate::{self, Drafter, Forward, GenerateArgs, ModelError, Sequence, TextFiles};
+use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
 
 /// An engine as generation sees it.
@@ -17,6 +18,7 @@ pub(crate) struct Model {
     /// What the draft of each sequence has not been fed yet; empty unless drafts are wanted.
     pub(crate) lags: HashMap<Sequence, Lag>,
     drafts_wanted: bool,
+    shortlist: Shortlist,
 }
 
 impl Model {
@@ -26,7 +28,8 @@ impl Model {
         let step_tokens = args.step_tokens as usize;
         let options = EngineOptions { threads, sequences, step_tokens, random_weights: false };
         let engine = Engine::new(artifact, &options)?;
-        Ok(Self { engine, logits: Vec::new(), lags: HashMap::new(), drafts_wanted: false })
+        let shortlist = Shortlist::new(engine.metadata().model.vocab_size as usize);
+        Ok(Self { engine, logits: Vec::new(), lags: HashMap::new(), drafts_wanted: false, shortlist })
     }
 
     fn batch<'a>(runs: &[(Sequence, &'a [u32])]) -> Vec<(SequenceId, &'a [u32])> {
@@ -41,6 +44,7 @@ impl Model {
         self.logits.clear();
         output.logits.iter().for_each(|row| self.logits.extend_from_slice(row));
         if self.drafts_wanted {
+            runs.iter().for_each(|(_, tokens)| self.shortlist.feed(tokens));
             extend_lags(&mut self.lags, runs, &positions, &output);
             self.catch_up(runs)?;
         }
@@ -171,6 +175,7 @@ impl Drafter for Model {
         for (s, next) in runs {
             let lag = self.lags.get_mut(s).ok_or(Error::Step("drafts were not prepared for this sequence"))?;
             lag.next.push(*next);
+            self.shortlist.feed(&[*next]);
         }
         let mut drafts = vec![Vec::with_capacity(count); runs.len()];
         let mut position: Vec<u64> = Vec::new();
@@ -189,7 +194,7 @@ impl Drafter for Model {
                 Some(*end)
             })
             .collect();
-        let output = self.engine.draft(&inputs, LogitRows::Last)?;
+        let output = self.engine.guess(&inputs, self.shortlist.flags())?;
         let mut hidden: Vec<f32> = ends.iter().flat_map(|end| output.hidden.row(end - 1)).copied().collect();
         take_drafts(&output, &mut drafts)?;
         for (s, _) in runs {
@@ -207,7 +212,7 @@ impl Drafter for Model {
                     hidden: &hidden[i * width..(i + 1) * width],
                 })
                 .collect();
-            let output = self.engine.draft(&inputs, LogitRows::Last)?;
+            let output = self.engine.guess(&inputs, self.shortlist.flags())?;
             let rows: Vec<f32> = output.hidden.iter().flatten().copied().collect();
             take_drafts(&output, &mut drafts)?;
             hidden = rows;

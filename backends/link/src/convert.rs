@@ -123,6 +123,7 @@ fn input(i: Input) -> abi::Input {
         Input::PageTable => abi::Input::PageTable,
         Input::LogitRows => abi::Input::LogitRows,
         Input::Hidden => abi::Input::Hidden,
+        Input::Wanted => abi::Input::Wanted,
     }
 }
 
@@ -227,7 +228,8 @@ fn state(s: &nextc_ir::schedule::StateDecl) -> abi::State {
         StateKind::Conv => abi::StateKind::Conv,
         StateKind::Delta => abi::StateKind::Delta,
     };
-    abi::State { name: s.name.clone(), kind, bytes: s.ty.bytes() }
+    let bytes = s.ty.bytes();
+    abi::State { name: s.name.clone(), kind, bytes, rollback_bytes: bytes - s.ty.step_bytes() }
 }
 
 fn assets(files: &[(String, Vec<u8>)]) -> Vec<abi::Asset> {

@@ -5,6 +5,7 @@
 //!
 //! - `@step(tokens, positions, cu_seqlens, slot, replay, tentative, page_table, logit_rows, states...) -> (logits, hidden, states...)`
 //! - `@draft(the same six, hidden, mtp.kv) -> (logits, hidden, mtp.kv)`, where there is an MTP module
+//! - `@guess(the same, wanted, mtp.kv)`, which is `@draft` with the logits of the tokens that are wanted, where the vocabulary is large
 
 mod attention;
 mod delta;
@@ -35,19 +36,28 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
     for (i, layer) in config.layers.iter().enumerate() {
         parts.extend(layer_parts(weights, config, *layer, &i.to_string(), &format!("layers.{i}."))?);
     }
-    parts.push(ends::head(weights, config, "head", "final_norm", head)?);
+    parts.push(ends::head(weights, config, ("head", "final_norm", head), false)?);
     let mut functions = vec![step(&parts)?];
     if let Some(ffn) = table.mtp {
         let kind = LayerKind { mixer: Mixer::FullAttention, ffn };
         let mut draft_parts = vec![mtp::fuse(weights, config)?];
         draft_parts.extend(layer_parts(weights, config, kind, "mtp", "mtp.")?);
-        draft_parts.push(ends::head(weights, config, "head.mtp", "mtp.norm", head)?);
-        functions.push(draft(&draft_parts, config.hidden_size)?);
+        let front = draft_parts.clone();
+        draft_parts.push(ends::head(weights, config, ("head.mtp", "mtp.norm", head), false)?);
+        functions.push(draft("draft", &draft_parts, config, false)?);
+        if config.vocab_size >= LARGE_VOCABULARY {
+            let head = ends::head(weights, config, ("head.guess", "mtp.norm", head), true)?;
+            functions.push(draft("guess", &[front, vec![head.clone()]].concat(), config, true)?);
+            draft_parts.push(head);
+        }
         parts.append(&mut draft_parts);
     }
     let functions = parts.into_iter().map(|p| p.function).chain(functions).collect();
     Ok(Module { info, functions, weights: table.weights })
 }
+
+/// Smallest vocabulary of which a draft chooses from a part: most of its time goes into the head.
+const LARGE_VOCABULARY: u64 = 4096;
 
 /// The mixer and the FFN of a layer; `id` is what its functions' names end in.
 fn layer_parts(w: &Weights, c: &ModelConfig, kind: LayerKind, id: &str, prefix: &str) -> Result<[Part; 2], BuildError> {
@@ -83,6 +93,7 @@ struct Entry {
     f: FunctionBuilder,
     tokens: Value,
     logit_rows: Value,
+    wanted: Option<Value>,
     seqs: [Value; 6],
     weights: IndexMap<String, Value>,
     states: IndexMap<String, Value>,
@@ -102,7 +113,7 @@ impl Entry {
             input("page_table", vec![Sym::B.into(), Sym::P.into()]),
         ];
         let logit_rows = input("logit_rows", vec![Sym::R.into()]);
-        Self { f, tokens, logit_rows, seqs, weights: IndexMap::new(), states: IndexMap::new() }
+        Self { f, tokens, logit_rows, wanted: None, seqs, weights: IndexMap::new(), states: IndexMap::new() }
     }
 
     /// Adds the states of `parts` as parameters.
@@ -140,6 +151,7 @@ impl Entry {
             stream = self.call(part, &inputs);
         }
         stream.push(self.logit_rows);
+        stream.extend(self.wanted);
         let mut results = self.call(head, &stream);
         results.extend(self.states.values());
         Ok(self.f.finish(results))
@@ -155,11 +167,12 @@ fn step(parts: &[Part]) -> Result<Function, BuildError> {
     entry.finish(layers, head, stream)
 }
 
-/// `@draft`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
-fn draft(parts: &[Part], hidden_size: u64) -> Result<Function, BuildError> {
+/// `@draft` or `@guess`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
+fn draft(name: &str, parts: &[Part], config: &ModelConfig, some: bool) -> Result<Function, BuildError> {
     let [fuse, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
-    let mut entry = Entry::new("draft");
-    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[hidden_size])));
+    let mut entry = Entry::new(name);
+    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[config.hidden_size])));
+    entry.wanted = some.then(|| entry.f.param("wanted", ends::wanted_type(config)));
     entry.add_states(parts);
     let stream = entry.call(fuse, &[entry.tokens, hidden]);
     entry.finish(layers, head, stream)
