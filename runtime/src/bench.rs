@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use clap::Args;
-use nextc_abi::Cost;
+use nextc_abi::{Cost, Model};
 use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
@@ -106,7 +106,7 @@ struct Row {
 /// [`Error`] says what cannot be measured.
 pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     let rows = rows(args);
-    check_rows(&rows, artifact.metadata().model.max_context)?;
+    check_rows(&rows, &artifact.metadata().model)?;
     let sequences = args.batch.iter().copied().max().unwrap_or(1) as usize;
     let mut options = args.machine.engine(sequences);
     options.random_weights = args.random_weights;
@@ -161,7 +161,11 @@ fn rows(args: &BenchArgs) -> Vec<Row> {
     rows
 }
 
-fn check_rows(rows: &[Row], max_context: u64) -> Result<(), Error> {
+fn check_rows(rows: &[Row], model: &Model) -> Result<(), Error> {
+    if !model.mtp && rows.iter().any(|r| r.kind == Kind::Draft) {
+        return Err(Error::NoMtp { model: model.name.clone(), option: "--draft" });
+    }
+    let max_context = model.max_context;
     match rows.iter().find(|r| r.tokens.saturating_add(r.depth) > max_context) {
         None => Ok(()),
         Some(r) => Err(Error::Option {
@@ -363,6 +367,17 @@ mod tests {
         assert_eq!(work_per_token(&cost, &row(Kind::Prefill, 100, 1), 50), (20.0, 2001.0));
         assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 1), 50), (1000.0, 2100.0));
         assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 4), 50), (250.0, 2100.0));
+    }
+
+    #[test]
+    fn rows_that_cannot_be_measured_are_named_before_anything_runs() {
+        let row = |kind| Row { kind, tokens: 30, depth: 5, batch: 1 };
+        let model = Model { name: "tiny".to_owned(), max_context: 35, ..Model::default() };
+        assert!(check_rows(&[row(Kind::Decode)], &model).is_ok());
+        let error = check_rows(&[row(Kind::Draft)], &model).unwrap_err().to_string();
+        assert!(error.contains("no multi-token prediction (MTP); leave out `--draft`"), "{error}");
+        let error = check_rows(&[row(Kind::Decode)], &Model { max_context: 20, ..model }).unwrap_err().to_string();
+        assert!(error.contains("5 + 30 tokens are 15 more than the context of 20"), "{error}");
     }
 
     #[test]

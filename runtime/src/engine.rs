@@ -210,7 +210,7 @@ impl Engine {
     /// As [`Engine::forward`], and [`Error::NoMtp`].
     pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<Output<'_>, Error> {
         let program =
-            self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
+            self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "--mtp" })?;
         self.run_draft(program, batch, rows, &[])
     }
 

@@ -319,23 +319,23 @@ impl Decoder {
         jobs: &mut [Job<'_>],
         told: &mut Told<'_>,
     ) -> Result<usize, GenerateError> {
-        let drafts = self.drafts.next(jobs.len()).min(useful_drafts(jobs, model.max_context()));
+        let drafts = self.drafts.next().min(useful_drafts(jobs, model.max_context()));
         let begun = Instant::now();
         let gained = match drafts {
             0 => self.plain_step(model, jobs, told)?,
             _ => self.checked_step(model, jobs, drafts, told)?,
         };
-        self.drafts.observe(drafts, jobs.len(), gained, begun.elapsed());
-        Ok(gained)
+        self.drafts.observe(drafts, &gained, begun.elapsed());
+        Ok(gained.iter().sum())
     }
 
-    /// One token of each sequence.
+    /// One token of each sequence: gives how many each gained.
     fn plain_step(
         &self,
         model: &mut dyn Forward,
         jobs: &mut [Job<'_>],
         told: &mut Told<'_>,
-    ) -> Result<usize, GenerateError> {
+    ) -> Result<Vec<usize>, GenerateError> {
         let vocab_size = model.vocab_size();
         let newest: Vec<u32> = jobs.iter().map(Job::newest).collect();
         let runs: Vec<_> = jobs.iter().map(|job| job.sequence).zip(newest.chunks(1)).collect();
@@ -343,18 +343,19 @@ impl Decoder {
         for (job, row) in jobs.iter_mut().zip(logits.chunks_exact(vocab_size)) {
             self.take(job, row, told)?;
         }
-        Ok(jobs.len())
+        Ok(vec![1; jobs.len()])
     }
 
     /// Drafts tokens of each sequence and checks them in one step. A token is chosen from the model's own logits as ever; a draft
-    /// only decides whether the logits after it are of use. So tokens, and their distribution, are those without drafts.
+    /// only decides whether the logits after it are of use. So tokens, and their distribution, are those without drafts. Gives how many
+    /// each sequence gained.
     fn checked_step(
         &self,
         model: &mut dyn Forward,
         jobs: &mut [Job<'_>],
         drafts: usize,
         told: &mut Told<'_>,
-    ) -> Result<usize, GenerateError> {
+    ) -> Result<Vec<usize>, GenerateError> {
         let vocab_size = model.vocab_size();
         let known: Vec<_> = jobs.iter().map(|job| (job.sequence, job.newest())).collect();
         let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
@@ -368,11 +369,10 @@ impl Decoder {
         for ((job, drafts), rows) in jobs.iter_mut().zip(&drafted).zip(logits.chunks_exact(vocab_size * (drafts + 1))) {
             own.push(self.take_checked(job, drafts, rows.chunks_exact(vocab_size), told)?);
         }
-        let gained = own.iter().sum();
-        for (&(sequence, _), tokens) in known.iter().zip(own) {
+        for (&(sequence, _), &tokens) in known.iter().zip(&own) {
             drafter.accept(sequence, tokens).map_err(GenerateError::Model)?;
         }
-        Ok(gained)
+        Ok(own)
     }
 
     /// Takes tokens of a job from the rows after its newest token and each draft, until a draft is wrong or the sequence ends. Gives
