@@ -248,7 +248,8 @@ fn draft_chain(
             DraftInput { sequence, position, tokens: &Vec::as_slice(tokens)[i..=i], hidden }
         };
         let inputs: Vec<_> = ids.iter().zip(tokens).zip(hidden.chunks_exact(width)).map(input).collect();
-        hidden = engine.guess(&inputs, shortlist.flags())?.hidden.iter().flatten().copied().collect();
+        engine.guess(&inputs, shortlist.flags())?;
+        hidden = engine.hidden()?.iter().flatten().copied().collect();
     }
     Ok(())
 }

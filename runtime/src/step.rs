@@ -196,7 +196,6 @@ pub(crate) struct ResolvedLaunch {
 /// An entry point resolved for steps of certain dimensions.
 #[derive(Debug)]
 pub(crate) struct Resolved {
-    pub dims: [u64; 4],
     pub args: Vec<u64>,
     pub launches: Vec<ResolvedLaunch>,
 }
@@ -212,7 +211,7 @@ pub(crate) struct Addresses<'a> {
 
 /// The launches of a program in steps of dimensions `dims`, with their arguments.
 pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at: &Addresses<'_>) -> Resolved {
-    let mut resolved = Resolved { dims, args: Vec::new(), launches: Vec::with_capacity(program.launches.len()) };
+    let mut resolved = Resolved { args: Vec::new(), launches: Vec::with_capacity(program.launches.len()) };
     for launch in &program.launches {
         let first = resolved.args.len();
         resolved.args.extend_from_slice(&dims);

@@ -353,7 +353,7 @@ impl Decoder {
         jobs: &mut [Job<'_>],
         told: &mut Told<'_>,
     ) -> Result<usize, GenerateError> {
-        let drafts = self.drafts.next().min(useful_drafts(jobs, model.max_context()));
+        let drafts = self.drafts.next_drafts().min(useful_drafts(jobs, model.max_context()));
         let begun = Instant::now();
         let gained = match drafts {
             0 => self.plain_step(model, jobs, told)?,

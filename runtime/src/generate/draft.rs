@@ -105,7 +105,7 @@ impl Planner {
     }
 
     /// Drafts for the next step.
-    pub fn next(&mut self) -> usize {
+    pub fn next_drafts(&mut self) -> usize {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
@@ -192,7 +192,7 @@ mod tests {
     fn speed(mut planner: Planner, steps: usize, cost: impl Fn(usize) -> f64, noise: f64, right: f64) -> f64 {
         let (mut tokens, mut seconds, mut chance) = (0u32, 0.0, 0.5f64);
         for step in 0..steps {
-            let k = planner.next();
+            let k = planner.next_drafts();
             let mut gained = 1;
             for _ in 0..k {
                 chance = (chance * 997.0 + 0.123).fract();
@@ -230,7 +230,7 @@ mod tests {
     fn a_batch_that_changes_starts_nothing_anew() {
         let mut planner = Planner::auto(4);
         let observe = |planner: &mut Planner, sequences: usize, right: usize| {
-            let k = planner.next();
+            let k = planner.next_drafts();
             let time = Duration::from_secs_f64(0.01 * (1.0 + 0.1 * k as f64) * sequences as f64);
             planner.observe(k, &vec![1 + right.min(k); sequences], time);
             k
