@@ -75,8 +75,7 @@ impl Host {
         let arena = metadata.arena.bytes_of(&metadata.programs[program], &inputs.dims()) + SLACK_BYTES;
         let keep = if inputs.sampling.is_some() { self.used_bytes as usize } else { 0 };
         self.used_bytes = arena - SLACK_BYTES;
-        let regions =
-            [(&mut self.arena, arena, "arena", keep), (&mut self.inputs, inputs.placed_bytes(), "inputs", 0)];
+        let regions = [(&mut self.arena, arena, "arena", keep), (&mut self.inputs, inputs.placed_bytes(), "inputs", 0)];
         for (region, bytes, what, keep) in regions {
             if region.bytes() < bytes {
                 check_available(what, bytes)?;
