@@ -328,7 +328,7 @@ fn read_format(keys: &mut Reader<'_>) -> Format {
     if let (Some(a), Some(b)) = (new, old)
         && a != b
     {
-        keys.reject_as("torch_dtype", &b.to_string(), format!("{a} as in `dtype`"));
+        keys.reject_as("torch_dtype", b.to_string(), format!("{a} as in `dtype`"));
     }
     new.or(old).unwrap_or(Format::Bf16)
 }

@@ -4,7 +4,6 @@
 use std::path::Path;
 
 use nextc_ir::Target;
-use nextc_ir::dtype::DType;
 use nextc_ir::format::Format;
 use nextc_ir::graph::{ModelInfo, Origin, Placement, RowRun, WeightDecl};
 use nextc_ir::kernel::{Kernel, KernelBuilder, Val};
