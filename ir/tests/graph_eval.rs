@@ -222,6 +222,7 @@ fn sequences_of_a_batch_do_not_see_each_other() {
         pages_per_sequence: 2,
         logit_rows: vec![1, 4, 3, 2],
         hidden: None,
+        wanted: Vec::new(),
     };
     let outputs = session.step("step", &batch).unwrap();
     assert!(outputs.logits[..4].iter().all(|&x| x == 0.0), "a row without a slot gives zeros");
