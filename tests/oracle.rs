@@ -9,8 +9,8 @@ use support::golden::{Golden, check, fixture};
 use support::interpreter::Interpreter;
 use support::{Feed, Subject, argmax};
 
-/// Fixtures that are stored in bf16.
-const FIXTURES: [&str; 5] = ["tiny", "odd", "dense-mix", "yarn", "long"];
+/// Fixtures that are stored in bf16, and those that are quantised.
+const FIXTURES: [&str; 8] = ["tiny", "odd", "dense-mix", "yarn", "long", "fp8", "int4", "gptq-int4"];
 
 fn golden(name: &str) -> Golden {
     Golden::read(&fixture(name).join("golden.safetensors"))
@@ -222,11 +222,13 @@ fn fused_graph_interpreter() {
     }
 }
 
-/// The kernels of both widths on the smallest fixture, and of one on those that stress shapes.
+/// The kernels of both widths on the smallest fixture, and of one on those that stress shapes and formats.
 #[test]
 fn kernel_interpreter() {
     let (wide, narrow) = ("x86-64-v4", "x86-64-v3");
-    for (name, cpu) in [("tiny", wide), ("tiny", narrow), ("odd", wide), ("dense-mix", narrow)] {
+    let of_shapes = [("tiny", wide), ("tiny", narrow), ("odd", wide), ("dense-mix", narrow)];
+    let of_formats = [("fp8", wide), ("int4", narrow), ("gptq-int4", wide)];
+    for (name, cpu) in of_shapes.into_iter().chain(of_formats) {
         let target = Target::named(cpu).expect("a known CPU");
         let target = if cpu == narrow { target.for_cranelift() } else { target };
         check_all(&Interpreter::kernels(&fixture(name), &target), name, &format!("kernels for {cpu}"));

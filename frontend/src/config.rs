@@ -12,6 +12,7 @@ mod rope;
 use nextc_ir::Format;
 use serde_json::Value;
 
+pub use self::quantization::{Grouped, Quantization};
 pub use self::rope::{Rope, RopeScaling, Yarn};
 
 use self::keys::CONFIG_KEYS;
@@ -99,6 +100,8 @@ pub struct ModelConfig {
     pub mtp_ffn: Ffn,
     /// `dtype` or `torch_dtype`: the format of weights where there is no checkpoint.
     pub format: Format,
+    /// `quantization_config`: how the quantised tensors are to be read.
+    pub quantization: Option<Quantization>,
 }
 
 impl ModelConfig {
@@ -133,8 +136,10 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<(ModelConfig, Vec<String>), Err
         check_sizes(&mut keys, &config);
     }
     keys.check_fixed();
-    if let Some(value) = keys.nullable("quantization_config") {
-        keys.problems.extend(quantization::check(value));
+    let mut config = config;
+    match keys.nullable("quantization_config").map(quantization::read).transpose() {
+        Ok(quantization) => config.quantization = quantization,
+        Err(problems) => keys.problems.extend(problems),
     }
     if !keys.problems.is_empty() {
         return Err(Error::Config { file: file.into(), problems: keys.problems });
@@ -197,6 +202,7 @@ fn read_all(keys: &mut Reader<'_>) -> ModelConfig {
         mtp_layers: read_mtp_layers(keys),
         mtp_ffn,
         format: read_format(keys),
+        quantization: None,
     }
 }
 
@@ -329,7 +335,7 @@ fn read_format(keys: &mut Reader<'_>) -> Format {
     if let (Some(a), Some(b)) = (new, old)
         && a != b
     {
-        keys.reject_as("torch_dtype", b.name(), format!("{a} as in `dtype`"));
+        keys.reject_as("torch_dtype", &b.to_string(), format!("{a} as in `dtype`"));
     }
     new.or(old).unwrap_or(Format::Bf16)
 }

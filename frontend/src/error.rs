@@ -87,11 +87,13 @@ pub enum ConfigProblem {
     },
     /// The weights are quantised in a format that is known but cannot be compiled.
     #[error(
-        "weights quantised as {method} (`quantization_config`) cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model"
+        "weights quantised by {method} as {what} (`quantization_config`) cannot be compiled; use another checkpoint of this model"
     )]
     Format {
         /// The quantisation method.
         method: String,
+        /// What of it cannot be compiled.
+        what: String,
     },
 }
 
@@ -215,21 +217,23 @@ pub enum WeightProblem {
         /// The shapes that would do.
         expected: String,
     },
-    /// A tensor has an element type that is not read.
-    #[error("tensor `{tensor}` has dtype {found}, expected BF16, F16 or F32")]
+    /// A tensor has an element type that is not read there.
+    #[error("tensor `{tensor}` has dtype {found}, expected {expected}")]
     DType {
         /// The tensor.
         tensor: String,
         /// Its dtype.
         found: String,
+        /// The dtypes that would do.
+        expected: &'static str,
     },
-    /// The checkpoint holds quantised weights.
-    #[error(
-        "tensor `{tensor}` belongs to quantised weights, which cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model"
-    )]
+    /// A tensor that belongs to quantised weights of a kind that is not read, or without its companions.
+    #[error("tensor `{tensor}` belongs to quantised weights: {reason}")]
     Quantised {
-        /// One of them.
+        /// The tensor.
         tensor: String,
+        /// Why it cannot be read.
+        reason: String,
     },
     /// A tensor of the MTP module that nothing reads: dropping it would silently cost accepted drafts.
     #[error("tensor `{tensor}` is not part of an MTP module as this model has it")]

@@ -21,7 +21,7 @@ pub mod weights;
 pub use config::{ModelConfig, RopeScaling};
 pub use error::{ConfigProblem, Error, SafetensorsProblem, WeightProblem};
 pub use tokenizer_files::Asset;
-pub use weights::Checkpoint;
+pub use weights::{Checkpoint, Quant};
 
 const CONFIG: &str = "config.json";
 const CONFIG_LIMIT_BYTES: u64 = 16 << 20;
@@ -33,6 +33,8 @@ pub struct Options {
     pub max_context: Option<u64>,
     /// A rotary scaling in place of the configuration's.
     pub rope_scaling: Option<RopeScaling>,
+    /// What weights are quantised to; `None`: they are as the checkpoint has them.
+    pub quant: Option<Quant>,
 }
 
 /// A model, ready to be compiled.
@@ -71,10 +73,10 @@ pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
     let max_context = check_max_context(&config, options, file)?;
     let (source, assets) = match alone {
         true => (None, Vec::new()),
-        false => open_directory(directory, &mut warnings)?,
+        false => open_directory(directory, &config, &mut warnings)?,
     };
     let stop = tokenizer_files::stop_tokens(&assets, config.vocab_size, &mut warnings)?;
-    let mut table = weights::table::build(&config, source.as_ref())?;
+    let mut table = weights::table::build(&config, source.as_ref(), options.quant)?;
     warnings.append(&mut table.warnings);
     let info = ModelInfo {
         name: weights::safetensors::directory_name(directory),
@@ -90,8 +92,15 @@ pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
     Ok(Model { module, config, source, assets, warnings })
 }
 
-fn open_directory(directory: &Path, warnings: &mut Vec<String>) -> Result<(Option<Checkpoint>, Vec<Asset>), Error> {
-    let source = Checkpoint::open(directory, warnings)?;
+fn open_directory(
+    directory: &Path,
+    config: &ModelConfig,
+    warnings: &mut Vec<String>,
+) -> Result<(Option<Checkpoint>, Vec<Asset>), Error> {
+    let mut source = Checkpoint::open(directory, warnings)?;
+    if let Some(checkpoint) = &mut source {
+        checkpoint.find_coded(config.quantization)?;
+    }
     if source.is_none() {
         let (single, index) = (weights::safetensors::SINGLE, weights::safetensors::INDEX);
         warnings.push(format!("there is neither {single} nor {index}: the model is built from its {CONFIG} alone"));

@@ -134,8 +134,8 @@ fn leftovers_are_warned_of() {
 fn quantised_tensors_are_recognised_without_a_word_in_the_config() {
     let mut tensors = tiny();
     tensors.insert("model.layers.0.mlp.experts.0.up_proj.weight_scale_inv".into(), ("F32", vec![1, 1], vec![0; 4]));
-    let expected = "checkpoint: tensor `model.layers.0.mlp.experts.0.up_proj.weight_scale_inv` belongs to quantised weights, \
-        which cannot be compiled yet; use a bf16, f16 or f32 checkpoint of this model";
+    let expected = "checkpoint: tensor `model.layers.0.mlp.experts.0.up_proj.weight_scale_inv` belongs to quantised weights: \
+        the codes that it describes are not there, or are of a kind that is not read";
     refuse_tensors(&tensors, expected);
 }
 

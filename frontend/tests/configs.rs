@@ -310,18 +310,36 @@ fn yarn_keys_have_their_effect() {
 }
 
 #[test]
-fn quantisation_is_checked_before_it_is_refused() {
-    let refused = "weights quantised as gptq (`quantization_config`) cannot be compiled yet; \
-                   use a bf16, f16 or f32 checkpoint of this model";
-    refuse(json!({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1}}), &[refused]);
+fn quantisation_is_checked() {
+    let refused = |method: &str, what: &str| {
+        format!(
+            "weights quantised by {method} as {what} (`quantization_config`) cannot be compiled; \
+             use another checkpoint of this model"
+        )
+    };
+    let gptq = |more: Value| {
+        let mut config = json!({"quant_method": "gptq", "bits": 4, "group_size": 128});
+        config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        json!({"quantization_config": config})
+    };
+    refuse(gptq(json!({"bits": 3})), &[&refused("gptq", "3 bits")]);
+    refuse(gptq(json!({"group_size": 24})), &[&refused("gptq", "groups of 24 columns (not a multiple of 16)")]);
+    refuse(gptq(json!({"checkpoint_format": "marlin"})), &[&refused("gptq", "`marlin`")]);
     refuse(
-        json!({"quantization_config": {"quant_method": "gptq", "bits": 9, "sym": 1}}),
+        gptq(json!({"bits": 9, "group_size": null, "sym": 1})),
         &[
             "`quantization_config.bits` is 9, expected an integer from 2 to 8",
             "`quantization_config.group_size` is missing, expected -1 or an integer from 1 to 65536",
             "`quantization_config.sym` is 1, expected true or false",
-            refused,
         ],
+    );
+    refuse(
+        json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 100]}}),
+        &[&refused("fp8", "blocks of 128 by 100 (not multiples of 16)")],
+    );
+    refuse(
+        json!({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}, "format": "marlin-24"}}),
+        &[&refused("compressed-tensors", "`marlin-24`")],
     );
     refuse(
         json!({"quantization_config": {"quant_method": "magic"}}),

@@ -29,6 +29,9 @@ const LOADING: &[&str] = &[
     "tests/oracle/dense-mix",
     "tests/oracle/yarn",
     "tests/oracle/long",
+    "tests/oracle/fp8",
+    "tests/oracle/int4",
+    "tests/oracle/gptq-int4",
     "examples/demo-model",
 ];
 
@@ -51,7 +54,7 @@ fn entry_functions_only_call() {
     use Op::{Call, Param, Sequences, Weight};
     for path in LOADING {
         let model = load_fixture(path);
-        for name in ["step", "draft"] {
+        for name in ["step", "draft", "sample", "verify"] {
             let entry = model.module.function(name).expect(name);
             assert!(entry.graph.node_weights().all(|n| [Call, Param, Sequences, Weight].contains(&n.op)), "{path}");
         }
@@ -75,14 +78,14 @@ fn the_step_takes_and_returns_each_state() {
     assert_eq!(params[..count], inputs);
     assert_eq!(params[count..count + 4], ["layers.0.conv_q", "layers.0.conv_k", "layers.0.conv_v", "layers.0.delta"]);
     assert_eq!(params[count + 12..], ["layers.3.kv"]);
-    assert_eq!(step.results.len(), 2 + params.len() - count);
-    for (param, result) in step.params[count..].iter().zip(&step.results[2..]) {
+    assert_eq!(step.results.len(), 3 + params.len() - count);
+    for (param, result) in step.params[count..].iter().zip(&step.results[3..]) {
         assert_eq!(step.node(*param).types[0], *step.ty(*result));
     }
     let draft = model.module.function("draft").expect("draft");
     let params: Vec<&str> = draft.params.iter().filter_map(|p| draft.node(*p).name.as_deref()).collect();
     assert_eq!(params, [&inputs[..], &["hidden", "mtp.kv"]].concat());
-    assert_eq!(draft.results.len(), 3);
+    assert_eq!(draft.results.len(), 4);
 }
 
 /// The parts of each fused tensor take every row of it exactly once.
@@ -129,14 +132,16 @@ fn qkvz_rows_follow_their_formula() {
 }
 
 #[test]
-fn quantised_fixtures_say_what_can_be_compiled() {
-    for (path, method) in [("fp8", "fp8"), ("int4", "compressed-tensors"), ("gptq-int4", "gptq")] {
-        let error = load(&repository(&format!("tests/oracle/{path}")), &Options::default()).expect_err(path);
-        let expected = format!(
-            "config.json: weights quantised as {method} (`quantization_config`) cannot be compiled yet; \
-             use a bf16, f16 or f32 checkpoint of this model"
-        );
-        assert_eq!(error.to_string(), expected);
+fn quantised_fixtures_keep_their_formats() {
+    for (path, format) in [("fp8", "fp8<128x128>"), ("int4", "q4<g32,bf16>"), ("gptq-int4", "q4<g32>")] {
+        let model = load_fixture(&format!("tests/oracle/{path}"));
+        let of = |name: &str| model.module.weights[name].format.to_string();
+        for name in ["layers.0.w_z", "layers.3.w_gate", "layers.1.mlp.experts_down", "layers.2.mlp.shared_up"] {
+            assert_eq!(of(name), format, "{path}: {name}");
+        }
+        for name in ["embed", "head", "layers.0.w_a", "layers.0.mlp.router", "mtp.w_e"] {
+            assert_eq!(of(name), "bf16", "{path}: {name}");
+        }
     }
 }
 
@@ -208,7 +213,9 @@ fn a_rope_scaling_that_is_asked_for_makes_the_same_graph_as_one_in_the_config() 
         config["max_position_embeddings"] = original.into();
         std::fs::write(dir.join("config.json"), config.to_string()).expect("written");
         let rope_scaling = Some(option.parse().unwrap_or_else(|e| panic!("{option}: {e}")));
-        load(&dir.join("config.json"), &Options { max_context, rope_scaling }).expect(option).module
+        load(&dir.join("config.json"), &Options { max_context, rope_scaling, ..Options::default() })
+            .expect(option)
+            .module
     };
     let config = print::module(&load_fixture("tests/oracle/yarn/config.json").module);
     assert_eq!(print::module(&scaled(64, None, "yarn,factor=4")), config);

@@ -1,11 +1,20 @@
 //! Weight formats: how the numbers of a weight are stored. Each is declared once, in [`FORMATS`].
 //!
-//! A row says how wide a number is, which checkpoint type it is read from, what it means ([`FormatDef::decode`], the
-//! interpreter's reading) and how a kernel reads two neighbouring columns of 16 rows
-//! ([`FormatDef::load_pair`], kernel IR). Packer, interpreter, lowering, cost and `nextc formats` derive from the row.
+//! A stored number is a **code** of a few bits. In the plain formats (bf16, f16, f32) the code is the number; in the others a
+//! block of the matrix shares a scale, and perhaps a zero point: `number = (code - zero) * scale` ([`Blocks`]). A row of the
+//! table says how wide a code is, what it means ([`FormatDef::decode`], the interpreter's reading), which code is nearest to a
+//! number ([`FormatDef::encode`]) and how a kernel gets the numbers out of a 32-bit word ([`FormatDef::unpack`], kernel IR).
+//! Packer, interpreter, lowering, cost and `nextc formats` derive from the row; where codes and scales lie is [`crate::layout`]'s
+//! business, and how a matrix is rounded to a format that of [`codes`].
 
 use crate::dtype::DType;
 use crate::kernel::{KernelBuilder, Val};
+
+pub mod codes;
+mod floats;
+mod unpack;
+
+pub use floats::{decode_bf16, decode_e4m3, decode_f16, encode_bf16, encode_e4m3, encode_f16};
 
 /// A weight format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -16,24 +25,64 @@ pub enum Format {
     F16,
     /// IEEE binary32.
     F32,
+    /// Eight-bit floats with four bits of exponent (e4m3fn), scaled.
+    Fp8(Blocks),
+    /// Eight-bit integers, scaled.
+    Q8(Blocks),
+    /// Four-bit integers from -8 to 7, scaled; stored with 8 added.
+    Q4(Blocks),
+}
+
+/// What shares a scale, and how the scale is stored. In text: `g32`, `128x128`, `g128,bf16,zero`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Blocks {
+    /// Rows of a block: 1, or a multiple of 16. A block ends where its index of the outer output dimensions (an expert, a head) ends.
+    pub rows: u32,
+    /// Columns of a block, counted as stored: a multiple of 16. The last block of a row may have fewer.
+    pub columns: u32,
+    /// The type of scales, and of zero points where there are any: f16, bf16 or f32.
+    pub scale: DType,
+    /// True if a block also has a zero point: `number = (code - zero) * scale`.
+    pub zero: bool,
+    /// True if the columns are stored in an order of their own, which the weight's order plane holds.
+    pub ordered: bool,
+}
+
+impl Blocks {
+    /// A scale a row and `columns` columns, in f16.
+    pub const fn group(columns: u32) -> Self {
+        Self { rows: 1, columns, scale: DType::F16, zero: false, ordered: false }
+    }
+
+    /// A scale for `rows` rows by `columns` columns, in f32.
+    pub const fn tile(rows: u32, columns: u32) -> Self {
+        Self { rows, columns, scale: DType::F32, zero: false, ordered: false }
+    }
+
+    /// Numbers that a block is described by: its scale, and its zero point.
+    pub const fn parts(self) -> u64 {
+        1 + self.zero as u64
+    }
 }
 
 /// One row of the format table.
 pub struct FormatDef {
-    /// The format of this row.
+    /// The format of this row; for a scaled one with the blocks that its bare name stands for.
     pub format: Format,
-    /// The name in IR text and on the command line.
+    /// The name in IR text and on the command line, without blocks.
     pub name: &'static str,
-    /// The element type as packed.
-    pub dtype: DType,
+    /// Bits of a code.
+    pub bits: u64,
+    /// The largest magnitude of a code in use: a block whose numbers reach `largest · scale` is not clipped.
+    pub largest: f32,
     /// One sentence for `nextc formats`.
     pub doc: &'static str,
-    /// Encodes `x` to `dtype.bytes()` little-endian bytes; exact if `x` came from this format.
-    pub encode: fn(x: f32, out: &mut [u8]),
-    /// The number that `dtype.bytes()` little-endian bytes stand for.
-    pub decode: fn(bytes: &[u8]) -> f32,
-    /// Emits the load of columns `2j` and `2j+1` of a 16-row tile: two `f32x16`.
-    pub load_pair: fn(k: &mut KernelBuilder, tile: Val, pair: Val) -> (Val, Val),
+    /// The code nearest to `x` (of a scaled format: to a number already divided by its scale). Exact if `x` is a code's number.
+    pub encode: fn(x: f32) -> u32,
+    /// The number that a code stands for, before zero point and scale.
+    pub decode: fn(code: u32) -> f32,
+    /// Emits the numbers of the `32 / bits` columns that a word holds, in their order: `f32` of as many lanes as the words.
+    pub unpack: fn(k: &mut KernelBuilder, words: Val) -> Vec<Val>,
 }
 
 /// The table: every format nextc reads and packs.
@@ -41,140 +90,167 @@ pub const FORMATS: &[FormatDef] = &[
     FormatDef {
         format: Format::Bf16,
         name: "bf16",
-        dtype: DType::BF16,
-        doc: "bfloat16: the upper half of a float32; 2 bytes a weight",
-        encode: |x, out| out.copy_from_slice(&encode_bf16(x).to_le_bytes()),
-        decode: |b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16),
-        load_pair: load_pair_bf16,
+        bits: 16,
+        largest: f32::MAX,
+        doc: "bfloat16: the upper half of a float32",
+        encode: |x| u32::from(encode_bf16(x)),
+        decode: |c| decode_bf16(c as u16),
+        unpack: unpack::bf16,
     },
     FormatDef {
         format: Format::F16,
         name: "f16",
-        dtype: DType::F16,
-        doc: "IEEE half precision; 2 bytes a weight",
-        encode: |x, out| out.copy_from_slice(&encode_f16(x).to_le_bytes()),
-        decode: |b| decode_f16(u16::from_le_bytes([b[0], b[1]])),
-        load_pair: load_pair_f16,
+        bits: 16,
+        largest: 65504.0,
+        doc: "IEEE half precision",
+        encode: |x| u32::from(encode_f16(x)),
+        decode: |c| decode_f16(c as u16),
+        unpack: unpack::f16,
     },
     FormatDef {
         format: Format::F32,
         name: "f32",
-        dtype: DType::F32,
-        doc: "IEEE single precision; 4 bytes a weight",
-        encode: |x, out| out.copy_from_slice(&x.to_le_bytes()),
-        decode: |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        load_pair: load_pair_f32,
+        bits: 32,
+        largest: f32::MAX,
+        doc: "IEEE single precision",
+        encode: f32::to_bits,
+        decode: f32::from_bits,
+        unpack: unpack::f32,
+    },
+    FormatDef {
+        format: Format::Fp8(Blocks::tile(128, 128)),
+        name: "fp8",
+        bits: 8,
+        largest: 448.0,
+        doc: "8-bit floats (e4m3fn); an f32 scale for each 128 rows by 128 columns",
+        encode: |x| u32::from(encode_e4m3(x)),
+        decode: |c| decode_e4m3(c as u8),
+        unpack: unpack::e4m3,
+    },
+    FormatDef {
+        format: Format::Q8(Blocks::group(32)),
+        name: "q8",
+        bits: 8,
+        largest: 127.0,
+        doc: "8-bit integers; an f16 scale for each 32 columns of a row",
+        encode: |x| u32::from((x.round_ties_even() as i8).max(-127).cast_unsigned()),
+        decode: |c| f32::from((c as u8).cast_signed()),
+        unpack: unpack::i8,
+    },
+    FormatDef {
+        format: Format::Q4(Blocks::group(32)),
+        name: "q4",
+        bits: 4,
+        largest: 8.0,
+        doc: "4-bit integers from -8 to 7; an f16 scale for each 32 columns of a row",
+        encode: |x| (x.round_ties_even().clamp(-8.0, 7.0) + 8.0) as u32,
+        decode: |c| (c & 15) as f32 - 8.0,
+        unpack: unpack::u4,
     },
 ];
 
 impl Format {
     /// The format's row.
     pub fn def(self) -> &'static FormatDef {
-        FORMATS.iter().find(|d| d.format == self).expect("every format has its row: tested")
+        let same = |d: &&FormatDef| std::mem::discriminant(&d.format) == std::mem::discriminant(&self);
+        FORMATS.iter().find(same).expect("every format has its row: tested")
     }
 
-    /// The name in IR text.
-    pub fn name(self) -> &'static str {
-        self.def().name
+    /// Its blocks, if it is scaled.
+    pub const fn blocks(self) -> Option<Blocks> {
+        match self {
+            Self::Bf16 | Self::F16 | Self::F32 => None,
+            Self::Fp8(blocks) | Self::Q8(blocks) | Self::Q4(blocks) => Some(blocks),
+        }
     }
 
-    /// The format called `name`.
+    /// The same codes in other blocks; a plain format as it is.
+    #[must_use]
+    pub const fn with_blocks(self, blocks: Blocks) -> Self {
+        match self {
+            Self::Bf16 | Self::F16 | Self::F32 => self,
+            Self::Fp8(_) => Self::Fp8(blocks),
+            Self::Q8(_) => Self::Q8(blocks),
+            Self::Q4(_) => Self::Q4(blocks),
+        }
+    }
+
+    /// Columns that a 32-bit word holds.
+    pub fn word_columns(self) -> u64 {
+        32 / self.def().bits
+    }
+
+    /// The plain format whose numbers are those of `dtype`.
+    pub const fn plain(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::BF16 => Some(Self::Bf16),
+            DType::F16 => Some(Self::F16),
+            DType::F32 => Some(Self::F32),
+            DType::I64 | DType::I32 | DType::U8 | DType::Bool => None,
+        }
+    }
+
+    /// The format called `name`: a plain one, a scaled one (`q4` with its usual blocks), or one with blocks (`q4<g128,bf16,zero>`).
     pub fn from_name(name: &str) -> Option<Self> {
-        FORMATS.iter().find(|d| d.name == name).map(|d| d.format)
+        let (family, blocks) = match name.split_once('<') {
+            Some((family, rest)) => (family, Some(rest.strip_suffix('>')?)),
+            None => (name, None),
+        };
+        let format = FORMATS.iter().find(|d| d.name == family)?.format;
+        match (blocks, format.blocks()) {
+            (None, _) => Some(format),
+            (Some(text), Some(usual)) => Some(format.with_blocks(parse_blocks(text, usual)?)),
+            (Some(_), None) => None,
+        }
     }
 
-    /// Bytes that `elems` weights take.
+    /// Bytes that `elems` weights take, with their scales; without padding.
     pub fn bytes(self, elems: u64) -> u64 {
-        elems * self.def().dtype.bytes()
+        let codes = elems * self.def().bits / 8;
+        let scales = self.blocks().map_or(0, |b| {
+            let block = u64::from(b.rows) * u64::from(b.columns);
+            elems.div_ceil(block) * b.parts() * b.scale.bytes()
+        });
+        codes + scales
     }
+}
+
+/// `g32`, `128x128`, `g128,bf16,zero,ordered`; what is not said is as in `usual`.
+fn parse_blocks(text: &str, usual: Blocks) -> Option<Blocks> {
+    let mut words = text.split(',');
+    let size = words.next()?;
+    let (rows, columns) = match (size.strip_prefix('g'), size.split_once('x')) {
+        (Some(columns), _) => (1, columns.parse().ok()?),
+        (None, Some((rows, columns))) => (rows.parse().ok()?, columns.parse().ok()?),
+        (None, None) => return None,
+    };
+    let mut blocks = Blocks { rows, columns, ..usual };
+    for word in words {
+        match (word, DType::from_name(word)) {
+            ("zero", _) => blocks.zero = true,
+            ("ordered", _) => blocks.ordered = true,
+            (_, Some(scale)) if Format::plain(scale).is_some() => blocks.scale = scale,
+            _ => return None,
+        }
+    }
+    let whole = |n: u32| n > 0 && n.is_multiple_of(16);
+    (whole(columns) && (rows == 1 || whole(rows))).then_some(blocks)
 }
 
 impl std::fmt::Display for Format {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
+        let def = self.def();
+        f.write_str(def.name)?;
+        let (Some(b), Some(usual)) = (self.blocks(), def.format.blocks()) else { return Ok(()) };
+        match b.rows {
+            1 => write!(f, "<g{}", b.columns)?,
+            rows => write!(f, "<{rows}x{}", b.columns)?,
+        }
+        if b.scale != usual.scale {
+            write!(f, ",{}", b.scale)?;
+        }
+        write!(f, "{}{}>", if b.zero { ",zero" } else { "" }, if b.ordered { ",ordered" } else { "" })
     }
-}
-
-/// Round to nearest, ties to even; a NaN stays one.
-fn encode_bf16(x: f32) -> u16 {
-    let bits = x.to_bits();
-    if x.is_nan() {
-        return (bits >> 16) as u16 | 0x40;
-    }
-    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
-}
-
-/// Round to nearest, ties to even, with denormals; a number too large becomes infinite.
-fn encode_f16(x: f32) -> u16 {
-    let sign = ((x.to_bits() >> 16) & 0x8000) as u16;
-    let a = x.abs();
-    if a.is_nan() {
-        return sign | 0x7e00;
-    }
-    if a >= 65520.0 {
-        return sign | 0x7c00;
-    }
-    if a < 6.103_515_6e-5 {
-        // denormal: adding 2^-1 ulp-aligned magic lets the FPU round
-        return sign | ((a + 0.5).to_bits() - 0.5f32.to_bits()) as u16;
-    }
-    let bits = a.to_bits();
-    let rounded = bits + 0xfff + ((bits >> 13) & 1);
-    sign | ((rounded >> 13) - (112 << 10)) as u16
-}
-
-/// The number an IEEE half stands for.
-fn decode_f16(h: u16) -> f32 {
-    let sign = f32::from_bits((u32::from(h) & 0x8000) << 16);
-    let magnitude = match h & 0x7fff {
-        0x7c00 => f32::INFINITY,
-        m if m > 0x7c00 => f32::NAN,
-        m => f32::from_bits(u32::from(m) << 13) * f32::from_bits(0x7780_0000),
-    };
-    magnitude.copysign(if sign.is_sign_negative() { -1.0 } else { 1.0 })
-}
-
-/// Pairs are interleaved, so one 32-bit lane holds both columns: the even one in its lower half.
-fn load_pair_bf16(k: &mut KernelBuilder, tile: Val, pair: Val) -> (Val, Val) {
-    let at = k.mul_const(pair, 16);
-    let both = k.load(DType::I32, 16, tile, at);
-    let sixteen = k.splat_i32(16, 16);
-    let high = k.splat_i32(16, 0xffff_0000_u32 as i32);
-    let even = k.shl(both, sixteen);
-    let odd = k.and(both, high);
-    (k.bitcast(even, DType::F32), k.bitcast(odd, DType::F32))
-}
-
-/// As bf16, each half widened by moving its exponent: exact for every finite half, denormals included.
-fn load_pair_f16(k: &mut KernelBuilder, tile: Val, pair: Val) -> (Val, Val) {
-    let at = k.mul_const(pair, 16);
-    let both = k.load(DType::I32, 16, tile, at);
-    let sixteen = k.splat_i32(16, 16);
-    let even = k.shl(both, sixteen);
-    (widen_f16(k, even), widen_f16(k, both))
-}
-
-/// The half in the upper 16 bits of each lane as f32.
-fn widen_f16(k: &mut KernelBuilder, lanes: Val) -> Val {
-    let magnitude_mask = k.splat_i32(16, 0x7fff_0000);
-    let sign_mask = k.splat_i32(16, 0x8000_0000_u32 as i32);
-    let three = k.splat_i32(16, 3);
-    let magnitude = k.and(lanes, magnitude_mask);
-    let sign = k.and(lanes, sign_mask);
-    let shifted = k.ushr(magnitude, three);
-    let small = k.bitcast(shifted, DType::F32);
-    let scale = k.splat_f32(16, f32::from_bits(0x7780_0000));
-    let value = k.fmul(small, scale);
-    let bits = k.bitcast(value, DType::I32);
-    let signed = k.or(bits, sign);
-    k.bitcast(signed, DType::F32)
-}
-
-/// f32 is not interleaved: column `2j` is 16 floats, column `2j+1` the next 16.
-fn load_pair_f32(k: &mut KernelBuilder, tile: Val, pair: Val) -> (Val, Val) {
-    let even_at = k.mul_const(pair, 32);
-    let odd_at = k.add_const(even_at, 16);
-    (k.load(DType::F32, 16, tile, even_at), k.load(DType::F32, 16, tile, odd_at))
 }
 
 #[cfg(test)]
@@ -182,32 +258,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_format_has_a_row_and_decodes_what_it_encodes() {
+    fn every_format_has_a_row_and_its_text_is_read_back() {
         for def in FORMATS {
+            assert_eq!(def.format.def().name, def.name);
             assert_eq!(Format::from_name(def.name), Some(def.format));
-            for x in [0.0f32, -0.0, 1.0, -2.5, 0.15625, 6.1035e-5, 65504.0 / 4.0] {
-                let mut bytes = vec![0; def.dtype.bytes() as usize];
-                (def.encode)(x, &mut bytes);
-                let once = (def.decode)(&bytes);
-                (def.encode)(once, &mut bytes);
-                assert_eq!(once.to_bits(), (def.decode)(&bytes).to_bits(), "{} of {x}", def.name);
+            assert_eq!(Format::from_name(&def.format.to_string()), Some(def.format));
+        }
+        for text in
+            ["q4<g32>", "q4<g128,bf16,zero>", "q4<g64,f32,ordered>", "fp8<128x128>", "fp8<g64,bf16>", "q8<16x32>"]
+        {
+            assert_eq!(Format::from_name(text).expect(text).to_string(), text);
+        }
+        for text in ["q4<>", "q4<g24>", "q4<g0>", "q4<32>", "fp8<8x128>", "bf16<g32>", "q4<g32", "q4<g32,i32>", "q3"] {
+            assert_eq!(Format::from_name(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_code_is_the_nearest_to_its_own_number() {
+        for def in FORMATS.iter().filter(|d| d.bits <= 16) {
+            for code in 0..1u32 << def.bits {
+                let x = (def.decode)(code);
+                // -128 is not in use: scales are chosen for ±127
+                if x.is_finite() && x.abs() <= def.largest {
+                    let again = (def.decode)((def.encode)(x));
+                    assert_eq!(again.to_bits(), x.to_bits(), "code {code:#x} of {}", def.name);
+                }
             }
         }
     }
 
     #[test]
-    fn f16_agrees_with_its_definition_for_every_half() {
-        for h in 0..=u16::MAX {
-            let exponent = i32::from((h >> 10) & 31);
-            let mantissa = f64::from(h & 1023);
-            let sign = if h & 0x8000 == 0 { 1.0 } else { -1.0 };
-            let want = match exponent {
-                0 => sign * mantissa * 2f64.powi(-24),
-                31 => continue,
-                e => sign * (1024.0 + mantissa) * 2f64.powi(e - 25),
-            };
-            assert_eq!(f64::from(decode_f16(h)), want);
-            assert_eq!(encode_f16(want as f32), h);
-        }
+    fn bytes_count_scales() {
+        let bytes = |name: &str| Format::from_name(name).expect(name).bytes(1 << 20) as f64 / f64::from(1 << 20);
+        assert_eq!(bytes("bf16"), 2.0);
+        assert_eq!(bytes("q8"), 1.0625);
+        assert_eq!(bytes("q4"), 0.5625);
+        assert_eq!(bytes("q4<g128,bf16,zero>"), 0.53125);
+        assert!((bytes("fp8") - 1.000_25).abs() < 1e-5);
     }
 }

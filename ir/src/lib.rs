@@ -18,6 +18,7 @@ pub mod op;
 pub mod ops;
 pub mod parse;
 pub mod print;
+pub mod rows;
 pub mod schedule;
 pub mod shape;
 pub mod source;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nextc_ir::source::SourceError;
+use nextc_ir::rows::RowsError;
 
 /// Why an executable could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -63,22 +63,9 @@ pub enum LinkError {
         /// The kernel.
         kernel: String,
     },
-    /// A weight and what it is made from do not fit together.
-    #[error("weight `{weight}`: {reason}")]
-    Weight {
-        /// The weight.
-        weight: String,
-        /// What does not fit.
-        reason: String,
-    },
-    /// A weight could not be read.
-    #[error("weight `{weight}`: {error}")]
-    Source {
-        /// The weight.
-        weight: String,
-        /// What went wrong.
-        error: SourceError,
-    },
+    /// A weight cannot be read, or has no form in its format.
+    #[error(transparent)]
+    Rows(#[from] RowsError),
     /// A file could not be written.
     #[error("{}: {error}", path.display())]
     Io {

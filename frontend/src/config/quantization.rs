@@ -1,9 +1,41 @@
-//! `quantization_config`: known methods have their keys checked; none can be compiled yet, and the error says so.
+//! `quantization_config`: known methods have their keys checked. Which tensors are quantised say the tensors themselves, since lists
+//! of modules are spelt in many ways; the configuration says how to read them.
 
 use serde_json::{Map, Value};
 
 use crate::error::ConfigProblem;
 use crate::json::shown;
+
+/// How quantised tensors are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantization {
+    /// `fp8`: e4m3fn and `weight_scale_inv`.
+    Fp8 {
+        /// Rows and columns that share a scale.
+        block: [u64; 2],
+    },
+    /// `compressed-tensors`, `pack-quantized`: `weight_packed`, `weight_scale`, and what else there is.
+    Packed,
+    /// `gptq`: `qweight`, `qzeros`, `scales`, `g_idx`.
+    Gptq(Grouped),
+    /// `awq`: `qweight`, `qzeros`, `scales`.
+    Awq(Grouped),
+}
+
+/// What the tensors of `gptq` and `awq` do not say themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grouped {
+    /// Bits of a code: 4 or 8.
+    pub bits: u64,
+    /// Columns of a group; `None`: all.
+    pub group_size: Option<u64>,
+    /// True if zero points are the middle of the codes, so that there are none.
+    pub symmetric: bool,
+    /// True if columns belong to groups by `g_idx` (`desc_act`).
+    pub ordered: bool,
+    /// What is added to a stored zero point: 1 in files of the first version.
+    pub zero_offset: u32,
+}
 
 /// What a key of a quantisation method must hold.
 #[derive(Clone, Copy)]
@@ -22,10 +54,13 @@ enum Kind {
     Groups,
 }
 
-/// A method: its name, and its keys with whether they must be there.
+type Keys = Map<String, Value>;
+
+/// A method: its name, its keys with whether they must be there, and what they say; or what of it cannot be compiled.
 struct Method {
     name: &'static str,
     keys: &'static [(&'static str, bool, Kind)],
+    read: fn(&Keys) -> Result<Quantization, String>,
 }
 
 const GROUP_SIZE: Kind = Kind::Int(1, 65536, true);
@@ -40,6 +75,7 @@ const METHODS: &[Method] = &[
             ("modules_to_not_convert", false, Kind::Names),
             ("ignored_layers", false, Kind::Names),
         ],
+        read: read_fp8,
     },
     Method {
         name: "compressed-tensors",
@@ -63,6 +99,7 @@ const METHODS: &[Method] = &[
             ("quantization_status", false, Kind::OneOf(&["initialized", "calibration", "frozen", "compressed"])),
             ("ignore", false, Kind::Names),
         ],
+        read: read_packed,
     },
     Method {
         name: "gptq",
@@ -76,6 +113,7 @@ const METHODS: &[Method] = &[
             ("true_sequential", false, Kind::Bool),
             ("checkpoint_format", false, Kind::OneOf(&["gptq", "gptq_v2", "marlin"])),
         ],
+        read: read_gptq,
     },
     Method {
         name: "awq",
@@ -86,24 +124,79 @@ const METHODS: &[Method] = &[
             ("version", false, Kind::OneOf(&["gemm", "gemv", "GEMM", "GEMV"])),
             ("modules_to_not_convert", false, Kind::Names),
         ],
+        read: read_awq,
     },
 ];
 
-/// The problems of `quantization_config`; at least one, since no method can be compiled yet.
-pub(crate) fn check(value: &Value) -> Vec<ConfigProblem> {
+fn read_fp8(keys: &Keys) -> Result<Quantization, String> {
+    let sizes = keys.get("weight_block_size").and_then(Value::as_array);
+    let block = sizes.map_or([128, 128], |s| [0, 1].map(|i| s.get(i).and_then(Value::as_u64).unwrap_or(0)));
+    if block.iter().any(|n| !n.is_multiple_of(16)) {
+        return Err(format!("blocks of {} by {} (not multiples of 16)", block[0], block[1]));
+    }
+    Ok(Quantization::Fp8 { block })
+}
+
+fn read_packed(keys: &Keys) -> Result<Quantization, String> {
+    match text(keys, "format").unwrap_or("pack-quantized") {
+        "pack-quantized" | "dense" => Ok(Quantization::Packed),
+        other => Err(format!("`{other}`")),
+    }
+}
+
+fn read_gptq(keys: &Keys) -> Result<Quantization, String> {
+    let zero_offset = match text(keys, "checkpoint_format").unwrap_or("gptq") {
+        "gptq" => 1,
+        "gptq_v2" => 0,
+        other => return Err(format!("`{other}`")),
+    };
+    let flag = |key, default| keys.get(key).and_then(Value::as_bool).unwrap_or(default);
+    let (symmetric, ordered) = (flag("sym", true), flag("desc_act", false));
+    Ok(Quantization::Gptq(Grouped { symmetric, ordered, zero_offset, ..grouped(keys)? }))
+}
+
+fn read_awq(keys: &Keys) -> Result<Quantization, String> {
+    match text(keys, "version").unwrap_or("gemm") {
+        "gemm" | "GEMM" => {
+            let symmetric = keys.get("zero_point").and_then(Value::as_bool) == Some(false);
+            Ok(Quantization::Awq(Grouped { symmetric, ..grouped(keys)? }))
+        }
+        other => Err(format!("`{other}`")),
+    }
+}
+
+fn text<'k>(keys: &'k Keys, key: &str) -> Option<&'k str> {
+    keys.get(key).and_then(Value::as_str)
+}
+
+fn grouped(keys: &Keys) -> Result<Grouped, String> {
+    let bits = keys.get("bits").and_then(Value::as_u64).unwrap_or(0);
+    let group_size = keys.get("group_size").and_then(Value::as_u64);
+    match (bits, group_size) {
+        (4 | 8, Some(n)) if !n.is_multiple_of(16) => Err(format!("groups of {n} columns (not a multiple of 16)")),
+        (4 | 8, _) => Ok(Grouped { bits, group_size, symmetric: true, ordered: false, zero_offset: 0 }),
+        _ => Err(format!("{bits} bits")),
+    }
+}
+
+/// Reads and checks `quantization_config`.
+pub(crate) fn read(value: &Value) -> Result<Quantization, Vec<ConfigProblem>> {
     let Some(object) = value.as_object() else {
-        return vec![problem("quantization_config", shown(value), "an object or null".into())];
+        return Err(vec![problem("quantization_config", shown(value), "an object or null".into())]);
     };
     let known = METHODS.iter().find(|m| object.get("quant_method").and_then(Value::as_str) == Some(m.name));
     let Some(method) = known else {
         let found = object.get("quant_method").map_or_else(|| "missing".into(), shown);
         let names: Vec<String> = METHODS.iter().map(|m| format!("{:?}", m.name)).collect();
-        return vec![problem("quantization_config.quant_method", found, format!("one of {}", names.join(", ")))];
+        let expected = format!("one of {}", names.join(", "));
+        return Err(vec![problem("quantization_config.quant_method", found, expected)]);
     };
-    let mut problems: Vec<_> =
+    let problems: Vec<_> =
         method.keys.iter().filter_map(|&(key, must, kind)| key_problem(object, key, must, kind)).collect();
-    problems.push(ConfigProblem::Format { method: method.name.into() });
-    problems
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    (method.read)(object).map_err(|what| vec![ConfigProblem::Format { method: method.name.into(), what }])
 }
 
 fn key_problem(object: &Map<String, Value>, key: &str, must: bool, kind: Kind) -> Option<ConfigProblem> {

@@ -2,7 +2,7 @@
 
 use nextc_ir::build::BuildError;
 use nextc_ir::shape::LANES;
-use nextc_ir::{Op, Shape, Sym, Type};
+use nextc_ir::{Attrs, Op, Shape, Sym, Type};
 
 use super::part::{Part, PartBuilder};
 use super::{Weights, eps, stream_types};
@@ -18,8 +18,8 @@ pub(super) fn embed(w: &Weights) -> Result<Part, BuildError> {
     Ok(p.finish(vec![x, ssq]))
 }
 
-/// `@head(x, ssq, rows, [wanted,] gain, w) -> (logits, hidden)`: the norm of all rows, which the draft continues from, and the head of the rows
-/// asked for: logits of all tokens, or with `some` of those that are wanted.
+/// `@head(x, ssq, rows, [wanted,] gain, w) -> (logits, hidden, best)`: the norm of all rows, which the draft continues from, the head of the
+/// rows asked for, with logits of all tokens or with `some` of those that are wanted, and the token with the largest logit of each.
 pub(super) fn head(
     w: &Weights,
     c: &ModelConfig,
@@ -38,7 +38,8 @@ pub(super) fn head(
         None => p.op(Op::Linear, &[asked, head])?,
         Some(wanted) => p.op(Op::LinearWanted, &[asked, head, wanted])?,
     };
-    Ok(p.finish(vec![logits, hidden]))
+    let [best, _peaks] = p.op_pair(Op::Argmax, &[logits], Attrs::none())?;
+    Ok(p.finish(vec![logits, hidden, best]))
 }
 
 /// A flag for each 16 tokens.

@@ -8,11 +8,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Component, Path};
 
 use indexmap::IndexMap;
-use nextc_ir::DType;
-use nextc_ir::WeightSource;
+use nextc_ir::format::codes::Codes;
 use nextc_ir::source::{SourceError, StoredTensor};
+use nextc_ir::{Format, WeightSource};
 
+use super::coded::read::Parts;
+use super::coded::{self, Coded, Found};
 use super::header::{self, Tensor};
+use crate::config::Quantization;
 use crate::error::{Error, SafetensorsProblem as Problem};
 use crate::files::{file_name, open_file, present, read_limited};
 use crate::json::parse_object;
@@ -32,6 +35,7 @@ const INDEX_LIMIT_BYTES: u64 = 256 << 20;
 pub struct Checkpoint {
     shards: Vec<Shard>,
     tensors: IndexMap<String, (usize, Tensor)>,
+    found: Found,
 }
 
 #[derive(Debug)]
@@ -46,7 +50,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Safetensors`] with what is wrong with which file, [`Error::Io`] if one cannot be read.
     pub fn open(directory: &Path, warnings: &mut Vec<String>) -> Result<Option<Self>, Error> {
-        let mut checkpoint = Self { shards: Vec::new(), tensors: IndexMap::new() };
+        let mut checkpoint = Self { shards: Vec::new(), tensors: IndexMap::new(), found: Found::default() };
         if present(&directory.join(SINGLE)) {
             checkpoint.add_shard(directory, SINGLE)?;
             if present(&directory.join(INDEX)) {
@@ -110,6 +114,40 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Finds the tensors that are stored in codes; from then on they are there by their own name, `X.weight`.
+    /// # Errors
+    /// [`Error::Weights`] with everything about them that does not fit.
+    pub fn find_coded(&mut self, quantization: Option<Quantization>) -> Result<(), Error> {
+        let tensors = self.tensors.iter().map(|(name, (_, tensor))| (name.as_str(), tensor));
+        let found = coded::find(tensors, quantization, &|name| self.read_shape(name));
+        self.found = found.map_err(|problems| Error::Weights { problems })?;
+        Ok(())
+    }
+
+    /// The two numbers of an I64 tensor.
+    fn read_shape(&self, name: &str) -> Option<[u64; 2]> {
+        let mut bytes = [0; 16];
+        Parts::bytes(self, name, 0, &mut bytes).ok()?;
+        let number =
+            |at: usize| bytes[at..at + 8].try_into().map(i64::from_le_bytes).ok().and_then(|n| n.try_into().ok());
+        Some([number(0)?, number(8)?])
+    }
+
+    /// The matrix called `name`, if it is stored in codes.
+    pub fn coded(&self, name: &str) -> Option<&Coded> {
+        self.found.coded.get(name)
+    }
+
+    /// The names of the matrices that are stored in codes.
+    pub fn coded_names(&self) -> impl Iterator<Item = &str> {
+        self.found.coded.keys().map(String::as_str)
+    }
+
+    /// True if a tensor is part of a matrix that is stored in codes, or describes one.
+    pub fn is_part(&self, name: &str) -> bool {
+        self.found.parts.contains(name)
+    }
+
     /// The tensor called `name`: element type and shape as stored.
     pub fn stored(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name).map(|(_, tensor)| tensor)
@@ -160,21 +198,26 @@ fn rows_of(shape: &[u64]) -> (u64, u64) {
 
 impl WeightSource for Checkpoint {
     fn tensor(&self, name: &str) -> Option<StoredTensor> {
+        if let Some(coded) = self.coded(name) {
+            return Some(StoredTensor { shape: vec![coded.rows, coded.columns], format: coded.format });
+        }
         let tensor = self.stored(name)?;
-        let dtype = match tensor.dtype {
-            "F32" => DType::F32,
-            "F16" => DType::F16,
-            "BF16" => DType::BF16,
+        let format = match tensor.dtype {
+            "F32" => Format::F32,
+            "F16" => Format::F16,
+            "BF16" => Format::Bf16,
             _ => return None,
         };
         let (rows, row_elems) = rows_of(&tensor.shape);
         let shape = if tensor.shape.len() < 2 { vec![rows] } else { vec![rows, row_elems] };
-        Some(StoredTensor { shape, dtype })
+        Some(StoredTensor { shape, format })
     }
 
     fn read_rows(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
-        let (shard, tensor) = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
-        let shard = &self.shards[*shard];
+        if let Some(coded) = self.coded(name) {
+            return read_numbers(self, coded, name, first, out);
+        }
+        let (_, tensor) = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
         let (rows, row_elems) = rows_of(&tensor.shape);
         let elems = out.len() as u64;
         let asked = elems.div_ceil(row_elems.max(1));
@@ -182,8 +225,32 @@ impl WeightSource for Checkpoint {
         if end > rows || !elems.is_multiple_of(row_elems.max(1)) {
             return Err(SourceError::Rows { tensor: name.to_owned(), rows, first, end });
         }
+        self.floats(name, first * row_elems, out)
+    }
+
+    fn read_codes(&self, name: &str, first: u64, rows: u64, out: &mut Codes) -> Result<(), SourceError> {
+        let coded = self.coded(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
+        let end = first.saturating_add(rows);
+        if end > coded.rows {
+            return Err(SourceError::Rows { tensor: name.to_owned(), rows: coded.rows, first, end });
+        }
+        coded.read(self, first, rows, out)
+    }
+}
+
+impl Parts for Checkpoint {
+    fn bytes(&self, name: &str, first: u64, out: &mut [u8]) -> Result<(), SourceError> {
+        let (shard, tensor) = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
+        let shard = &self.shards[*shard];
+        let read = shard.file.read_exact_at(out, tensor.begin + first);
+        read.map_err(|e| SourceError::Io { file: shard.name.clone(), reason: e.to_string() })
+    }
+
+    fn floats(&self, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
+        let (shard, tensor) = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
+        let shard = &self.shards[*shard];
         let io_error = |reason: String| SourceError::Io { file: shard.name.clone(), reason };
-        let at = |bytes: u64| tensor.begin + first * row_elems * bytes;
+        let at = |bytes: u64| tensor.begin + first * bytes;
         let read = match tensor.dtype {
             "F32" => read_widened(&shard.file, at(4), out, f32::from_le_bytes),
             "F16" => read_widened(&shard.file, at(2), out, |b| half::f16::from_le_bytes(b).to_f32()),
@@ -192,6 +259,19 @@ impl WeightSource for Checkpoint {
         };
         read.map_err(|e| io_error(e.to_string()))
     }
+}
+
+/// The numbers of rows that are stored in codes.
+fn read_numbers(c: &Checkpoint, coded: &Coded, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
+    let rows = out.len() as u64 / coded.columns;
+    let mut codes = Codes::default();
+    c.read_codes(name, first, rows, &mut codes)?;
+    for (row, out) in out.chunks_exact_mut(coded.columns as usize).enumerate() {
+        for (column, x) in out.iter_mut().enumerate() {
+            *x = codes.number(coded.format, row, column) as f32;
+        }
+    }
+    Ok(())
 }
 
 /// Fills `out` with the elements of `N` bytes that begin at byte `at`, through a small buffer.

@@ -2,7 +2,7 @@
 //!
 //! The table is the same with and without a checkpoint; with one, each tensor's presence, shape and element type is
 //! checked on the way, all problems are collected, and what is left over is named. A matrix keeps the format in which it
-//! is stored (f32 where its tensors differ); weights without input dimensions are f32, as they are widened when packed.
+//! is stored (f32 where its tensors differ, or where it cannot keep their codes) unless another is asked for; weights without input dimensions are f32, as they are widened when packed.
 //! Their runs take whole rows of their tensor.
 
 use std::collections::HashSet;
@@ -11,9 +11,11 @@ use indexmap::IndexMap;
 use nextc_ir::Format;
 use nextc_ir::graph::{Origin, RowRun, WeightDecl};
 
+use super::keep;
+use super::quant::Quant;
 use super::rows::{self, run};
 use super::safetensors::Checkpoint;
-use crate::config::{Ffn, Mixer, ModelConfig};
+use crate::config::{Ffn, Mixer, ModelConfig, Quantization};
 use crate::error::{Error, WeightProblem as Problem};
 
 /// The weight table of a model and what was found out while making it.
@@ -31,15 +33,24 @@ pub struct WeightTable {
 /// Makes the weight table of a model.
 /// # Errors
 /// [`Error::Weights`] with all tensors that are missing or do not fit.
-pub fn build(config: &ModelConfig, checkpoint: Option<&Checkpoint>) -> Result<WeightTable, Error> {
-    if let Some(tensor) = checkpoint.and_then(|c| c.names().find(|n| is_quantised(n))) {
-        return Err(Error::Weights { problems: vec![Problem::Quantised { tensor: tensor.to_owned() }] });
-    }
+pub fn build(
+    config: &ModelConfig,
+    checkpoint: Option<&Checkpoint>,
+    quant: Option<Quant>,
+) -> Result<WeightTable, Error> {
     let mut warnings = Vec::new();
+    let quant = quant.or_else(|| assumed(config, checkpoint, &mut warnings));
     let mtp = find_mtp(config, checkpoint, &mut warnings);
     let tied = find_tied(config, checkpoint, &mut warnings);
-    let mut binder =
-        Binder { config, checkpoint, weights: IndexMap::new(), used: HashSet::new(), problems: Vec::new() };
+    let mut binder = Binder {
+        config,
+        checkpoint,
+        quant,
+        weights: IndexMap::new(),
+        used: HashSet::new(),
+        problems: Vec::new(),
+        widened: Vec::new(),
+    };
     binder.globals(tied);
     for (i, layer) in config.layers.iter().enumerate() {
         let to = Names { table: format!("layers.{i}."), checkpoint: format!("model.layers.{i}.") };
@@ -49,10 +60,22 @@ pub fn build(config: &ModelConfig, checkpoint: Option<&Checkpoint>) -> Result<We
         binder.mtp(ffn);
     }
     warnings.extend(binder.check_unused());
+    warnings.extend(binder.name_widened());
     if !binder.problems.is_empty() {
         return Err(Error::Weights { problems: binder.problems });
     }
     Ok(WeightTable { weights: binder.weights, mtp, tied, warnings })
+}
+
+/// Without a checkpoint no tensor says that it is quantised: the table of `--quant` stands for what the configuration promises.
+fn assumed(c: &ModelConfig, checkpoint: Option<&Checkpoint>, warnings: &mut Vec<String>) -> Option<Quant> {
+    let quantization = c.quantization.filter(|_| checkpoint.is_none())?;
+    let quant = match quantization {
+        Quantization::Fp8 { .. } => Quant::Fp8,
+        Quantization::Packed | Quantization::Gptq(_) | Quantization::Awq(_) => Quant::Q4,
+    };
+    warnings.push("config.json: without weights, `quantization_config` counts as `--quant` of its kind".into());
+    Some(quant)
 }
 
 /// MTP is there if its tensors are; where there are no tensors at all, if the configuration says so.
@@ -79,27 +102,6 @@ fn find_tied(c: &ModelConfig, checkpoint: Option<&Checkpoint>, warnings: &mut Ve
     absent
 }
 
-/// True for tensors that only quantised checkpoints have.
-fn is_quantised(name: &str) -> bool {
-    const SUFFIXES: &[&str] = &[
-        ".weight_scale_inv",
-        ".weight_scale",
-        ".weight_scale_2",
-        ".weight_global_scale",
-        ".weight_packed",
-        ".weight_shape",
-        ".weight_zero_point",
-        ".weight_g_idx",
-        ".qweight",
-        ".qzeros",
-        ".scales",
-        ".g_idx",
-        ".input_scale",
-        ".input_global_scale",
-    ];
-    SUFFIXES.iter().any(|s| name.ends_with(s))
-}
-
 /// Where a layer's names begin, in the weight table and in the checkpoint.
 struct Names {
     table: String,
@@ -110,9 +112,12 @@ struct Names {
 struct Binder<'a> {
     config: &'a ModelConfig,
     checkpoint: Option<&'a Checkpoint>,
+    quant: Option<Quant>,
     weights: IndexMap<String, WeightDecl>,
     used: HashSet<String>,
     problems: Vec<Problem>,
+    /// Weights that cannot keep the codes of their tensors.
+    widened: Vec<String>,
 }
 
 impl Binder<'_> {
@@ -234,13 +239,17 @@ impl Binder<'_> {
     /// One projection of all experts from one tensor each; `out_dims` are experts and rows.
     fn each_expert(&mut self, at: &Names, name: &str, projection: &str, out_dims: &[u64; 2], columns: u64) {
         let [experts, rows] = *out_dims;
-        let mut format = None;
+        let (mut format, mut coded) = (None, false);
         let mut runs = Vec::with_capacity(experts as usize);
         for e in 0..experts {
             let tensor = format!("{}mlp.experts.{e}.{projection}.weight", at.checkpoint);
             let stored = self.tensor(&tensor, &[&[rows, columns]]);
             format = Some(format.map_or(stored, |f| if f == stored { f } else { Format::F32 }));
+            coded |= stored.blocks().is_some();
             runs.push(RowRun { tensor, first: 0, rows, column: 0 });
+        }
+        if coded && format == Some(Format::F32) {
+            self.widened.push(format!("{}{name}", at.table));
         }
         self.add_at(at, name, out_dims, &[columns], format.unwrap_or(self.config.format), runs);
     }
@@ -293,11 +302,34 @@ impl Binder<'_> {
         self.add(name.into(), &[len], &[], Format::F32, vec![run(tensor, 0, len)]);
     }
 
-    fn add(&mut self, name: String, out: &[u64], inputs: &[u64], format: Format, runs: Vec<RowRun>) {
+    fn add(&mut self, name: String, out: &[u64], inputs: &[u64], stored: Format, runs: Vec<RowRun>) {
+        let format = self.choose(&name, out, inputs, stored, &runs);
         let shape = [out, inputs].concat();
         let decl = WeightDecl { shape, in_rank: inputs.len(), format, origin: Origin::Rows(runs) };
         let before = self.weights.insert(name, decl);
         debug_assert!(before.is_none(), "a weight's name stands once");
+    }
+
+    /// The format of a weight whose tensors are stored as `stored`.
+    fn choose(&mut self, name: &str, out: &[u64], inputs: &[u64], stored: Format, runs: &[RowRun]) -> Format {
+        let asked = self.quant.filter(|_| !inputs.is_empty()).and_then(|q| q.format(name));
+        match asked {
+            Some(format) if format != stored => format,
+            _ if stored.blocks().is_none() => stored,
+            _ => keep::codes(stored, runs, out, inputs).unwrap_or_else(|| {
+                self.widened.push(name.to_owned());
+                Format::F32
+            }),
+        }
+    }
+
+    /// Says which weights take more memory than the checkpoint's.
+    fn name_widened(&self) -> Option<String> {
+        let first = self.widened.first()?;
+        let count = self.widened.len();
+        Some(format!(
+            "{count} quantised weights are widened to f32, among them `{first}`: their scales' blocks do not fit their rows or columns, or differ from expert to expert"
+        ))
     }
 
     fn has(&self, tensor: &str) -> bool {
@@ -309,6 +341,15 @@ impl Binder<'_> {
         let Some(checkpoint) = self.checkpoint else { return self.config.format };
         let expected = || shapes.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(" or ");
         let tensor = name.to_owned();
+        if let Some(coded) = checkpoint.coded(name) {
+            let found = [coded.rows, coded.columns];
+            if !shapes.contains(&found.as_slice()) {
+                let problem = Problem::Shape { tensor: tensor.clone(), found: found.to_vec(), expected: expected() };
+                self.problems.push(problem);
+            }
+            self.used.insert(tensor);
+            return coded.format;
+        }
         let Some(stored) = checkpoint.stored(name) else {
             self.problems.push(Problem::Missing { tensor, expected: expected() });
             return self.config.format;
@@ -322,7 +363,8 @@ impl Binder<'_> {
             "F16" => Format::F16,
             "F32" => Format::F32,
             other => {
-                self.problems.push(Problem::DType { tensor: tensor.clone(), found: other.into() });
+                let expected = "BF16, F16 or F32";
+                self.problems.push(Problem::DType { tensor: tensor.clone(), found: other.into(), expected });
                 Format::F32
             }
         };
@@ -333,7 +375,8 @@ impl Binder<'_> {
     /// Names what nothing has read: an error for MTP, where it would cost drafts without a sign, else a warning.
     fn check_unused(&mut self) -> Option<String> {
         const SHOWN: usize = 5;
-        let names = self.checkpoint?.names();
+        let checkpoint = self.checkpoint?;
+        let names = checkpoint.names().filter(|n| !checkpoint.is_part(n)).chain(checkpoint.coded_names());
         let unused: Vec<&str> =
             names.filter(|n| !self.used.contains(*n) && !n.ends_with("rotary_emb.inv_freq")).collect();
         let (mtp, other): (Vec<&str>, Vec<&str>) = unused.into_iter().partition(|n| n.starts_with("mtp."));

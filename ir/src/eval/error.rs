@@ -1,7 +1,7 @@
 //! Why evaluation fails.
 
 use crate::op::Op;
-use crate::source::SourceError;
+use crate::rows::RowsError;
 
 /// Why evaluation failed.
 #[derive(Debug, thiserror::Error)]
@@ -65,17 +65,9 @@ pub enum EvalError {
         /// The parameter's type, under the symbols bound so far.
         expected: String,
     },
-    /// The rows that a weight takes from the checkpoint do not make up its shape.
-    #[error("weight `{weight}`: {reason}")]
-    Weight {
-        /// The weight's name in the table.
-        weight: String,
-        /// What does not fit.
-        reason: String,
-    },
-    /// The checkpoint could not be read.
+    /// A weight cannot be read from the checkpoint.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    Rows(#[from] RowsError),
     /// Something failed in an op of a function.
     #[error("@{function}: {op}: {error}")]
     At {

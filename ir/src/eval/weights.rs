@@ -4,8 +4,11 @@ use std::collections::HashMap;
 
 use super::EvalError;
 use super::datum::{Datum, Real};
-use crate::graph::{Module, Origin, RowRun, WeightDecl};
-use crate::source::{SourceError, WeightSource};
+use crate::format::codes::Codes;
+use crate::graph::{Module, WeightDecl};
+use crate::layout::padded_index;
+use crate::rows::{Buffers, Rows};
+use crate::source::WeightSource;
 
 /// Named weights, as the numbers they stand for. Clone an `Arc` of it to share it between sessions.
 #[derive(Clone, Debug, Default)]
@@ -21,7 +24,7 @@ impl<F: Real> WeightStore<F> {
 
     /// Reads every weight of the module's table.
     /// # Errors
-    /// [`EvalError::Source`] if the checkpoint lacks something, [`EvalError::Weight`] if its rows do not make up a weight.
+    /// [`EvalError::Rows`] if the checkpoint lacks something, or if its rows do not make up a weight.
     pub fn load(module: &Module, source: &dyn WeightSource) -> Result<Self, EvalError> {
         let load = |(name, decl): (&String, &WeightDecl)| Ok((name.clone(), load_weight(name, decl, source)?));
         Ok(Self { weights: module.weights.iter().map(load).collect::<Result<_, EvalError>>()? })
@@ -40,40 +43,59 @@ impl<F: Real> WeightStore<F> {
     }
 }
 
-/// Elements that a weight takes from each row of its runs: all runs together make up its shape.
-fn taken_per_row(decl: &WeightDecl, runs: &[RowRun]) -> Option<usize> {
-    let elems = decl.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d))?;
-    let rows = runs.iter().try_fold(0u64, |n, run| n.checked_add(run.rows))?;
-    let taken = elems.checked_div(rows)?;
-    (taken * rows == elems).then_some(taken as usize)
-}
+/// Rows that are read together.
+const BAND_ROWS: u64 = 1024;
 
 fn load_weight<F: Real>(name: &str, decl: &WeightDecl, source: &dyn WeightSource) -> Result<Datum<F>, EvalError> {
     let dims: Vec<usize> = decl.shape.iter().map(|&d| d as usize).collect();
-    let wrong = |reason: String| EvalError::Weight { weight: name.to_owned(), reason };
-    let runs = match &decl.origin {
-        Origin::Values(values) => return Datum::floats(&dims, values.iter().map(|&v| F::of(f64::from(v))).collect()),
-        Origin::Rows(runs) => runs,
-    };
-    let taken = taken_per_row(decl, runs).ok_or_else(|| wrong(format!("{runs:?} do not make up {dims:?}")))?;
+    let rows = Rows::open(name, decl, source)?;
+    let mut buffers = Buffers::default();
     let mut data = Vec::with_capacity(dims.iter().product());
-    for run in runs {
-        let stored = source.tensor(&run.tensor).ok_or_else(|| SourceError::Missing(run.tensor.clone()))?;
-        let width = stored.shape.iter().skip(1).product::<u64>() as usize;
-        let rows = stored.shape.first().copied().unwrap_or(1);
-        if run.first.checked_add(run.rows).is_none_or(|end| end > rows) {
-            let end = run.first.saturating_add(run.rows);
-            return Err(SourceError::Rows { tensor: run.tensor.clone(), rows, first: run.first, end }.into());
-        }
-        let column = run.column as usize;
-        if column.checked_add(taken).is_none_or(|end| end > width) {
-            return Err(wrong(format!("{taken} columns from {column} of `{}`, which has {width}", run.tensor)));
-        }
-        let mut block = vec![0.0f32; run.rows as usize * width];
-        source.read_rows(&run.tensor, run.first, &mut block)?;
-        for row in block.chunks_exact(width) {
-            data.extend(row[column..column + taken].iter().map(|&v| F::of(f64::from(v))));
+    for first in (0..rows.rows).step_by(BAND_ROWS as usize) {
+        let count = BAND_ROWS.min(rows.rows - first);
+        match decl.format.blocks() {
+            Some(_) => load_codes(decl, &rows, (first, count), &mut data, &mut buffers)?,
+            None => load_plain(decl, &rows, (first, count), &mut data, &mut buffers)?,
         }
     }
     Datum::floats(&dims, data)
+}
+
+/// Appends rows as their plain format holds them.
+fn load_plain<F: Real>(
+    decl: &WeightDecl,
+    rows: &Rows<'_>,
+    (first, count): (u64, u64),
+    data: &mut Vec<F>,
+    buffers: &mut Buffers,
+) -> Result<(), EvalError> {
+    let mut numbers = vec![0f32; (count * rows.columns) as usize];
+    rows.read(first, &mut numbers, buffers)?;
+    let def = decl.format.def();
+    data.extend(numbers.iter().map(|&x| F::of(f64::from((def.decode)((def.encode)(x))))));
+    Ok(())
+}
+
+/// Appends the numbers that rows of codes stand for.
+fn load_codes<F: Real>(
+    decl: &WeightDecl,
+    rows: &Rows<'_>,
+    (first, count): (u64, u64),
+    data: &mut Vec<F>,
+    buffers: &mut Buffers,
+) -> Result<(), EvalError> {
+    let mut codes = Codes::default();
+    let inner = decl.out_dims().last().copied().unwrap_or(1);
+    let mut row = first;
+    while row < first + count {
+        // an index of the outer dimensions at a time: each may have its own order of columns
+        let end = (first + count).min((row / inner + 1) * inner);
+        rows.read_codes(row, end - row, &mut codes, buffers)?;
+        for r in 0..(end - row) as usize {
+            let stored = |c: u64| padded_index(decl.in_dims(), c) as usize;
+            data.extend((0..rows.columns).map(|c| F::of(codes.number(decl.format, r, stored(c)))));
+        }
+        row = end;
+    }
+    Ok(())
 }

@@ -73,7 +73,7 @@ impl Parser {
             shape.push(self.number()?);
             self.keyword("x")?;
         }
-        let name = self.word("a weight format")?;
+        let name = self.format_name()?;
         let unknown = |what, name: String| Problem::Unknown { what, name };
         let format = Format::from_name(&name).ok_or_else(|| self.error(unknown("weight format", name)))?;
         let mut layout = None;
@@ -82,6 +82,24 @@ impl Parser {
             layout = Some(Layout::from_name(&name).ok_or_else(|| self.error(unknown("layout", name)))?);
         }
         Ok(WeightType { shape, format, layout })
+    }
+
+    /// `bf16`, `q4<g32>`, `fp8<128x128>`: a word, and what stands in brackets behind it.
+    fn format_name(&mut self) -> Result<String, ParseError> {
+        let mut name = self.word("a weight format")?;
+        if !self.accept_sign('<') {
+            return Ok(name);
+        }
+        name.push('<');
+        while !self.accept_sign('>') {
+            match self.peek().clone() {
+                Token::Word(text) | Token::Number(text) => name.push_str(&text),
+                Token::Sign(',') => name.push(','),
+                _ => return self.unexpected("the blocks of a weight format"),
+            }
+            self.next();
+        }
+        Ok(name + ">")
     }
 
     /// `kv x 2 x 256`; a state always has the dimensions of its kind.

@@ -1,6 +1,6 @@
 //! `elementwise`: rows in, rows out: embedding rows, gathered rows, sums and norms of a row, and chains of elementwise ops.
 //!
-//! task     one row
+//! task     one row, by one thread or a block of them
 //! traffic  each operand and result once: bound by memory
 
 use std::collections::HashMap;
@@ -13,32 +13,42 @@ use nextc_ir::{DType, Op, Type};
 
 use super::LowerError;
 use super::delta_rule::dot_rows;
-use super::matmul::{Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
+use super::gpu;
+use super::matmul::{Lanes, Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
 use super::ports::{Lowered, Port, Ports, Site, describe};
 
-/// `embed`: one row of the packed matrix, which lies in one lane of a tile.
+/// `embed`: one row of the packed matrix, which lies in one lane of a tile: `(code - zero) * scale`.
 pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let matrix = Matrix::of(site, site.named("w"), 1);
+    let planes = Matrix::of(site, site.named("w"), 1).planes;
+    let blocks = planes.format.blocks();
+    if blocks.is_some_and(|b| b.ordered) {
+        return Err(site.error("an embedding whose columns are in an order of their own"));
+    }
     let (tokens, w) = (ports.read("tokens", site.named("tokens")), ports.read("w", site.named("w")));
     let out = ports.write("out", site.result(0));
     let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
-    let (even_lanes, odd_lanes) = (k.alloc(DType::F32, LANES), k.alloc(DType::F32, LANES));
-    let (t, zero) = (k.task(), k.const_i64(0));
+    let t = k.task();
     let (tokens, w, out) = (k.param(tokens), k.param(w), k.param(out));
     let token = k.load_index(tokens, t);
-    let (tile, lane) = (k.div_const(token, LANES), k.rem_const(token, LANES));
-    let tile = matrix.tile(&mut k, w, tile);
-    let out = row_ptr(&mut k, out, t, matrix.shape.columns);
-    k.for_range(matrix.shape.columns / 2, 1, |k, pair| {
-        let (even, odd) = (matrix.format.def().load_pair)(k, tile, pair);
-        k.store(even_lanes, zero, even);
-        k.store(odd_lanes, zero, odd);
-        let (even, odd) = (k.load_f32(even_lanes, lane), k.load_f32(odd_lanes, lane));
-        let column = k.mul_const(pair, 2);
-        let next = k.add_const(column, 1);
-        k.store(out, column, even);
-        k.store(out, next, odd);
+    let (tile, lane) = (k.div_const(token, LANES), Lanes::One(k.rem_const(token, LANES)));
+    let tile = Matrix { planes }.tile(&mut k, w, tile);
+    let out = row_ptr(&mut k, out, t, planes.columns);
+    let (step, per_word) = (blocks.map_or(planes.columns, |b| u64::from(b.columns)), planes.format.word_columns());
+    let end = k.index(planes.columns);
+    k.for_range(planes.columns, step, |k, first| {
+        let block = k.div_const(first, step);
+        let (scale, zero) = tile.scale(k, block, lane);
+        let last = k.add_const(first, step);
+        let last = k.min_i64(last, end);
+        k.for_each((first, last, per_word), |k, column| {
+            for (i, code) in (0..).zip(tile.codes(k, column, lane)) {
+                let code = zero.map_or(code, |zero| k.fsub(code, zero));
+                let x = scale.map_or(code, |scale| k.fmul(code, scale));
+                let at = k.add_const(column, i);
+                k.store(out, at, x);
+            }
+        });
     });
     Ok(ports.finish(k.finish()))
 }
@@ -140,6 +150,9 @@ pub fn lower_chain(site: &Site<'_>, nodes: &[NodeId]) -> Result<Lowered, LowerEr
     chain.declare_inputs();
     let outs = chain.declare_outputs();
     let mut k = chain.ports.builder(site, Extent::from(sym));
+    if site.target.gpu.is_some() {
+        gpu::rows::begin_row(&mut k);
+    }
     chain.emit(&mut k, &outs)?;
     let kernel = k.finish();
     Ok(chain.ports.finish(kernel))
@@ -178,24 +191,49 @@ impl Chain<'_> {
         let scales = self.row_scales(k, row);
         let last = pad(*self.inner.last().unwrap_or(&1));
         let mut failure = None;
-        k.for_range(stride / last, 1, |k, outer| {
-            k.for_range(last, LANES, |k, c| {
-                let mut values = HashMap::new();
-                for &node in self.nodes {
-                    match self.value(k, (row, outer, c), node, &values, &scales) {
-                        Ok(v) => values.insert(node, v),
-                        Err(e) => return failure = Some(e),
-                    };
-                }
-                for &(node, port) in outs {
-                    let base = k.param(port);
-                    let base = row_ptr(k, base, row, stride);
-                    let base = row_ptr(k, base, outer, last);
-                    k.store(base, c, values[&node]);
-                }
-            });
-        });
+        let vector = |k: &mut KernelBuilder, outer: Val, c: Val| {
+            let mut values = HashMap::new();
+            for &node in self.nodes {
+                match self.value(k, (row, outer, c), node, &values, &scales) {
+                    Ok(v) => values.insert(node, v),
+                    Err(e) => return failure = Some(e),
+                };
+            }
+            for &(node, port) in outs {
+                let base = k.param(port);
+                let base = row_ptr(k, base, row, stride);
+                let base = row_ptr(k, base, outer, last);
+                k.store(base, c, values[&node]);
+            }
+        };
+        self.each_vector(k, stride, last, vector);
         failure.map_or(Ok(()), Err)
+    }
+
+    /// Runs `body(outer, column)` for every vector of a row: in order, or shared by the threads of a block.
+    fn each_vector(
+        &self,
+        k: &mut KernelBuilder,
+        stride: u64,
+        last: u64,
+        mut body: impl FnMut(&mut KernelBuilder, Val, Val),
+    ) {
+        match self.site.target.gpu {
+            None => k.for_range(stride / last, 1, |k, outer| k.for_range(last, LANES, |k, c| body(k, outer, c))),
+            Some(_) => gpu::rows::each_four(k, stride, |k, at| {
+                let (outer, c) = (k.div_const(at, last), k.rem_const(at, last));
+                body(k, outer, c);
+            }),
+        }
+    }
+
+    /// Elements of a vector.
+    const fn lanes(&self) -> u32 {
+        if self.site.target.gpu.is_some() { 4 } else { LANES as u32 }
+    }
+
+    fn vector(&self, k: &mut KernelBuilder, base: Val, column: Val) -> Val {
+        k.load(DType::F32, self.lanes(), base, column)
     }
 
     /// `rms_scale` of each `rms_norm_ssq` in the group, once a row.
@@ -209,7 +247,7 @@ impl Chain<'_> {
                 let ssq = row_ptr(k, ssq, row, pad(width.div_ceil(LANES)));
                 let eps = self.site.function.node(node).attrs.float("eps").expect("verified") as f32;
                 let scale = rms_scale(k, ssq, width, eps);
-                (node, k.splat(scale, 16))
+                (node, k.splat(scale, self.lanes()))
             })
             .collect()
     }
@@ -243,11 +281,11 @@ impl Chain<'_> {
             Op::Silu => k.silu(x[0]),
             Op::Softplus => k.softplus(x[0]),
             Op::Scale => {
-                let factor = k.splat_f32(16, n.attrs.float("factor").expect("verified") as f32);
+                let factor = k.splat_f32(self.lanes(), n.attrs.float("factor").expect("verified") as f32);
                 k.fmul(x[0], factor)
             }
             Op::PlusOne => {
-                let one = k.splat_f32(16, 1.0);
+                let one = k.splat_f32(self.lanes(), 1.0);
                 k.fadd(x[0], one)
             }
             Op::Swiglu => {
@@ -262,7 +300,7 @@ impl Chain<'_> {
                 k.fneg(product)
             }
             Op::RmsNormSsq => {
-                let one = k.splat_f32(16, 1.0);
+                let one = k.splat_f32(self.lanes(), 1.0);
                 let gain = k.fadd(x[1], one);
                 let scaled = k.fmul(x[0], scales[&node]);
                 k.fmul(scaled, gain)
@@ -286,17 +324,17 @@ impl Chain<'_> {
         match self.reach(&dims).ok_or_else(|| self.unreachable(v))? {
             Reach::All => {
                 let base = row_ptr(k, base, outer, pad(*self.inner.last().unwrap_or(&1)));
-                Ok(k.load_f32x16(base, c))
+                Ok(self.vector(k, base, c))
             }
-            Reach::Inner => Ok(k.load_f32x16(base, c)),
+            Reach::Inner => Ok(self.vector(k, base, c)),
             Reach::Outer => {
                 let base = row_ptr(k, base, outer, LANES);
                 let x = k.load_f32(base, zero);
-                Ok(k.splat(x, 16))
+                Ok(k.splat(x, self.lanes()))
             }
             Reach::Row => {
                 let x = k.load_f32(base, zero);
-                Ok(k.splat(x, 16))
+                Ok(k.splat(x, self.lanes()))
             }
         }
     }

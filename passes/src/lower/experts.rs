@@ -22,25 +22,26 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// The layout of `dispatch`'s table for a number of experts.
 #[derive(Clone, Copy)]
-struct Table {
-    experts: u64,
+pub struct Table {
+    /// How many experts there are.
+    pub experts: u64,
 }
 
 impl Table {
     /// `(begin, end)` of the run of expert `e` in `order`.
-    fn run(self, k: &mut KernelBuilder, table: Val, e: Val) -> (Val, Val) {
+    pub fn run(self, k: &mut KernelBuilder, table: Val, e: Val) -> (Val, Val) {
         let next = k.add_const(e, 1);
         (k.load_index(table, e), k.load_index(table, next))
     }
 
     /// How many experts were chosen by anybody.
-    fn count(self, k: &mut KernelBuilder, table: Val) -> Val {
+    pub fn count(self, k: &mut KernelBuilder, table: Val) -> Val {
         let at = k.index(self.experts + 1);
         k.load_index(table, at)
     }
 
     /// The expert at place `i` among the chosen ones.
-    fn active(self, k: &mut KernelBuilder, table: Val, i: Val) -> Val {
+    pub fn active(self, k: &mut KernelBuilder, table: Val, i: Val) -> Val {
         let at = k.add_const(i, self.experts + 2);
         k.load_index(table, at)
     }
@@ -57,19 +58,19 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let names = ["weights", "ids", "order", "table", "shared", "logits"];
     let outs: Vec<Port> = (0..6).map(|i| ports.write(names[i as usize], site.result(i))).collect();
     let sym = site.rows(site.result(0))?;
-    let router_tasks = router_matrix.shape.tiles.div_ceil(group_tiles(site.target));
+    let router_tasks = router_matrix.tiles().div_ceil(group_tiles(site.target));
     let mut k = ports.builder(site, (router_tasks + 1).into());
     let tile = site.target.matmul_tile();
     let scratch = rows.scratch(&mut k, tile.tokens);
     let (first, last) = (k.const_i64(0), k.dim(sym));
     in_range(&mut k, 0, router_tasks, |k, group| {
-        let range = tile_range(k, group, group_tiles(site.target), router_matrix.shape.tiles);
+        let range = tile_range(k, group, group_tiles(site.target), router_matrix.tiles());
         let (weight, logits) = (k.param(router), k.param(outs[5]));
         for_rows(k, (first, last), tile.tokens, |k, block| {
             let x = rows.load(k, scratch, block);
             k.for_each((range.0, range.1, 1), |k, t| {
-                let pointer = router_matrix.tile(k, weight, t);
-                let products = dot(k, &[(pointer, router_matrix.format)], &x, router_matrix.shape.columns);
+                let tile = router_matrix.tile(k, weight, t);
+                let products = dot(k, &[tile], &x);
                 for (&row, &value) in block.iter().zip(&products[0]) {
                     store_tile(k, logits, pad(experts), t, row, value);
                 }
@@ -80,9 +81,10 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let (weight, shared) = (k.param(gate), k.param(outs[4]));
         for_rows(k, (first, last), 1, |k, block| {
             let x = rows.load(k, scratch, block);
-            let products = dot(k, &[(weight, gate_matrix.format)], &x, gate_matrix.shape.columns);
-            let value = k.sigmoid(products[0][0]);
             let zero = k.const_i64(0);
+            let tile = gate_matrix.tile(k, weight, zero);
+            let products = dot(k, &[tile], &x);
+            let value = k.sigmoid(products[0][0]);
             store_tile(k, shared, LANES, zero, block[0], value);
         });
     });
@@ -283,11 +285,8 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (order, table) = (ports.read("order", site.named("order")), ports.read("table", site.named("table")));
     let shape = site.weight(site.named("w_gate")).shape.clone();
     let (experts, width) = (shape[0], shape[1]);
-    let (routed, shared) = (Matrix::of(site, site.named("w_gate"), 1), Matrix::of(site, site.named("s_gate"), 1));
-    let up_formats = [site.weight(site.named("w_up")).format, site.weight(site.named("s_up")).format];
-    if up_formats != [routed.format, shared.format] {
-        return Err(site.error("gate and up projections in different formats"));
-    }
+    let [routed_gate, routed_up, shared_gate, shared_up] =
+        ["w_gate", "w_up", "s_gate", "s_up"].map(|n| Matrix::of(site, site.named(n), 1));
     let [gate, up, s_gate, s_up] = ["w_gate", "w_up", "s_gate", "s_up"].map(|n| ports.read(n, site.named(n)));
     let (h, s) = (ports.write("h", site.result(0)), ports.write("s", site.result(1)));
     let (sym, choices) = (site.rows(site.result(0))?, site.inner(site.result(0))[0]);
@@ -295,7 +294,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let expert_tiles = pad(width) / LANES;
     let groups = expert_tiles.div_ceil(GROUP_TILES);
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
-    let shared_groups = shared.shape.tiles.div_ceil(GROUP_TILES);
+    let shared_groups = shared_gate.tiles().div_ceil(GROUP_TILES);
     let mut k = ports.builder(site, most.clone() * groups.into() + shared_groups.into());
     let block = swiglu_rows(site.target);
     let scratch = rows.scratch(&mut k, block);
@@ -317,16 +316,15 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
             k.if_then(chosen, |k| {
                 let e = layout.active(k, table, place);
                 let run = layout.run(k, table, e);
-                let bytes = k.mul_const(e, expert_tiles * routed.shape.tile_bytes);
-                let (gate, up) = (k.param(gate), k.param(up));
-                let (gate, up) = (k.offset(gate, bytes), k.offset(up, bytes));
+                let begin = k.mul_const(e, expert_tiles);
+                let weights = ((routed_gate, k.param(gate)), (routed_up, k.param(up)));
                 let (order, h) = (k.param(order), k.param(h));
-                let range = tile_range(k, group, GROUP_TILES, expert_tiles);
+                let (lo, hi) = tile_range(k, group, GROUP_TILES, expert_tiles);
                 for_rows(k, run, block, |k, places| {
                     let numbers: Vec<Val> = places.iter().map(|&p| k.load_index(order, p)).collect();
                     let tokens: Vec<Val> = numbers.iter().map(|&n| k.div_const(n, choices)).collect();
                     let x = rows.load(k, scratch, &tokens);
-                    emit_swiglu(k, routed, (gate, up), range, &x, |k, tile, i, value| {
+                    emit_swiglu(k, weights, (begin, lo, hi), &x, |k, tile, i, value| {
                         store_tile(k, h, pad(width), tile, numbers[i], value);
                     });
                 });
@@ -335,12 +333,13 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         },
         |k| {
             let group = k.sub(task, routed_tasks);
-            let range = tile_range(k, group, GROUP_TILES, shared.shape.tiles);
-            let (gate, up, s) = (k.param(s_gate), k.param(s_up), k.param(s));
+            let (lo, hi) = tile_range(k, group, GROUP_TILES, shared_gate.tiles());
+            let s = k.param(s);
+            let weights = ((shared_gate, k.param(s_gate)), (shared_up, k.param(s_up)));
             let first = k.const_i64(0);
             for_rows(k, (first, tokens), block, |k, block| {
                 let x = rows.load(k, scratch, block);
-                emit_swiglu(k, shared, (gate, up), range, &x, |k, tile, i, value| {
+                emit_swiglu(k, weights, (first, lo, hi), &x, |k, tile, i, value| {
                     store_tile(k, s, s_stride, tile, block[i], value);
                 });
             });
@@ -383,12 +382,12 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
             let e_tile = k.mul_const(e, tiles);
             let e_tile = k.add(e_tile, tile);
             let base = k.param(w_down);
-            let pointer = routed.tile(k, base, e_tile);
+            let e_tile = routed.tile(k, base, e_tile);
             let (order, h, weights) = (k.param(order), k.param(h), k.param(weights));
             for_rows(k, run, block, |k, places| {
                 let numbers: Vec<Val> = places.iter().map(|&p| k.load_index(order, p)).collect();
                 let x: Vec<Val> = numbers.iter().map(|&n| row_ptr(k, h, n, h_stride)).collect();
-                let products = dot(k, &[(pointer, routed.format)], &x, routed.shape.columns);
+                let products = dot(k, &[e_tile], &x);
                 for (&number, &value) in numbers.iter().zip(&products[0]) {
                     let (t, choice) = (k.div_const(number, choices), k.rem_const(number, choices));
                     let row = row_ptr(k, weights, t, pad(choices));
@@ -398,10 +397,10 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
             });
         });
         let (s, shared, base) = (k.param(s), k.param(shared), k.param(s_down));
-        let pointer = dense.tile(k, base, tile);
+        let dense_tile = dense.tile(k, base, tile);
         for_rows(k, (first, tokens), block, |k, rows| {
             let x: Vec<Val> = rows.iter().map(|&t| row_ptr(k, s, t, s_stride)).collect();
-            let products = dot(k, &[(pointer, dense.format)], &x, dense.shape.columns);
+            let products = dot(k, &[dense_tile], &x);
             for (&t, &value) in rows.iter().zip(&products[0]) {
                 let zero = k.const_i64(0);
                 let row = row_ptr(k, shared, t, LANES);

@@ -2,7 +2,8 @@
 //!
 //! task     a group of row tiles of one weight, over all rows of the step; rows in blocks, the last one smaller
 //! prologue the rows as they are, or normalised into scratch
-//! dot      per 16 weight rows and row of x: `even += w[2j] x[2j]`, `odd += w[2j+1] x[2j+1]` over j, then `even + odd`
+//! dot      per 16 weight rows and row of x: `even += w[2j] x[2j]`, `odd += w[2j+1] x[2j+1]` over j, then `even + odd`;
+//!          of scaled formats so for each block of columns, and `sum += scale · (even + odd)` over the blocks
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
 //! traffic  each weight once a block of rows (bound by memory at one row, by FMAs at many)
 //!
@@ -11,76 +12,259 @@
 use nextc_ir::format::Format;
 use nextc_ir::graph::Value;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::layout::{TileShape, tile_shape};
+use nextc_ir::layout::Planes;
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::target::MatmulTile;
-use nextc_ir::{DType, Target};
+use nextc_ir::{DType, Layout, Target};
 
 use super::LowerError;
 use super::ports::{Lowered, Port, Ports, Site};
 
 /// Row tiles of one task, for matrices of many rows.
 pub const GROUP_TILES: u64 = 4;
-/// Pairs of columns in one turn of the inner loop.
-const UNROLL_PAIRS: u64 = 2;
+/// Columns in one turn of the inner loop, if a word has no more: of plain formats, and of scaled ones.
+const TURN_COLUMNS: (u64, u64) = (4, 32);
 
 /// A weight matrix as packed.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
-    /// Its tiles.
-    pub shape: TileShape,
-    /// How its numbers are stored.
-    pub format: Format,
+    /// Where everything lies.
+    pub planes: Planes,
 }
 
 impl Matrix {
     /// The matrix of a weight whose innermost `in_rank` dimensions are inputs. Experts are further rows.
     pub fn of(site: &Site<'_>, weight: Value, in_rank: usize) -> Self {
         let w = site.weight(weight);
-        let split = w.shape.len() - in_rank;
-        Self { shape: tile_shape(&w.shape[..split], &w.shape[split..], w.format), format: w.format }
+        let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
+        Self { planes: Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims) }
     }
 
-    /// Pointer to tile `tile`.
-    pub fn tile(&self, k: &mut KernelBuilder, base: Val, tile: Val) -> Val {
-        let bytes = k.mul_const(tile, self.shape.tile_bytes);
-        k.offset(base, bytes)
+    /// Its row tiles.
+    pub const fn tiles(&self) -> u64 {
+        self.planes.tiles()
+    }
+
+    /// Tile `tile`.
+    pub fn tile(&self, k: &mut KernelBuilder, base: Val, tile: Val) -> Tile {
+        let p = &self.planes;
+        let bytes = k.mul_const(tile, p.tile_bytes());
+        let codes = k.offset(base, bytes);
+        let scales = p.format.blocks().map(|_| {
+            let bytes = k.mul_const(tile, p.tile_scale_bytes());
+            let bytes = k.add_const(bytes, p.scales_at());
+            k.offset(base, bytes)
+        });
+        let order = p.format.blocks().filter(|b| b.ordered).map(|_| {
+            let outer = k.div_const(tile, p.inner_rows / LANES);
+            let bytes = k.mul_const(outer, p.columns * 4);
+            let bytes = k.add_const(bytes, p.order_at());
+            k.offset(base, bytes)
+        });
+        Tile { planes: *p, codes, scales, order }
+    }
+}
+
+/// Pointers to the parts of one tile.
+#[derive(Clone, Copy, Debug)]
+pub struct Tile {
+    planes: Planes,
+    codes: Val,
+    scales: Option<Val>,
+    order: Option<Val>,
+}
+
+/// What is read of a tile: all its rows, a lane each, or one row.
+#[derive(Clone, Copy, Debug)]
+pub enum Lanes {
+    /// The 16 rows.
+    All,
+    /// The row in this lane.
+    One(Val),
+}
+
+impl Lanes {
+    /// The words of a line that begins at word `at`: of all rows, or of one.
+    fn load(self, k: &mut KernelBuilder, dtype: DType, lines: Val, at: Val) -> Val {
+        match self {
+            Self::All => k.load(dtype, LANES as u32, lines, at),
+            Self::One(lane) => {
+                let at = k.add(at, lane);
+                k.load(dtype, 1, lines, at)
+            }
+        }
+    }
+
+    fn splat(self, k: &mut KernelBuilder, x: Val) -> Val {
+        match self {
+            Self::All => k.splat(x, LANES as u32),
+            Self::One(_) => x,
+        }
+    }
+}
+
+impl Tile {
+    /// The codes of column `column` and those that share a word with it, as numbers; it is the first in its word.
+    pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
+        let at = k.mul_const(column, LANES / self.planes.format.word_columns());
+        let words = lanes.load(k, DType::I32, self.codes, at);
+        (self.planes.format.def().unpack)(k, words)
+    }
+
+    /// Scale and zero point of the blocks of columns `block`, for the formats that have them.
+    pub fn scale(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> (Option<Val>, Option<Val>) {
+        let (Some(blocks), Some(scales)) = (self.planes.format.blocks(), self.scales) else { return (None, None) };
+        let number = k.mul_const(block, blocks.parts());
+        let plain = Format::plain(blocks.scale).expect("scales are floats");
+        match (blocks.rows, blocks.scale, blocks.zero) {
+            (1, DType::F32, zero) => {
+                let at = k.mul_const(number, LANES);
+                let scale = lanes.load(k, DType::F32, scales, at);
+                let next = k.add_const(at, LANES);
+                (Some(scale), zero.then(|| lanes.load(k, DType::F32, scales, next)))
+            }
+            // a scale and its zero point share a word
+            (1, _, true) => {
+                let at = k.mul_const(block, LANES);
+                let words = lanes.load(k, DType::I32, scales, at);
+                let both = (plain.def().unpack)(k, words);
+                (Some(both[0]), Some(both[1]))
+            }
+            // the scales of two blocks share a word
+            (1, _, false) => {
+                let (one, sixteen) = (k.const_i64(1), k.const_i32(16));
+                let line = k.ushr(block, one);
+                let at = k.mul_const(line, LANES);
+                let words = lanes.load(k, DType::I32, scales, at);
+                let odd = k.and(block, one);
+                let odd = k.narrow(odd);
+                let shift = k.mul(odd, sixteen);
+                let shift = lanes.splat(k, shift);
+                let words = k.ushr(words, shift);
+                (Some((plain.def().unpack)(k, words)[0]), None)
+            }
+            (_, _, _) => {
+                let scale = k.load_f32(scales, number);
+                (Some(lanes.splat(k, scale)), None)
+            }
+        }
     }
 }
 
 /// Dot products of every tile with every row: `[tile][row]`, each a vector of 16 weight rows.
-pub fn dot(k: &mut KernelBuilder, tiles: &[(Val, Format)], rows: &[Val], columns: u64) -> Vec<Vec<Val>> {
-    let zero = k.splat_f32(16, 0.0);
-    let init = vec![zero; 2 * tiles.len() * rows.len()];
-    let (lo, hi) = (k.const_i64(0), k.index(columns / 2));
-    let sums = k.for_carry((lo, hi, UNROLL_PAIRS), &init, |k, first, carried| {
-        let mut acc = carried.to_vec();
-        for u in 0..UNROLL_PAIRS {
-            let pair = k.add_const(first, u);
-            let column = k.mul_const(pair, 2);
-            let x: Vec<(Val, Val)> = rows.iter().map(|&row| load_two(k, row, column)).collect();
-            for (i, &(tile, format)) in tiles.iter().enumerate() {
-                let (even, odd) = (format.def().load_pair)(k, tile, pair);
-                for (j, &(x0, x1)) in x.iter().enumerate() {
-                    let at = 2 * (i * rows.len() + j);
-                    acc[at] = k.fma(even, x0, acc[at]);
-                    acc[at + 1] = k.fma(odd, x1, acc[at + 1]);
-                }
-            }
+pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>> {
+    let (first, others) = tiles.split_first().expect("a product has tiles");
+    if others.iter().any(|t| t.planes.format != first.planes.format) {
+        return tiles.iter().flat_map(|t| dot(k, std::slice::from_ref(t), rows)).collect();
+    }
+    let columns = first.planes.columns;
+    let sums = match first.planes.format.blocks() {
+        None => {
+            let zero = k.const_i64(0);
+            sum_columns(k, tiles, &[], rows, zero, columns)
         }
-        acc
-    });
-    let each = |i: usize, j: usize| 2 * (i * rows.len() + j);
-    (0..tiles.len())
-        .map(|i| (0..rows.len()).map(|j| k.fadd(sums[each(i, j)], sums[each(i, j) + 1])).collect())
-        .collect()
+        Some(blocks) => sum_blocks(k, tiles, rows, u64::from(blocks.columns).min(columns)),
+    };
+    sums.chunks(rows.len()).map(<[Val]>::to_vec).collect()
 }
 
-/// Columns `column` and `column + 1` of a row, each in all lanes.
-fn load_two(k: &mut KernelBuilder, row: Val, column: Val) -> (Val, Val) {
-    let next = k.add_const(column, 1);
-    let (a, b) = (k.load_f32(row, column), k.load_f32(row, next));
-    (k.splat(a, 16), k.splat(b, 16))
+/// The sums of all blocks of columns, each times its scale.
+fn sum_blocks(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], block_columns: u64) -> Vec<Val> {
+    let columns = tiles[0].planes.columns;
+    let zero = k.splat_f32(16, 0.0);
+    let init = vec![zero; tiles.len() * rows.len()];
+    let add_block = |k: &mut KernelBuilder, block: Val, columns: u64, acc: &[Val]| -> Vec<Val> {
+        let first = k.mul_const(block, block_columns);
+        let parts: Vec<_> = tiles.iter().map(|t| t.scale(k, block, Lanes::All)).collect();
+        let zeros: Vec<Val> = parts.iter().filter_map(|p| p.1).collect();
+        let sums = sum_columns(k, tiles, &zeros, rows, first, columns);
+        let scaled = (0..).zip(sums.iter().zip(acc)).map(|(i, (&sum, &acc)): (usize, _)| {
+            let scale = parts[i / rows.len()].0.expect("blocks have scales");
+            k.fma(sum, scale, acc)
+        });
+        scaled.collect()
+    };
+    let (lo, hi) = (k.const_i64(0), k.index(columns / block_columns));
+    let acc = k.for_carry((lo, hi, 1), &init, |k, block, acc| add_block(k, block, block_columns, acc));
+    match columns % block_columns {
+        0 => acc,
+        rest => add_block(k, hi, rest, &acc),
+    }
+}
+
+/// Sums over `columns` columns from column `first` on, for each tile and row: even and odd columns apart, then both.
+fn sum_columns(
+    k: &mut KernelBuilder,
+    tiles: &[Tile],
+    zeros: &[Val],
+    rows: &[Val],
+    first: Val,
+    columns: u64,
+) -> Vec<Val> {
+    let format = tiles[0].planes.format;
+    let per_word = format.word_columns();
+    let turn = match format.blocks() {
+        None => TURN_COLUMNS.0.max(per_word),
+        Some(_) if columns.is_multiple_of(TURN_COLUMNS.1) => TURN_COLUMNS.1,
+        Some(_) => LANES,
+    };
+    let zero = k.splat_f32(16, 0.0);
+    let init = vec![zero; 2 * tiles.len() * rows.len()];
+    let add_turn = |k: &mut KernelBuilder, column: Val, acc: &[Val]| -> Vec<Val> {
+        let mut acc = acc.to_vec();
+        for line in 0..turn / per_word {
+            let column = k.add_const(column, line * per_word);
+            add_line(k, tiles, zeros, rows, (column, line * per_word), &mut acc);
+        }
+        acc
+    };
+    let sums = if columns == turn {
+        add_turn(k, first, &init)
+    } else {
+        let end = k.add_const(first, columns);
+        k.for_carry((first, end, turn), &init, add_turn)
+    };
+    sums.chunks(2).map(|pair| k.fadd(pair[0], pair[1])).collect()
+}
+
+/// Adds the products of one line's columns; `number` is the line's first column within its turn.
+fn add_line(
+    k: &mut KernelBuilder,
+    tiles: &[Tile],
+    zeros: &[Val],
+    rows: &[Val],
+    (column, number): (Val, u64),
+    acc: &mut [Val],
+) {
+    let per_word = tiles[0].planes.format.word_columns();
+    let shared: Vec<Vec<Val>> = match tiles[0].order {
+        None => (0..per_word).map(|i| load_column(k, rows, column, i, None)).collect(),
+        Some(_) => Vec::new(),
+    };
+    for (t, tile) in tiles.iter().enumerate() {
+        let codes = tile.codes(k, column, Lanes::All);
+        for (i, code) in (0..).zip(codes) {
+            let w = zeros.get(t).map_or(code, |&zero| k.fsub(code, zero));
+            let own = tile.order.map(|order| load_column(k, rows, column, i, Some(order)));
+            let x = own.as_ref().unwrap_or_else(|| &shared[i as usize]);
+            for (j, &x) in x.iter().enumerate() {
+                let at = 2 * (t * rows.len() + j) + ((number + i) % 2) as usize;
+                acc[at] = k.fma(w, x, acc[at]);
+            }
+        }
+    }
+}
+
+/// Column `column + i` of each row, in all lanes; with an order the column that it names.
+fn load_column(k: &mut KernelBuilder, rows: &[Val], column: Val, i: u64, order: Option<Val>) -> Vec<Val> {
+    let at = k.add_const(column, i);
+    let at = order.map_or(at, |order| k.load_index(order, at));
+    rows.iter()
+        .map(|&row| {
+            let x = k.load_f32(row, at);
+            k.splat(x, 16)
+        })
+        .collect()
 }
 
 /// Pointer to row `row` of a tensor of `stride` f32 elements a row.
@@ -134,6 +318,14 @@ impl Normed {
 }
 
 impl Rows {
+    /// The tensor that they are read from.
+    pub const fn source(&self) -> Port {
+        match self {
+            Self::Plain { x, .. } => *x,
+            Self::Normed(n) => n.x,
+        }
+    }
+
     /// Elements of a row as stored.
     pub fn stride(&self) -> u64 {
         match self {
@@ -268,9 +460,9 @@ fn emit_tiles(
     let (first, last) = (k.const_i64(0), k.dim(sym));
     for_rows(k, (first, last), tile.tokens, |k, block| {
         let x = rows.load(k, scratch, block);
-        for_tiles(k, (lo, hi), (matrix.shape.tiles, tile.row_tiles), |k, tiles| {
-            let pointers: Vec<_> = tiles.iter().map(|&t| (matrix.tile(k, weight, t), matrix.format)).collect();
-            let products = dot(k, &pointers, &x, matrix.shape.columns);
+        for_tiles(k, (lo, hi), (matrix.tiles(), tile.row_tiles), |k, tiles| {
+            let pointers: Vec<_> = tiles.iter().map(|&t| matrix.tile(k, weight, t)).collect();
+            let products = dot(k, &pointers, &x);
             for (&t, products) in tiles.iter().zip(products) {
                 for (&row, value) in block.iter().zip(products) {
                     epilogue(k, t, row, value);
@@ -315,15 +507,15 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         })
         .collect();
     let sym = site.rows(x)?;
-    let tasks: u64 = segments.iter().map(|s| s.matrix.shape.tiles.div_ceil(GROUP_TILES)).sum();
+    let tasks: u64 = segments.iter().map(|s| s.matrix.tiles().div_ceil(GROUP_TILES)).sum();
     let mut k = ports.builder(site, tasks.into());
     let tile = site.target.matmul_tile();
     let scratch = rows.scratch(&mut k, tile.tokens);
     let mut begin = 0;
     for s in &segments {
-        let tasks = s.matrix.shape.tiles.div_ceil(GROUP_TILES);
+        let tasks = s.matrix.tiles().div_ceil(GROUP_TILES);
         in_range(&mut k, begin, begin + tasks, |k, group| {
-            let range = tile_range(k, group, GROUP_TILES, s.matrix.shape.tiles);
+            let range = tile_range(k, group, GROUP_TILES, s.matrix.tiles());
             let (weight, out) = (k.param(s.weight), k.param(s.out));
             emit_tiles(k, (s.matrix, weight), (&rows, scratch, sym), range, tile, &mut |k, t, row, value| {
                 store_tile(k, out, s.out_stride, t, row, value);
@@ -342,7 +534,7 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let matrix = Matrix::of(site, w, site.tensor(x).shape.rank() - 1);
     let (weight, wanted) = (ports.read("w", w), ports.read("wanted", site.named("wanted")));
     let (out, stride) = (ports.write("out", out), site.stride(out));
-    let (sym, tiles, block) = (site.rows(x)?, matrix.shape.tiles, site.target.matmul_tile().tokens);
+    let (sym, tiles, block) = (site.rows(x)?, matrix.tiles(), site.target.matmul_tile().tokens);
     let mut k = ports.builder(site, tiles.div_ceil(GROUP_TILES).into());
     let task = k.task();
     let (lo, hi) = tile_range(&mut k, task, GROUP_TILES, tiles);
@@ -357,7 +549,7 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
                 let pointer = matrix.tile(k, weight, tile);
                 for_rows(k, (first, last), block, |k, block| {
                     let x = rows.load(k, None, block);
-                    let products = dot(k, &[(pointer, matrix.format)], &x, matrix.shape.columns);
+                    let products = dot(k, &[pointer], &x);
                     for (&row, &value) in block.iter().zip(&products[0]) {
                         store_tile(k, out, stride, tile, row, value);
                     }
@@ -431,8 +623,8 @@ impl Residual {
 
     /// `out = residual + value`, and the tile's sum of squares; the last tile fills the padding of the sums with zeros.
     pub fn store(&self, k: &mut KernelBuilder, tile: Val, row: Val, value: Val) {
-        let (stride, parts) = (pad(self.width), self.width.div_ceil(LANES));
-        let (residual, out, ssq) = (k.param(self.residual), k.param(self.out), k.param(self.ssq));
+        let stride = pad(self.width);
+        let (residual, out) = (k.param(self.residual), k.param(self.out));
         let column = k.mul_const(tile, LANES);
         let from = row_ptr(k, residual, row, stride);
         let old = k.load_f32x16(from, column);
@@ -440,6 +632,22 @@ impl Residual {
         store_tile(k, out, stride, tile, row, new);
         let square = k.fmul(new, new);
         let sum = k.reduce_add(square);
+        self.store_sum(k, tile, row, sum);
+    }
+
+    /// `out[row][column] = residual[row][column] + value`; gives the new value.
+    pub fn add_one(&self, k: &mut KernelBuilder, row: Val, column: Val, value: Val) -> Val {
+        let (residual, out) = (k.param(self.residual), k.param(self.out));
+        let [residual, out] = [residual, out].map(|p| row_ptr(k, p, row, pad(self.width)));
+        let old = k.load_f32(residual, column);
+        let new = k.fadd(old, value);
+        k.store(out, column, new);
+        new
+    }
+
+    /// The sum of squares of a tile of a row; the last tile fills the padding of the sums with zeros.
+    pub fn store_sum(&self, k: &mut KernelBuilder, tile: Val, row: Val, sum: Val) {
+        let (parts, ssq) = (self.width.div_ceil(LANES), k.param(self.ssq));
         let ssq_row = row_ptr(k, ssq, row, pad(parts));
         k.store(ssq_row, tile, sum);
         if !parts.is_multiple_of(LANES) {
@@ -469,9 +677,9 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let residual = Residual::ports(site, &mut ports)?;
     let sym = site.rows(x)?;
     let size = group_tiles(site.target);
-    let mut k = ports.builder(site, matrix.shape.tiles.div_ceil(size).into());
+    let mut k = ports.builder(site, matrix.tiles().div_ceil(size).into());
     let task = k.task();
-    let range = tile_range(&mut k, task, size, matrix.shape.tiles);
+    let range = tile_range(&mut k, task, size, matrix.tiles());
     let weight = k.param(weight);
     let tile = site.target.matmul_tile();
     emit_tiles(&mut k, (matrix, weight), (&rows, None, sym), range, tile, &mut |k, t, row, value| {
@@ -485,18 +693,22 @@ pub fn group_tiles(target: &Target) -> u64 {
     target.matmul_tile().row_tiles.max(2)
 }
 
-/// Emits `swiglu` of gate and up tiles `lo..hi` for one block of rows: `store(builder, tile, row index in block, value)`.
+/// A matrix and the pointer to its weight.
+pub type Weight = (Matrix, Val);
+
+/// Emits `swiglu` of gate and up tiles `lo..hi` for one block of rows: `store(builder, tile, row index in block, value)`. Tiles are
+/// counted from tile `begin` of both matrices on.
 pub fn emit_swiglu(
     k: &mut KernelBuilder,
-    matrix: Matrix,
-    (gate, up): (Val, Val),
-    (lo, hi): (Val, Val),
+    ((gate, gate_at), (up, up_at)): (Weight, Weight),
+    (begin, lo, hi): (Val, Val, Val),
     x: &[Val],
     mut store: impl FnMut(&mut KernelBuilder, Val, usize, Val),
 ) {
     k.for_each((lo, hi, 1), |k, tile| {
-        let pair = [(matrix.tile(k, gate, tile), matrix.format), (matrix.tile(k, up, tile), matrix.format)];
-        let products = dot(k, &pair, x, matrix.shape.columns);
+        let number = k.add(begin, tile);
+        let pair = [gate.tile(k, gate_at, number), up.tile(k, up_at, number)];
+        let products = dot(k, &pair, x);
         for (i, (&g, &u)) in products[0].iter().zip(&products[1]).enumerate() {
             let g = k.silu(g);
             let value = k.fmul(g, u);
@@ -516,24 +728,23 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let rows = Rows::Normed(Normed::ports(site, &mut ports)?);
     let (gate, up) = (site.named("w_gate"), site.named("w_up"));
-    let matrix = Matrix::of(site, gate, 1);
-    if Matrix::of(site, up, 1).format != matrix.format {
-        return Err(site.error("`w_gate` and `w_up` in different formats"));
-    }
+    let matrices = (Matrix::of(site, gate, 1), Matrix::of(site, up, 1));
+    let tiles = matrices.0.tiles();
     let (gate, up) = (ports.read("w_gate", gate), ports.read("w_up", up));
     let result = site.result(0);
     let out = ports.write("out", result);
     let (sym, stride) = (site.rows(result)?, site.stride(result));
-    let mut k = ports.builder(site, matrix.shape.tiles.div_ceil(GROUP_TILES).into());
+    let mut k = ports.builder(site, tiles.div_ceil(GROUP_TILES).into());
     let block = swiglu_rows(site.target);
     let scratch = rows.scratch(&mut k, block);
     let task = k.task();
-    let range = tile_range(&mut k, task, GROUP_TILES, matrix.shape.tiles);
+    let (lo, hi) = tile_range(&mut k, task, GROUP_TILES, tiles);
     let (gate, up, out) = (k.param(gate), k.param(up), k.param(out));
     let (first, last) = (k.const_i64(0), k.dim(sym));
     for_rows(&mut k, (first, last), block, |k, block| {
         let x = rows.load(k, scratch, block);
-        emit_swiglu(k, matrix, (gate, up), range, &x, |k, tile, i, value| {
+        let weights = ((matrices.0, gate), (matrices.1, up));
+        emit_swiglu(k, weights, (first, lo, hi), &x, |k, tile, i, value| {
             store_tile(k, out, stride, tile, block[i], value);
         });
     });

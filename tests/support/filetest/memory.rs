@@ -3,13 +3,13 @@
 use nextc_ir::eval::{Datum, State};
 use nextc_ir::graph::{Function, NodeId};
 use nextc_ir::kernel::eval::Buffer;
-use nextc_ir::layout::{padded_index, tile_offset_bytes, tile_shape};
+use nextc_ir::layout::{Planes, padded_index};
 use nextc_ir::shape::{pad, padded_elems};
 use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
-use nextc_ir::{Layout, Op, Type};
+use nextc_ir::{Layout, Type};
 
-use super::Checked;
-use super::values::{PAGE_TOKENS, Step};
+use super::values::{PAGE_TOKENS, Step, in_rank};
+use super::{Checked, codes};
 
 /// The memory of a parameter.
 pub fn of_param(function: &Function, param: NodeId, value: &Datum<f32>, step: &Step) -> Checked<Buffer> {
@@ -68,21 +68,11 @@ where
     (0..count).map(|i| memory[element(ty, flat, i)]).collect()
 }
 
-/// How many dimensions of a matrix are inputs: those of the rows that it is multiplied with.
-fn in_rank(function: &Function, param: NodeId) -> usize {
-    let by_user = |(user, _): &(NodeId, nextc_ir::graph::Use)| {
-        let multiplies = matches!(function.node(*user).op, Op::Linear | Op::LinearResidual);
-        let x = function.operands(*user)[0];
-        function.ty(x).as_tensor().filter(|_| multiplies).map(|t| t.shape.rank() - 1)
-    };
-    function.users(param).iter().find_map(by_user).unwrap_or(1)
-}
-
 /// A weight as the packer lays it out; the pass `layout` has said how.
 fn weight(ty: &WeightType, in_rank: usize, values: &[f32]) -> Checked<Buffer> {
     match ty.layout.ok_or("the weight has no layout")? {
         Layout::Flat => Ok(flat(&ty.shape, values)),
-        Layout::Tile16 => Ok(tiles(ty, in_rank, values)),
+        layout @ (Layout::Tile16 | Layout::Mma16) => Ok(tiles(ty, layout, in_rank, values)),
     }
 }
 
@@ -101,15 +91,18 @@ fn flat(shape: &[u64], values: &[f32]) -> Buffer {
     from_words(&out)
 }
 
-fn tiles(ty: &WeightType, in_rank: usize, values: &[f32]) -> Buffer {
+fn tiles(ty: &WeightType, layout: Layout, in_rank: usize, values: &[f32]) -> Buffer {
     let (out_dims, in_dims) = ty.shape.split_at(ty.shape.len() - in_rank);
-    let tiles = tile_shape(out_dims, in_dims, ty.format);
+    let planes = Planes::new(layout, ty.format, out_dims, in_dims);
+    if ty.format.blocks().is_some() {
+        return Buffer::from_bytes(&codes::bytes(ty, in_rank, &planes));
+    }
     let columns: u64 = in_dims.iter().product();
-    let mut bytes = vec![0; (tiles.tiles * tiles.tile_bytes) as usize];
+    let mut bytes = vec![0; planes.bytes() as usize];
     for (i, &x) in (0u64..).zip(values) {
-        let (row, column) = (padded_index(out_dims, i / columns), padded_index(in_dims, i % columns));
-        let at = (row / 16 * tiles.tile_bytes + tile_offset_bytes(ty.format, row % 16, column)) as usize;
-        (ty.format.def().encode)(x, &mut bytes[at..at + ty.format.def().dtype.bytes() as usize]);
+        let at = planes.code(padded_index(out_dims, i / columns), padded_index(in_dims, i % columns)).byte as usize;
+        let width = ty.format.def().bits as usize / 8;
+        bytes[at..at + width].copy_from_slice(&(ty.format.def().encode)(x).to_le_bytes()[..width]);
     }
     Buffer::from_bytes(&bytes)
 }

@@ -11,6 +11,7 @@
 //!
 //! Files called `.graph` hold graph IR, those called `.kernel` one kernel. Lines that begin with `;;` are for people.
 
+mod codes;
 mod config;
 mod emit;
 mod graph;

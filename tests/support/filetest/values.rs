@@ -8,13 +8,13 @@
 
 use nextc_ir::build::FunctionBuilder;
 use nextc_ir::eval::{Cx, Datum, Sequences, State, WeightStore, evaluate};
-use nextc_ir::graph::Function;
+use nextc_ir::graph::{Function, NodeId};
 use nextc_ir::schedule::Input;
 use nextc_ir::shape::{Shape, Sym};
 use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
 use nextc_ir::{Attrs, DType, Op, Type};
 
-use super::{Case, Checked, text};
+use super::{Case, Checked, codes, text};
 
 /// Tokens in a page of KV.
 pub const PAGE_TOKENS: usize = 64;
@@ -110,6 +110,9 @@ impl Step {
             Input::PageTable => (0..self.units(StateKind::Kv) as i32).rev().collect(),
             Input::LogitRows => self.rows.clone(),
             Input::Tokens | Input::Hidden | Input::Wanted => unreachable!("operands of their own"),
+            Input::Factors | Input::Choices | Input::EditTokens | Input::EditCounts | Input::EditBiases => {
+                unreachable!("operands of their own")
+            }
         }
     }
 
@@ -206,11 +209,12 @@ impl Fill {
     fn ints(&self, dims: &[usize]) -> Checked<Vec<i32>> {
         let count: usize = dims.iter().product();
         match (self, dims) {
+            (Self::Cycle(xs), _) => Ok(xs.iter().map(|&x| x as i32).cycle().take(count).collect()),
             (Self::Below(n), _) => Ok((0..count as i32).map(|i| (i * i + 7 * i) % n).collect()),
             (&Self::Choices(n), &[tokens, k]) => {
                 Ok((0..tokens).flat_map(|t| (0..k).map(move |s| ((t * t + s * 5) % n) as i32)).collect())
             }
-            _ => Err("integers need `; value NAME below N` or `choices N`".to_owned()),
+            _ => Err("integers need `; value NAME below N`, `cycle A B ..` or `choices N`".to_owned()),
         }
     }
 }
@@ -226,12 +230,19 @@ pub fn arguments(case: &Case, function: &Function, step: &Step) -> Checked<Vec<D
     let one = |&param| {
         let node = function.node(param);
         let name = node.name.as_deref().unwrap_or_default();
-        argument(case, name, &node.types[0], step, &mut random).map_err(|e| format!("%{name}: {e}"))
+        argument(case, name, (&node.types[0], in_rank(function, param)), step, &mut random)
+            .map_err(|e| format!("%{name}: {e}"))
     };
     function.params.iter().map(one).collect()
 }
 
-fn argument(case: &Case, name: &str, ty: &Type, step: &Step, random: &mut Random) -> Checked<Datum<f32>> {
+fn argument(
+    case: &Case,
+    name: &str,
+    (ty, in_rank): (&Type, usize),
+    step: &Step,
+    random: &mut Random,
+) -> Checked<Datum<f32>> {
     match ty {
         Type::Tensor(t) if t.dtype == DType::I32 => integers(case, name, t, step),
         Type::Tensor(t) => {
@@ -239,7 +250,7 @@ fn argument(case: &Case, name: &str, ty: &Type, step: &Step, random: &mut Random
             let values = Fill::of(case, name)?.floats(dims.iter().product(), random)?;
             Datum::floats(&dims, values).map_err(text)
         }
-        Type::Weight(w) => weight(w, &Fill::of(case, name)?, random),
+        Type::Weight(w) => weight(w, in_rank, &Fill::of(case, name)?, random),
         Type::State(s) => state(s, &Fill::of(case, name)?, step, random),
         Type::Sequences => step.sequences(),
         Type::Bundle(_) => Err("a bundle is no parameter of a test; make it in the function".to_owned()),
@@ -272,15 +283,24 @@ fn dispatch(case: &Case, experts: usize, step: &Step) -> Checked<Vec<Datum<f32>>
     evaluate(&b.finish(results), vec![ids], &WeightStore::new(), &Cx::new(PAGE_TOKENS)).map_err(text)
 }
 
-/// Numbers as they come back from the weight's format.
-fn weight(ty: &WeightType, fill: &Fill, random: &mut Random) -> Checked<Datum<f32>> {
+/// How many dimensions of a matrix are inputs: those of the rows that it is multiplied with.
+pub fn in_rank(function: &Function, param: NodeId) -> usize {
+    let by_user = |(user, _): &(NodeId, nextc_ir::graph::Use)| {
+        let multiplies = matches!(function.node(*user).op, Op::Linear | Op::LinearResidual);
+        let x = function.operands(*user)[0];
+        function.ty(x).as_tensor().filter(|_| multiplies).map(|t| t.shape.rank() - 1)
+    };
+    function.users(param).iter().find_map(by_user).unwrap_or(1)
+}
+
+/// Numbers as they come back from the weight's format; those of a scaled one come from its codes.
+fn weight(ty: &WeightType, in_rank: usize, fill: &Fill, random: &mut Random) -> Checked<Datum<f32>> {
     let dims: Vec<usize> = ty.shape.iter().map(|&d| d as usize).collect();
+    if ty.format.blocks().is_some() {
+        return Datum::floats(&dims, codes::numbers(ty, in_rank)).map_err(text);
+    }
     let def = ty.format.def();
-    let mut bytes = vec![0; def.dtype.bytes() as usize];
-    let stored = fill.floats(dims.iter().product(), random)?.into_iter().map(|x| {
-        (def.encode)(x, &mut bytes);
-        (def.decode)(&bytes)
-    });
+    let stored = fill.floats(dims.iter().product(), random)?.into_iter().map(|x| (def.decode)((def.encode)(x)));
     Datum::floats(&dims, stored.collect()).map_err(text)
 }
 

@@ -1,14 +1,12 @@
 //! The inner loop that decode spends its time in: a tile of 16 bf16 rows times one token.
 
-use nextc_ir::Format;
-use nextc_ir::format::FORMATS;
 use nextc_ir::kernel::{Kernel, KernelBuilder};
+use nextc_ir::{DType, Format};
 
 use super::{bits, module, native, run};
 
 /// `y[16·task ..] = W·x`: two tiles of 16 rows and 2·`pairs` columns a task, four accumulators.
 fn gemv(pairs: u64, tasks: u64) -> Kernel {
-    let bf16 = FORMATS.iter().find(|f| f.format == Format::Bf16).expect("bf16 is a format");
     let mut k = KernelBuilder::new("gemv", &[("w", false), ("x", false), ("y", true)], tasks.into());
     let (w, x, y, task) = (k.param(0), k.param(1), k.param(2), k.task());
     let tiles = k.mul_const(task, 2 * pairs * 64);
@@ -24,9 +22,11 @@ fn gemv(pairs: u64, tasks: u64) -> Kernel {
         let (x_even, x_odd) = (k.splat(x_even, 16), k.splat(x_odd, 16));
         let mut next = Vec::new();
         for (tile, c) in [(first, &c[..2]), (second, &c[2..])] {
-            let (w_even, w_odd) = (bf16.load_pair)(k, tile, pair);
-            next.push(k.fma(w_even, x_even, c[0]));
-            next.push(k.fma(w_odd, x_odd, c[1]));
+            let at = k.mul_const(pair, 16);
+            let words = k.load(DType::I32, 16, tile, at);
+            let w = (Format::Bf16.def().unpack)(k, words);
+            next.push(k.fma(w[0], x_even, c[0]));
+            next.push(k.fma(w[1], x_odd, c[1]));
         }
         next
     });
