@@ -89,7 +89,6 @@ impl<'k> Splitter<'k> {
             params: self.old.params.clone(),
             grid: self.old.grid.clone(),
             threads: self.old.threads,
-            resident: self.old.resident,
             body,
             tail,
             tail_grid: self.old.tail_grid.clone(),

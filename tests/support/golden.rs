@@ -101,7 +101,7 @@ pub fn check(what: &str, candidate: &[f32], golden: &[f32], width: usize) {
 }
 
 /// KL(golden || candidate) of the row's softmax.
-fn divergence(golden: &[f32], candidate: &[f32]) -> f64 {
+pub fn divergence(golden: &[f32], candidate: &[f32]) -> f64 {
     let log_softmax = |row: &[f32]| {
         let top = row.iter().fold(f64::NEG_INFINITY, |m, &x| m.max(f64::from(x)));
         let sum: f64 = row.iter().map(|&x| (f64::from(x) - top).exp()).sum();

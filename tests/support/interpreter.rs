@@ -80,7 +80,13 @@ const ROOM: (u64, u64) = (64, 8);
 impl Interpreter {
     /// The graph as the frontend builds it.
     pub fn plain(dir: &Path) -> Self {
-        let model = nextc_frontend::load(dir, &nextc_frontend::Options::default()).expect("the fixture loads");
+        Self::quantised(dir, None)
+    }
+
+    /// The graph with weights rounded to other formats.
+    pub fn quantised(dir: &Path, quant: Option<nextc_frontend::Quant>) -> Self {
+        let options = nextc_frontend::Options { quant, ..nextc_frontend::Options::default() };
+        let model = nextc_frontend::load(dir, &options).expect("the fixture loads");
         let module = model.module.clone();
         Self { model, module, kernels: None }
     }

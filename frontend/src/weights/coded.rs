@@ -198,10 +198,10 @@ impl Finder<'_> {
             return self.refuse(name, format!("{columns} codes in {words} words a row, expected codes of 4 or 8 bits"));
         };
         let scales = format!("{prefix}.weight_scale");
-        let Some([_, groups]) = self.matrix(&scales, FLOATS) else {
+        let Some(groups) = self.tensors.get(scales.as_str()).map(|t| t.shape.get(1).copied().unwrap_or(0)) else {
             return self.refuse(name, format!("its scales `{scales}` are missing"));
         };
-        if !columns.is_multiple_of(groups) {
+        if groups == 0 || !columns.is_multiple_of(groups) {
             return self.refuse(&scales, format!("{groups} groups of {columns} columns, expected groups of one size"));
         }
         let scale = self.companion(&scales, FLOATS, &[rows, groups])?;

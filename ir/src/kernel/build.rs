@@ -25,7 +25,6 @@ impl KernelBuilder {
             params,
             grid,
             threads: 1,
-            resident: 1,
             body: Region::default(),
             tail: None,
             tail_grid: 1.into(),
@@ -37,11 +36,6 @@ impl KernelBuilder {
     /// Makes each task a block of `threads` threads.
     pub fn threads(&mut self, threads: u32) {
         self.kernel.threads = threads;
-    }
-
-    /// Asks for registers so few that `blocks` blocks fit a multiprocessor.
-    pub fn resident(&mut self, blocks: u32) {
-        self.kernel.resident = blocks;
     }
 
     /// Says what was fused into the kernel.

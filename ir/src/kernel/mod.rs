@@ -158,8 +158,6 @@ pub struct Kernel {
     pub grid: Extent,
     /// Threads of a task: 1, or a multiple of a warp. In blocks of threads, vectors in memory are aligned to their size (at most 16 bytes).
     pub threads: u32,
-    /// Blocks of threads that shall fit a multiprocessor together, which bounds the registers of each.
-    pub resident: u32,
     /// What each task does.
     pub body: Region,
     /// What is done after all tasks.

@@ -239,8 +239,12 @@ impl<'t> Parser<'t> {
         self.word("grid")?;
         self.punct("=")?;
         let grid = self.extent()?;
-        let threads = self.setting("threads", "a number of threads")?;
-        let resident = self.setting("resident", "a number of blocks")?;
+        let threads = if self.eat_word("threads") {
+            self.punct("=")?;
+            self.read("a number of threads", |w| w.parse().ok())?
+        } else {
+            1
+        };
         let body = self.block()?;
         let (tail, tail_grid) = self.tail()?;
         Ok(Kernel {
@@ -249,21 +253,11 @@ impl<'t> Parser<'t> {
             params,
             grid,
             threads,
-            resident,
             body,
             tail,
             tail_grid,
             types: std::mem::take(&mut self.types),
         })
-    }
-
-    /// `name = N`; 1 where it is not said.
-    fn setting(&mut self, name: &'static str, expected: &'static str) -> Parsed<u32> {
-        if !self.eat_word(name) {
-            return Ok(1);
-        }
-        self.punct("=")?;
-        self.read(expected, |w| w.parse().ok().filter(|&n| n > 0))
     }
 
     fn tail(&mut self) -> Parsed<(Option<Region>, Extent)> {

@@ -52,9 +52,8 @@ fn declare<'c>(context: &'c Context, module: &Module<'c>, kernel: &Kernel, name:
     let function = module.add_function(name, context.void_type().fn_type(&params, false), Some(Linkage::External));
     function.set_call_conventions(PTX_KERNEL);
     let threads = if kernel.is_block() { kernel.threads } else { SINGLE_THREADS };
-    for (name, value) in [("nvvm.maxntid", threads), ("nvvm.minctasm", kernel.resident)] {
-        function.add_attribute(AttributeLoc::Function, context.create_string_attribute(name, &value.to_string()));
-    }
+    let attribute = context.create_string_attribute("nvvm.maxntid", &threads.to_string());
+    function.add_attribute(AttributeLoc::Function, attribute);
     function
 }
 

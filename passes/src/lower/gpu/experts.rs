@@ -33,7 +33,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let tiles = router_matrix.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &router_matrix.planes) };
     let mut k = ports.builder(site, (tiles + 1).into());
-    split.apply(&mut k);
+    k.threads(split.threads());
     let shared = split.shared(&mut k);
     let (place, count) = (Place::here(&mut k), k.dim(sym));
     let block = |k: &mut KernelBuilder, fragments: &Fragments, weight: Port, tile: Val, is_gate: bool| {
@@ -352,7 +352,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
     let split = pair_split(site, &routed);
     let mut k = ports.builder(site, Extent::from(shared_tiles) + most * expert_tiles.into());
-    split.apply(&mut k);
+    k.threads(split.threads());
     let shared = split.shared(&mut k);
     let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
     let (task, shared_end) = (k.task(), k.index(shared_tiles));
@@ -466,7 +466,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let sym = site.rows(site.result(0))?;
     let mut k = ports.builder(site, down.tiles.into());
-    Split { warps: DOWN_WARPS, tiles: 1 }.apply(&mut k);
+    k.threads(DOWN_WARPS as u32 * 32);
     let sums = k.shared(DType::F32, down.tokens * (choices + 1) * LANES);
     let place = Place::here(&mut k);
     let (tile, base) = (k.task(), k.param(down.s_down));

@@ -22,8 +22,6 @@ use super::Place;
 pub const TOKENS: u64 = 8;
 /// Elements from one token's sums of a tile to the next in shared memory: 16 rows, and 4 that keep threads in different banks.
 const SUM_STRIDE: u64 = LANES + 4;
-/// Threads that shall fit a multiprocessor together: half of what one holds.
-const RESIDENT_THREADS: u32 = 1024;
 /// Loads of 16 bytes that a thread has in flight.
 const LOADS: u64 = 8;
 
@@ -318,12 +316,6 @@ impl Split {
         self.warps as u32 * 32
     }
 
-    /// Makes each task a block of so many threads, several of which fit a multiprocessor, so that the next kernel's begin early.
-    pub fn apply(&self, k: &mut KernelBuilder) {
-        k.threads(self.threads());
-        k.resident((RESIDENT_THREADS / self.threads()).max(1));
-    }
-
     /// Shared memory for the sums.
     pub fn shared(&self, k: &mut KernelBuilder) -> Val {
         k.shared(DType::F32, self.warps * self.tiles * TOKENS * SUM_STRIDE)
@@ -576,9 +568,9 @@ impl<'a> Product<'a> {
             let bias = scales.map(|(_, zero)| self.fragments.bias(k, zero));
             let mut part = k.splat_f32(4, 0.0);
             for &half in *halves {
-                for step in 0..2 {
+                for (step, &b) in b[half].iter().enumerate() {
                     let a = self.fragments.operand(k, codes, half, step, bias);
-                    part = k.mma(self.fragments.half(), a, b[half][step], part);
+                    part = k.mma(self.fragments.half(), a, b, part);
                 }
             }
             for (i, sum) in sum.iter_mut().enumerate() {

@@ -1,0 +1,109 @@
+//! What each `--quant` costs the demo model: nats per token, divergence from float32, and how often its drafts are right.
+//! `cargo test --release --features llvm --test quality -- --nocapture` prints the table of `docs/quantisation.md`.
+
+mod support;
+
+use support::exe::{Exe, backends};
+use support::golden::{divergence, root};
+use support::{Feed, Rows, Subject, argmax};
+
+/// What a build may be worse than float32, and its name on the command line.
+struct Limit {
+    quant: &'static str,
+    /// Nats per token more.
+    nats: f64,
+    /// Mean divergence, nats.
+    kl: f64,
+}
+
+/// The lines of quality: those of q8 and q4 are promised; the others are what was measured, with room for a third more.
+const LIMITS: [Limit; 4] = [
+    Limit { quant: "bf16", nats: 0.0, kl: 0.0 },
+    Limit { quant: "fp8", nats: 0.01, kl: 0.01 },
+    Limit { quant: "q8", nats: 0.002, kl: 0.002 },
+    Limit { quant: "q4", nats: 0.06, kl: 0.06 },
+];
+/// Windows that are evaluated together; a file of their logits has 134 MB.
+const WINDOWS: usize = 4;
+
+/// Sums over positions.
+#[derive(Default)]
+struct Sums {
+    positions: f64,
+    nats: f64,
+    kl: f64,
+    same_top: f64,
+    drafts: f64,
+    right: f64,
+}
+
+impl Sums {
+    /// Adds a window: its inputs are all tokens but the last, its targets all but the first.
+    fn add(&mut self, tokens: &[i32], own: &Rows, float32: &Rows, vocab: usize) {
+        let rows = own.logits.chunks(vocab).zip(float32.logits.chunks(vocab)).zip(&tokens[1..]);
+        for ((own, float32), &target) in rows {
+            self.positions += 1.0;
+            self.nats += loss(own, target as usize);
+            self.kl += divergence(float32, own);
+            self.same_top += f64::from(u8::from(argmax(own) == argmax(float32)));
+        }
+        let next = own.logits.chunks(vocab).skip(1);
+        for (draft, next) in own.mtp.chunks(vocab).zip(next) {
+            self.drafts += 1.0;
+            self.right += f64::from(u8::from(argmax(draft) == argmax(next)));
+        }
+    }
+}
+
+fn loss(logits: &[f32], target: usize) -> f64 {
+    let top = logits.iter().fold(f64::NEG_INFINITY, |m, &x| m.max(f64::from(x)));
+    let sum: f64 = logits.iter().map(|&x| (f64::from(x) - top).exp()).sum();
+    top + sum.ln() - f64::from(logits[target])
+}
+
+#[test]
+fn quantised_demo_models_keep_to_their_lines() {
+    let dir = root().join("examples/demo-model");
+    let text = std::fs::read_to_string(dir.join("golden_nll.json")).expect("the demo model has its golden file");
+    let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
+    let window = golden["window"].as_u64().expect("a number") as usize;
+    let vocab = 8192;
+    // the widest backend; what is measured is the rounding of weights
+    let backend = *backends().last().expect("there is a backend");
+    let float32 = Exe::build(&dir, backend, &[]);
+    let exes = LIMITS.map(|limit| Exe::build(&dir, backend, &["--quant", limit.quant]));
+    let mut all: Vec<Sums> = (0..=LIMITS.len()).map(|_| Sums::default()).collect();
+    let windows: Vec<&[i32]> = (0..(tokens.len() - 1) / window).map(|w| &tokens[w * window..=(w + 1) * window]).collect();
+    for windows in windows.chunks(WINDOWS) {
+        let inputs: Vec<Vec<i32>> = windows.iter().map(|w| w[..window].to_vec()).collect();
+        let reference = float32.logits(&inputs, Feed::Prefill, 1);
+        for (i, sums) in all.iter_mut().enumerate() {
+            let own = i.checked_sub(1).map(|i| exes[i].logits(&inputs, Feed::Prefill, 1));
+            let own = own.as_ref().unwrap_or(&reference);
+            for ((tokens, own), float32) in windows.iter().zip(own).zip(&reference) {
+                sums.add(tokens, own, float32, vocab);
+            }
+        }
+    }
+    println!("quant  MB      nats/token  more than f32  KL         same top-1  drafts right");
+    let base = all[0].nats / all[0].positions;
+    for (i, sums) in all.iter().enumerate() {
+        let (name, exe) = i.checked_sub(1).map_or(("keep", &float32), |i| (LIMITS[i].quant, &exes[i]));
+        let mean = |x: f64| x / sums.positions;
+        let mb = exe.json("info", &["--json"])["weights_bytes"].as_f64().unwrap_or(0.0) / 1e6;
+        println!(
+            "{name:<6} {mb:<7.1} {:<11.5} {:<+14.5} {:<10.2e} {:<11.4} {:.4}",
+            mean(sums.nats),
+            mean(sums.nats) - base,
+            mean(sums.kl),
+            mean(sums.same_top),
+            sums.right / sums.drafts
+        );
+    }
+    for (limit, sums) in LIMITS.iter().zip(&all[1..]) {
+        let (nats, kl) = (sums.nats / sums.positions - base, sums.kl / sums.positions);
+        assert!(nats <= limit.nats, "{}: {nats:+} nats a token, at most {:+}", limit.quant, limit.nats);
+        assert!(kl <= limit.kl, "{}: KL {kl:e}, at most {:e}", limit.quant, limit.kl);
+    }
+}
