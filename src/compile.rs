@@ -34,9 +34,7 @@ impl Plan {
                 "this nextc was built without LLVM; use `--backend cranelift`, or build nextc with `--features llvm`"
             );
         }
-        let target = Target::named(&args.cpu).context("--cpu")?;
-        let target = if backend == Backend::Cranelift { target.for_cranelift() } else { target };
-        Ok(Self { target, backend })
+        Ok(Self { target: target(args, backend)?, backend })
     }
 
     /// Its backend's name.
@@ -48,17 +46,32 @@ impl Plan {
     }
 }
 
+/// The machine that the command line names.
+fn target(args: &ModelArgs, backend: Backend) -> anyhow::Result<Target> {
+    if args.target == TargetKind::Cuda {
+        if backend != Backend::Llvm {
+            bail!("`--target cuda`: only the LLVM backend makes PTX; use `--backend llvm`");
+        }
+        return Target::gpu(args.gpu.as_deref().unwrap_or(nextc_ir::target::GPUS[0].name)).context("--gpu");
+    }
+    let target = Target::named(&args.cpu).context("--cpu")?;
+    Ok(if backend == Backend::Cranelift { target.for_cranelift() } else { target })
+}
+
 /// LLVM where it is compiled in.
 pub const fn default_backend() -> Backend {
     if cfg!(feature = "llvm") { Backend::Llvm } else { Backend::Cranelift }
 }
 
 fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
-    if args.target != TargetKind::Cpu {
-        bail!("`--target` asks for a GPU; code for GPUs is not there yet, expected `cpu`");
+    if args.target == TargetKind::CpuCuda {
+        bail!("`--target cpu+cuda`: one executable for both is not there yet, expected `cpu` or `cuda`");
     }
-    if let Some(gpu) = &args.gpu {
-        bail!("`--gpu {gpu}`: code for GPUs is not there yet; leave it out");
+    if let Some(gpu) = args.gpu.as_ref().filter(|_| args.target == TargetKind::Cpu) {
+        bail!("`--gpu {gpu}` names a GPU for `--target cpu`; use `--target cuda`");
+    }
+    if args.target == TargetKind::Cuda && args.activations != Activations::Auto {
+        bail!("`--activations`: a GPU multiplies rows of 16-bit floats, or sums of two of them; expected `auto`");
     }
     match args.activations {
         Activations::Auto | Activations::F32 => Ok(()),
@@ -168,8 +181,9 @@ mod tests {
     #[test]
     fn what_is_not_there_yet_is_refused_by_name() {
         for (options, expected) in [
-            ("--target cuda", "`--target`"),
-            ("--target cpu+cuda", "`--target`"),
+            ("--target cpu+cuda", "`--target cpu+cuda`"),
+            ("--target cuda --backend cranelift", "`--target cuda`"),
+            ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
             ("--activations int8", "`--activations`"),
             ("--cpu pentium", "`pentium` is unknown"),

@@ -54,7 +54,7 @@ fn entry_functions_only_call() {
     use Op::{Call, Param, Sequences, Weight};
     for path in LOADING {
         let model = load_fixture(path);
-        for name in ["step", "draft"] {
+        for name in ["step", "draft", "sample", "verify"] {
             let entry = model.module.function(name).expect(name);
             assert!(entry.graph.node_weights().all(|n| [Call, Param, Sequences, Weight].contains(&n.op)), "{path}");
         }
@@ -78,14 +78,14 @@ fn the_step_takes_and_returns_each_state() {
     assert_eq!(params[..count], inputs);
     assert_eq!(params[count..count + 4], ["layers.0.conv_q", "layers.0.conv_k", "layers.0.conv_v", "layers.0.delta"]);
     assert_eq!(params[count + 12..], ["layers.3.kv"]);
-    assert_eq!(step.results.len(), 2 + params.len() - count);
-    for (param, result) in step.params[count..].iter().zip(&step.results[2..]) {
+    assert_eq!(step.results.len(), 3 + params.len() - count);
+    for (param, result) in step.params[count..].iter().zip(&step.results[3..]) {
         assert_eq!(step.node(*param).types[0], *step.ty(*result));
     }
     let draft = model.module.function("draft").expect("draft");
     let params: Vec<&str> = draft.params.iter().filter_map(|p| draft.node(*p).name.as_deref()).collect();
     assert_eq!(params, [&inputs[..], &["hidden", "mtp.kv"]].concat());
-    assert_eq!(draft.results.len(), 3);
+    assert_eq!(draft.results.len(), 4);
 }
 
 /// The parts of each fused tensor take every row of it exactly once.

@@ -22,20 +22,28 @@ pub enum Layout {
     /// - scales of blocks of several rows: for each tile the scale of each of its blocks
     /// - order: for each index of the outer output dimensions the column of x, i32, that each stored column is multiplied with
     Tile16,
+    /// A matrix as tiles of 16 rows whose codes lie as the threads of a warp hold them for `mma.m16n8k16`, in turns of 64 columns: thread `4·(row % 8) + q` holds
+    /// columns `8q .. 8q + 8` of each half turn, of rows `row % 8` and `row % 8 + 8`, four columns a step of the product. Each thread's 16 bytes
+    /// are neighbours, so a warp reads 512 bytes at once. Scales lie as in [`Layout::Tile16`]. A last turn is filled up with zeros.
+    Mma16,
 }
 
 impl Layout {
+    /// Every layout.
+    pub const ALL: [Self; 3] = [Self::Flat, Self::Tile16, Self::Mma16];
+
     /// The name in IR text.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Flat => "flat",
             Self::Tile16 => "tile16",
+            Self::Mma16 => "mma16",
         }
     }
 
     /// The layout called `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Flat, Self::Tile16].into_iter().find(|l| l.name() == name)
+        Self::ALL.into_iter().find(|l| l.name() == name)
     }
 }
 
@@ -56,6 +64,8 @@ pub fn flat_dims(shape: &[u64], in_rank: usize) -> Vec<u64> {
 
 /// Planes begin at multiples of this many bytes.
 const PLANE_ALIGN_BYTES: u64 = 64;
+/// Columns of a turn of [`Layout::Mma16`].
+pub const TURN_COLUMNS: u64 = 64;
 /// Bytes of a line of [`Layout::Tile16`]: a word for each row of the tile.
 pub const LINE_BYTES: u64 = 4 * LANES;
 
@@ -106,7 +116,36 @@ impl Planes {
 
     /// Bytes of a tile's codes.
     pub fn tile_bytes(&self) -> u64 {
-        self.columns / self.format.word_columns() * LINE_BYTES
+        match self.layout {
+            Layout::Mma16 => self.turns() * self.turn_bytes(),
+            _ => self.columns / self.format.word_columns() * LINE_BYTES,
+        }
+    }
+
+    /// Turns of [`Layout::Mma16`] that the columns of a tile take.
+    pub const fn turns(&self) -> u64 {
+        self.columns.div_ceil(TURN_COLUMNS)
+    }
+
+    /// Bytes of a tile's codes in one turn.
+    pub fn turn_bytes(&self) -> u64 {
+        TURN_COLUMNS * LANES * self.format.def().bits / 8
+    }
+
+    /// Where the code of an element of [`Layout::Mma16`] lies in its tile.
+    fn mma_code(&self, row: u64, column: u64) -> Place {
+        let (turn, half_turn, q) = (column / TURN_COLUMNS, column % TURN_COLUMNS / 32, column % 32 / 8);
+        let (step, at, half) = (column % 8 / 4, column % 4, row % LANES / 8);
+        let bits = self.format.def().bits;
+        // the 16 bytes of a thread, and the bit of the code in them
+        let (load, bit) = match bits {
+            16 => (half_turn * 2 + step, half * 64 + at * 16),
+            8 => (half_turn, half * 64 + step * 32 + at * 8),
+            _ => (0, half * 64 + half_turn * 32 + word_shift_of_pairs(column % 8)),
+        };
+        let thread = row % 8 * 4 + q;
+        let bit = (turn * self.turn_bytes() + load * 512 + thread * 16) * 8 + bit;
+        Place { byte: bit / 8, bit: bit % 8 }
     }
 
     /// Bytes of the codes.
@@ -150,6 +189,10 @@ impl Planes {
 
     /// Where the code of an element lies.
     pub fn code(&self, row: u64, column: u64) -> Place {
+        if self.layout == Layout::Mma16 {
+            let place = self.mma_code(row, column);
+            return Place { byte: row / LANES * self.tile_bytes() + place.byte, ..place };
+        }
         let per_word = self.format.word_columns();
         let word = row / LANES * self.tile_bytes() + column / per_word * LINE_BYTES + row % LANES * 4;
         let shift = word_shift(self.format, column % per_word);
@@ -201,6 +244,12 @@ pub fn word_shift(format: Format, column: u64) -> u64 {
     }
 }
 
+/// How far nibble `column` of eight is shifted in a word of [`Layout::Mma16`]: the columns of a pair lie 16 bits apart, as both halves of a product's
+/// operand do.
+const fn word_shift_of_pairs(column: u64) -> u64 {
+    4 * (column / 2) + 16 * (column % 2)
+}
+
 /// Position in padded storage of logical index `i` over `dims` (row-major): the innermost dimension takes `pad(last)`.
 pub fn padded_index(dims: &[u64], i: u64) -> u64 {
     let Some(&last) = dims.last() else { return 0 };
@@ -214,9 +263,9 @@ mod tests {
     use super::*;
 
     /// Every code, scale, zero point and order lies in its plane, and none on another.
-    fn check(format: &str, out_dims: &[u64], in_dims: &[u64]) {
+    fn check(layout: Layout, format: &str, out_dims: &[u64], in_dims: &[u64]) {
         let format = Format::from_name(format).expect(format);
-        let planes = Planes::new(Layout::Tile16, format, out_dims, in_dims);
+        let planes = Planes::new(layout, format, out_dims, in_dims);
         let (bits, blocks) = (format.def().bits, format.blocks());
         let mut used = HashSet::new();
         let mut take = |byte: u64, bit: u64, bits: u64| {
@@ -257,8 +306,12 @@ mod tests {
             "fp8<16x32>",
             "q8<g48>",
         ] {
-            check(format, &[3, 20], &[2, 40]);
-            check(format, &[32], &[256]);
+            check(Layout::Tile16, format, &[3, 20], &[2, 40]);
+            check(Layout::Tile16, format, &[32], &[256]);
+        }
+        for format in ["bf16", "f16", "fp8", "q8", "q4", "q4<g128,bf16,zero>", "fp8<16x32>"] {
+            check(Layout::Mma16, format, &[3, 20], &[2, 40]);
+            check(Layout::Mma16, format, &[32], &[256]);
         }
     }
 

@@ -10,7 +10,7 @@
 use crate::attr::Attrs;
 use crate::cost::{self, Cost};
 use crate::eval::{Cx, Datum, EvalError};
-use crate::ops::{attention, delta, experts, layout, math, norm, step};
+use crate::ops::{attention, delta, experts, layout, math, norm, sample, step};
 use crate::types::Type;
 
 /// Why operands do not fit an op.
@@ -253,6 +253,24 @@ ops! {
     ExpertsGateUp = "experts_gate_up" ("x", "ssq", "gain", "ids", "order", "table", "w_gate", "w_up", "s_gate", "s_up"; "eps") Kernel => experts::shape_experts_gate_up, cost::experts, experts::eval_experts_gate_up;
     /// The second half: `residual + (combine(expert_linear(h, w_down), weights) + shared · linear(s, s_down))`, and its sum of squares.
     ExpertsDown = "experts_down" ("h", "s", "weights", "ids", "order", "table", "shared", "w_down", "s_down", "residual"; ) Kernel => experts::shape_experts_down, cost::experts, experts::eval_experts_down;
+
+    // ---- choosing tokens
+    /// Index of the largest of each row, the lowest among equals; -1 if an element is NaN or +infinity, or all are -infinity.
+    /// With the largest of each 256 neighbours, infinite where one is NaN or +infinity, which tasks hand to the tail.
+    Argmax = "argmax" ("x"; ) Kernel => sample::shape_argmax, cost::elementwise, sample::eval_argmax;
+    /// Logits with biases and penalties, and their peaks as of `argmax`. Row `r` of `factors` `[R, 6]` and `choices` `[R, 9]` says how row `r` is
+    /// sampled (the columns: `ir/src/ops/sample.rs`). Edit `i` changes the logit of `edit_tokens[i]`, which the output has `edit_counts[i]` times (-1: nor
+    /// has the prompt it), by `edit_biases[i]` and the penalties; no token stands twice among a row's edits. The row's drafts among the step's `tokens`
+    /// count as output too. A row that needs no sampling is not defined.
+    EditLogits = "edit_logits" ("logits", "tokens", "factors", "choices", "edit_tokens", "edit_counts", "edit_biases"; ) Kernel => sample::shape_edit_logits, cost::elementwise, sample::eval_edit_logits;
+    /// `exp((x - largest) / temperature)`; not defined at temperature 0.
+    TokenWeights = "token_weights" ("x", "peaks", "factors"; ) Kernel => sample::shape_token_weights, cost::elementwise, sample::eval_token_weights;
+    /// A token for each row of processed logits `x`: `best` where nothing is to be processed, the largest at temperature 0, else drawn from what
+    /// `top_k`, then `top_p`, then `min_p` leave, by the random number of seed, sequence and position; -1 if `best` is, or there is no finite largest.
+    Choose = "choose" ("x", "peaks", "weights", "best", "factors", "choices"; ) Kernel => sample::shape_choose, cost::elementwise, sample::eval_choose;
+    /// How many drafts of each sequence are right: of its rows (`rows[r]` is a row's token in the step), those from its first on whose `chosen` token is the
+    /// next token that the step has fed to the sequence.
+    Accept = "accept" ("chosen", "rows", "tokens", "cu_seqlens"; ) Kernel => sample::shape_accept, cost::free, sample::eval_accept;
 }
 
 impl std::fmt::Display for Op {

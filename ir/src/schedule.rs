@@ -88,7 +88,7 @@ impl fmt::Display for Extent {
     }
 }
 
-/// An input of a step, in the order of [`Input::ALL`]. All are `i32` but `Hidden`.
+/// An input of a step, in the order of [`Input::ALL`]. All are `i32` but `Hidden`, `Factors` and `EditBiases`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// `tokens[T]`.
@@ -109,11 +109,21 @@ pub enum Input {
     LogitRows,
     /// `hidden[T, hidden_size]`, f32, rows padded to 16: what `@draft` continues from.
     Hidden,
+    /// `factors[R, 6]`, f32, rows padded to 16: see [`crate::ops::sample::Factor`].
+    Factors,
+    /// `choices[R, 9]`, rows padded to 16: see [`crate::ops::sample::Choice`].
+    Choices,
+    /// `edit_tokens[P]`: tokens whose logits are changed, of all rows.
+    EditTokens,
+    /// `edit_counts[P]`: how often the output has each, -1 if the prompt has it not either.
+    EditCounts,
+    /// `edit_biases[P]`, f32: what is added to each one's logit.
+    EditBiases,
 }
 
 impl Input {
     /// Every input.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::Tokens,
         Self::Positions,
         Self::CuSeqlens,
@@ -123,6 +133,11 @@ impl Input {
         Self::PageTable,
         Self::LogitRows,
         Self::Hidden,
+        Self::Factors,
+        Self::Choices,
+        Self::EditTokens,
+        Self::EditCounts,
+        Self::EditBiases,
     ];
 
     /// The parameter's name in the entry functions.
@@ -137,6 +152,11 @@ impl Input {
             Self::PageTable => "page_table",
             Self::LogitRows => "logit_rows",
             Self::Hidden => "hidden",
+            Self::Factors => "factors",
+            Self::Choices => "choices",
+            Self::EditTokens => "edit_tokens",
+            Self::EditCounts => "edit_counts",
+            Self::EditBiases => "edit_biases",
         }
     }
 }
@@ -165,22 +185,42 @@ pub struct Launch {
     pub label: String,
 }
 
-/// A result of an entry point: `rows` rows of `width` floats, stored `stride` apart.
+/// A result of an entry point: `rows` rows of `width` numbers of 4 bytes, stored `stride` apart: floats, or i32 for tokens and counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
-    /// Its name: `logits`, `hidden`.
+    /// Its name: see [`ENTRIES`].
     pub name: String,
     /// Where it lies.
     pub at: Placement,
     /// How many rows it has.
     pub rows: Sym,
-    /// Floats of one row.
+    /// Numbers of one row.
     pub width: u64,
-    /// Floats from one row to the next.
+    /// Numbers from one row to the next.
     pub stride: u64,
 }
 
-/// An entry point: `step`, or `draft`.
+/// What is fixed of an entry point.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Its name.
+    pub name: &'static str,
+    /// The names of its results but states.
+    pub results: &'static [&'static str],
+    /// The entry point that has run before it with the same dimensions (but `P`): its parameters that are named like results of that
+    /// one are those, where they lie.
+    pub after: Option<&'static str>,
+}
+
+/// Every entry point that a module can have.
+pub const ENTRIES: [Entry; 4] = [
+    Entry { name: "step", results: &["logits", "hidden", "best"], after: None },
+    Entry { name: "draft", results: &["logits", "hidden", "best"], after: None },
+    Entry { name: "sample", results: &["tokens"], after: Some("step") },
+    Entry { name: "verify", results: &["tokens", "accepted"], after: Some("step") },
+];
+
+/// An entry point of [`ENTRIES`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
     /// Its name.
@@ -189,6 +229,8 @@ pub struct Program {
     pub launches: Vec<Launch>,
     /// What it gives.
     pub outputs: Vec<Output>,
+    /// Bytes a row of logits that it uses of the arena's last region; other programs may use more.
+    pub row_bytes: u64,
 }
 
 /// Bytes of the arena: `bytes[Sym]` for each unit of the symbol, and a fixed part. The regions follow one another: fixed, then T, B, P, R.
@@ -228,7 +270,7 @@ impl PackedWeight {
     pub fn bytes(&self) -> u64 {
         match self.layout {
             Layout::Flat => crate::layout::flat_dims(&self.decl.shape, self.decl.in_rank).iter().product::<u64>() * 4,
-            Layout::Tile16 => self.planes().bytes(),
+            Layout::Tile16 | Layout::Mma16 => self.planes().bytes(),
         }
     }
 }

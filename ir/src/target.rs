@@ -4,11 +4,43 @@
 //! feature, never by name: a hypervisor may hide features of a CPU whose name promises them. The rates of memory and arithmetic
 //! are assumptions for the cost model ([`RATES`]), not measurements of the machine at hand.
 
+/// A GPU that code is made for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gpu {
+    /// Its name, as `ptxas` spells it.
+    pub name: &'static str,
+    /// Features in LLVM's spelling: the version of the PTX ISA.
+    pub features: &'static [&'static str],
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of memory that the threads of a block can share.
+    pub shared_bytes: u64,
+    /// Bytes a second read from its memory.
+    pub read_bytes_per_s: f64,
+    /// Multiply-adds on tensor cores a second (16-bit floats, f32 sums), times two.
+    pub flops_per_s: f64,
+    /// Nanoseconds from one kernel of a graph to the next.
+    pub launch_ns: f64,
+}
+
+/// The GPUs that `--gpu` knows. Rates are those of an H200 (`ld.global`, kernels in a graph with programmatic launch).
+pub const GPUS: &[Gpu] = &[Gpu {
+    name: "sm_90a",
+    features: &["ptx86"],
+    multiprocessors: 132,
+    shared_bytes: 232_448,
+    read_bytes_per_s: 4.6e12,
+    flops_per_s: 790e12,
+    launch_ns: 1000.0,
+}];
+
 /// A machine and the choices made for it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Target {
     /// The CPU as named on the command line: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...
     pub cpu: String,
+    /// The GPU, if code is made for one; then `cpu` names it too.
+    pub gpu: Option<Gpu>,
     /// Instruction-set features in LLVM's spelling: `avx2`, `fma`, `f16c`, `avx512f`, ...
     pub features: Vec<String>,
     /// Bits of a vector register that the backend uses: 128, 256 or 512.
@@ -58,6 +90,12 @@ pub enum TargetError {
     /// No CPU of this name is in the table.
     #[error("cpu `{name}` is unknown, expected `native` or one of {}", known_names())]
     Unknown {
+        /// The name.
+        name: String,
+    },
+    /// No GPU of this name is in the table.
+    #[error("gpu `{name}` is unknown, expected {}", GPUS.iter().map(|g| format!("`{}`", g.name)).collect::<Vec<_>>().join(", "))]
+    UnknownGpu {
         /// The name.
         name: String,
     },
@@ -160,6 +198,7 @@ impl Target {
     pub fn cpu(name: &str, features: &[&str], vector_bits: u32) -> Self {
         Self {
             cpu: name.to_owned(),
+            gpu: None,
             features: features.iter().map(|&s| s.to_owned()).collect(),
             vector_bits,
             vector_registers: vector_registers(vector_bits),
@@ -170,6 +209,23 @@ impl Target {
             flops_per_s: RATES.flops_per_s_of_64_bits * f64::from(vector_bits) / 64.0,
             launch_ns: RATES.launch_ns,
         }
+    }
+
+    /// The GPU called `name`, one of [`GPUS`].
+    ///
+    /// # Errors
+    /// [`TargetError::UnknownGpu`] if there is none of that name.
+    pub fn gpu(name: &str) -> Result<Self, TargetError> {
+        let gpu = GPUS.iter().find(|g| g.name == name);
+        let gpu = gpu.ok_or_else(|| TargetError::UnknownGpu { name: name.to_owned() })?;
+        Ok(Self {
+            gpu: Some(*gpu),
+            threads: gpu.multiprocessors,
+            read_bytes_per_s: gpu.read_bytes_per_s,
+            flops_per_s: gpu.flops_per_s,
+            launch_ns: gpu.launch_ns,
+            ..Self::cpu(name, gpu.features, 512)
+        })
     }
 
     /// The CPU called `name`: `native`, or one of [`CPUS`].

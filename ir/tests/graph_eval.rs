@@ -74,6 +74,33 @@ fn dispatch_groups_choices_by_expert() {
 }
 
 #[test]
+fn penalties_and_biases_are_those_computed_by_hand() {
+    let types = "%l: tensor<R x 5 x f32>, %t: tensor<T x i32>, %f: tensor<R x 6 x f32>, %c: tensor<R x 9 x i32>, %n: tensor<P x i32>, %k: tensor<P x i32>, %b: tensor<P x f32>";
+    let line = "%0, %1 = edit_logits %l, %t, %f, %c, %n, %k, %b";
+    // token 1 is biased by 5; the prompt has 0 and 1, the output 2 thrice and 4 once, the last of which is a draft
+    let (tokens, counts, biases) = ([0, 1, 2], [0, 0, 3], [0.0, 5.0, 0.0]);
+    let at = |penalties: [f64; 3], expected: [f64; 5]| {
+        let args = vec![
+            floats(&[1, 5], &[1.0, -2.0, 3.0, 0.5, -1.0]),
+            ints(&[2], &[2, 4]),
+            floats(&[1, 6], &[&[1.0, 1.0, 0.0], penalties.as_slice()].concat()),
+            ints(&[1, 9], &[0, 0, 0, 0, 0, 0, 3, 1, 2]),
+            ints(&[3], &tokens),
+            ints(&[3], &counts),
+            floats(&[3], &biases),
+        ];
+        check(types, line, args, &[&expected, &[expected.into_iter().fold(f64::NEG_INFINITY, f64::max)]]);
+    };
+    at([1.0, 0.0, 0.0], [1.0, 3.0, 3.0, 0.5, -1.0]);
+    at([2.0, 0.0, 0.0], [0.5, 1.5, 1.5, 0.5, -2.0]);
+    at([1.0, 0.75, 0.0], [1.0, 3.0, 2.25, 0.5, -1.75]);
+    at([1.0, 0.0, 0.75], [1.0, 3.0, 0.75, 0.5, -1.75]);
+    at([1.0, 0.0, -0.5], [1.0, 3.0, 4.5, 0.5, -0.5]);
+    // bias before repetition: (-2 + 5) / 2; presence and frequency after it: 3 / 2 - 1 - 3 * 0.25
+    at([2.0, 1.0, 0.25], [0.5, 1.5, -0.25, 0.5, -3.25]);
+}
+
+#[test]
 fn what_points_outside_is_an_error() {
     let types = "%i: tensor<T x i32>, %w: weight<3 x 2 x f32>";
     for id in [3, -1] {

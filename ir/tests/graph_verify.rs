@@ -122,7 +122,7 @@ fn a_weight_has_the_shape_and_format_of_the_table() {
 #[test]
 fn a_state_has_one_writer_and_its_last_version_is_returned() {
     check(
-        |m| m.function_mut("step").unwrap().results.swap(2, 3),
+        |m| m.function_mut("step").unwrap().results.swap(3, 4),
         &["@step: returns states (%3, %2, %4), expected the last versions (%2, %3, %4)"],
     );
     check(

@@ -1,6 +1,7 @@
 //! Text, verifier and interpreter of the kernel IR, on kernels given as text.
 
 use nextc_ir::kernel::eval::{Buffer, EvalError, Interpreter, Misdeed, Options, Place, run};
+use nextc_ir::kernel::op::Sig;
 use nextc_ir::kernel::{KOp, Kernel, KernelBuilder, Region, Val, parse, print, verify};
 use nextc_ir::schedule::{ArenaPlan, Arg, Extent, Input, KernelModule, Launch, Output, Program};
 use nextc_ir::shape::Sym;
@@ -77,6 +78,32 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
 }
 ";
 
+/// Every op of a block of threads.
+const EVERY_BLOCK_OP: &str = "\
+kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads = 64 {
+  %0 = shared f32 256
+  %1 = thread
+  %2 = const i64 0
+  prefetch %x[%2], %2
+  wait
+  %3 = load f32 %x[%1]
+  store %0[%1], %3
+  barrier
+  %4 = shuffle_xor %3 16
+  %5 = pack f16 %3, %4
+  %6 = pack bf16 %3, %4
+  %7 = half_fma f16 %5, %5, %5
+  %8 = half_fma bf16 %6, %6, %6
+  %9 = half_to_float %7
+  %10 = fp8_to_f16 %8
+  %11 = splat x4 %9
+  %12 = mma f16 %5, %5, %7, %7, %10, %10, %11
+  %13 = mma bf16 %6, %6, %8, %8, %6, %6, %12
+  %14 = atomic_add %out[%2], %10
+  release
+}
+";
+
 fn parsed(text: &str) -> Kernel {
     parse::kernel(text).unwrap_or_else(|e| panic!("{e}\n{text}"))
 }
@@ -88,11 +115,14 @@ fn with_body(body: &str) -> String {
 
 #[test]
 fn every_op_prints_as_it_was_read() {
-    let kernel = parsed(EVERY_OP);
-    assert_eq!(print::kernel(&kernel), EVERY_OP);
-    assert_eq!(verify::verify_kernel(&kernel), Ok(()));
-    for (name, _, _) in KOp::TABLE {
-        assert!(EVERY_OP.split_whitespace().any(|word| word == *name), "`{name}` is not in the text");
+    for text in [EVERY_OP, EVERY_BLOCK_OP] {
+        let kernel = parsed(text);
+        assert_eq!(print::kernel(&kernel), text);
+        assert_eq!(verify::verify_kernel(&kernel), Ok(()));
+    }
+    for (name, sig, _) in KOp::TABLE {
+        let text = if *sig == Sig::Block { EVERY_BLOCK_OP } else { EVERY_OP };
+        assert!(text.split_whitespace().any(|word| word == *name), "`{name}` is not in the text");
     }
 }
 
@@ -377,6 +407,7 @@ fn program() -> KernelModule {
                 launch(1, [Arg::Arena(mid), Arg::Arena(end)]),
             ],
             outputs: vec![Output { name: "y".to_owned(), at: end, rows: Sym::T, width: 2, stride: 16 }],
+            row_bytes: 0,
         }],
         weights: Vec::new(),
         states: Vec::new(),

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use nextc_ir::graph::{Function, Module, NodeId, WeightDecl};
 use nextc_ir::types::StateKind;
-use nextc_ir::{Layout, Op, Target, Type};
+use nextc_ir::{Format, Layout, Op, Target, Type};
 
 use crate::{Error, Pass};
 
@@ -16,18 +16,23 @@ use crate::{Error, Pass};
 pub const PASS: Pass = Pass { name: "layout", doc: "assigns each weight a layout: matrices tiles, the rest flat", run };
 
 /// The layout of a weight.
-pub fn of_decl(decl: &WeightDecl) -> Layout {
-    if decl.in_rank > 0 { Layout::Tile16 } else { Layout::Flat }
+pub fn of_decl(decl: &WeightDecl, target: &Target) -> Layout {
+    if decl.in_rank > 0 { of_matrix(decl.format, target) } else { Layout::Flat }
 }
 
-fn run(mut module: Module, _: &Target) -> Result<Module, Error> {
-    name_weights(&mut module)?;
+/// The layout of a matrix: fragments of a warp's products on GPUs, where a format is made for that.
+fn of_matrix(format: Format, target: &Target) -> Layout {
+    if target.gpu.is_some() && crate::lower::gpu::tile::covers(format) { Layout::Mma16 } else { Layout::Tile16 }
+}
+
+fn run(mut module: Module, target: &Target) -> Result<Module, Error> {
+    name_weights(&mut module, target)?;
     let passed = passed(&module)?;
     for function in &mut module.functions {
         for index in 0..function.params.len() {
             let param = function.params[index];
             let given = passed.get(&(function.name.clone(), index)).copied();
-            let layout = given.unwrap_or_else(|| by_use(function, param));
+            let layout = given.unwrap_or_else(|| by_use(function, param, target));
             set(&mut function.graph[param].types[0], layout);
         }
         retype(function)?;
@@ -36,13 +41,13 @@ fn run(mut module: Module, _: &Target) -> Result<Module, Error> {
 }
 
 /// Assigns the layouts of weights where they are named.
-fn name_weights(module: &mut Module) -> Result<(), Error> {
+fn name_weights(module: &mut Module, target: &Target) -> Result<(), Error> {
     let Module { functions, weights, .. } = module;
     for function in functions {
         for node in function.graph.node_weights_mut().filter(|node| node.op == Op::Weight) {
             let name = node.attrs.str("name").unwrap_or_default();
             let decl = weights.get(name).ok_or_else(|| Error::NoWeight(name.to_owned()))?;
-            set(&mut node.types[0], of_decl(decl));
+            set(&mut node.types[0], of_decl(decl, target));
         }
     }
     Ok(())
@@ -68,14 +73,14 @@ fn passed(module: &Module) -> Result<HashMap<(String, usize), Layout>, Error> {
 
 /// The layout of a weight that nobody passes (a function on its own): vectors and what stands beside a convolution's state
 /// are flat.
-fn by_use(function: &Function, param: NodeId) -> Layout {
+fn by_use(function: &Function, param: NodeId, target: &Target) -> Layout {
     let is_conv = |user: NodeId| {
         let mut operands = function.operands(user).into_iter();
         operands.any(|v| function.ty(v).as_state().is_some_and(|s| s.kind == StateKind::Conv))
     };
-    let rank = function.node(param).types[0].as_weight().map_or(0, |w| w.shape.len());
-    let flat = rank < 2 || function.users(param).iter().any(|(user, _)| is_conv(*user));
-    if flat { Layout::Flat } else { Layout::Tile16 }
+    let matrix = function.node(param).types[0].as_weight().filter(|w| w.shape.len() >= 2);
+    let matrix = matrix.filter(|_| !function.users(param).iter().any(|(user, _)| is_conv(*user)));
+    matrix.map_or(Layout::Flat, |w| of_matrix(w.format, target))
 }
 
 fn set(ty: &mut Type, layout: Layout) {

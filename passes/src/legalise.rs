@@ -88,8 +88,10 @@ impl<'k> Splitter<'k> {
             doc: self.old.doc.clone(),
             params: self.old.params.clone(),
             grid: self.old.grid.clone(),
+            threads: self.old.threads,
             body,
             tail,
+            tail_grid: self.old.tail_grid.clone(),
             types: self.types,
         }
     }

@@ -1,9 +1,11 @@
 //! The executable as an artifact: its footer, code, metadata and assets, checked before anything is run.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nextc_abi::metadata::NVPTX64;
 use nextc_abi::{Asset, Footer, FooterError, KernelFn, Metadata, Section, SectionKind, hash};
 
 use crate::cpu;
@@ -58,7 +60,7 @@ impl Artifact {
     fn of_file(path: PathBuf, file: File) -> Result<Self, Error> {
         let footer = read_footer(&path, &file)?;
         let metadata = read_metadata(&path, &file, &footer)?;
-        let code = map_code(&path, &file, &footer)?;
+        let code = map_code(&path, &file, &footer, &metadata.target.arch)?;
         check_entries(&path, &metadata, code.bytes())?;
         Ok(Self { path, file, footer, metadata, code })
     }
@@ -123,6 +125,17 @@ impl Artifact {
         Ok(())
     }
 
+    /// The text at an offset of the image, which `check_entries` has found to lie inside it, up to a NUL.
+    /// # Errors
+    /// [`Error::Metadata`] if nothing ends it.
+    pub(crate) fn text(&self, offset: u64) -> Result<&CStr, Error> {
+        let bytes =
+            self.code.as_slice()[..self.footer.section(SectionKind::Code).bytes as usize].get(offset as usize..);
+        let text = bytes.and_then(|bytes| CStr::from_bytes_until_nul(bytes).ok());
+        let reason = || format!("the text at offset {offset} of the code has no end");
+        text.ok_or_else(|| Error::Metadata { path: self.path.clone(), reason: reason() })
+    }
+
     /// The machine code at an offset of the image, which `check_entries` has found to lie inside it.
     pub(crate) fn entry(&self, offset: u64) -> KernelFn {
         debug_assert!(offset < self.code.bytes());
@@ -166,9 +179,10 @@ fn read_metadata(path: &Path, file: &File, footer: &Footer) -> Result<Metadata, 
     Ok(metadata)
 }
 
-fn map_code(path: &Path, file: &File, footer: &Footer) -> Result<Region, Error> {
+fn map_code(path: &Path, file: &File, footer: &Footer, arch: &str) -> Result<Region, Error> {
     let section = footer.section(SectionKind::Code);
-    let code = Region::of_file(file, section.offset, section.bytes, Access::ReadExecute).map_err(Error::io(path))?;
+    let access = if arch == NVPTX64 { Access::Read } else { Access::ReadExecute };
+    let code = Region::of_file(file, section.offset, section.bytes, access).map_err(Error::io(path))?;
     if hash::of(&code.as_slice()[..section.bytes as usize]) != section.hash {
         return Err(damaged(path, footer, SectionKind::Code));
     }

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
-use crate::cpu;
 use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
 use crate::limits::Limits;
@@ -37,6 +36,9 @@ pub struct BenchArgs {
     /// Measurements of each row
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
+    /// Prompts are processed in steps of at most this many tokens
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..))]
+    step_tokens: u64,
     /// Make weights up; no weights file is needed
     #[arg(long)]
     random_weights: bool,
@@ -91,9 +93,9 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     check_rows(&rows, artifact.metadata().model.max_context)?;
     let sequences = args.batch.iter().copied().max().unwrap_or(1) as usize;
     let mut options = args.machine.engine(sequences);
-    options.random_weights = args.random_weights;
+    (options.random_weights, options.step_tokens) = (args.random_weights, args.step_tokens as usize);
     let mut engine = Engine::new(artifact, &options)?;
-    let limits = Limits::measure(options.threads, engine.metadata().weights.bytes)?;
+    let limits = engine.limits()?;
     let mut results = Vec::with_capacity(rows.len());
     if !args.json {
         print_head(&engine, &limits);
@@ -113,7 +115,7 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     if args.json {
         let metadata = engine.metadata();
         let report = json!({
-            "device": device(&engine),
+            "device": engine.device(),
             "model": metadata.model.name,
             "weights_bytes": metadata.weights.bytes,
             "read_bytes_per_s": limits.read_bytes_per_s,
@@ -181,17 +183,20 @@ fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Res
         let batch = batch_of(0..count);
         let begun = Instant::now();
         engine.forward(&batch, LogitRows::Last)?;
+        engine.best()?;
         return Ok(begun.elapsed().as_secs_f64());
     }
     let begun = Instant::now();
     if row.kind == Kind::Verify {
         for _ in 0..VERIFY_STEPS {
             engine.forward_tentative(&batch_of(0..count))?;
+            engine.best()?;
         }
         return Ok(begun.elapsed().as_secs_f64());
     }
     for i in 0..count {
         engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
+        engine.best()?;
     }
     Ok(begun.elapsed().as_secs_f64())
 }
@@ -258,14 +263,11 @@ fn median(sorted: &[f64]) -> f64 {
     }
 }
 
-fn device(engine: &Engine) -> String {
-    format!("{}, {} threads", cpu::name(), engine.threads())
-}
-
 fn print_head(engine: &Engine, limits: &Limits) {
     let metadata = engine.metadata();
-    println!("{}  {}", metadata.model.name, device(engine));
-    println!("reads {:.1} GB/s, computes {:.0} GFLOP/s (f32)", limits.read_bytes_per_s / 1e9, limits.flops_per_s / 1e9);
+    println!("{}  {}", metadata.model.name, engine.device());
+    let (read, flops) = (limits.read_bytes_per_s / 1e9, limits.flops_per_s / 1e9);
+    println!("reads {read:.1} GB/s, computes {flops:.0} GFLOP/s ({})", limits.arithmetic);
     println!(
         "{:8} {:>7} {:>7} {:>6} {:>12} {:>12} {:>12} {:>7}",
         "kind", "tokens", "depth", "batch", "tokens/s", "MB/token", "limit", "share"

@@ -1,13 +1,18 @@
-//! The engine: an opened executable with weights, states and threads, and sequences that are fed tokens.
+//! The engine: an opened executable with its device, and sequences that are fed tokens.
 
-use nextc_abi::{Metadata, Program, Sym};
+use std::sync::Arc;
+
+use nextc_abi::{Metadata, StateKind, Sym};
 
 use crate::artifact::Artifact;
+use crate::device::{self, Device, Span};
 use crate::error::Error;
+use crate::limits::Limits;
 use crate::memory;
+use crate::random::Random;
+use crate::sample::rows::{Row, tables};
 use crate::state::{SequenceId, States};
-use crate::step::{Executor, KernelTime, MAX_DIM, Rows, StepInputs};
-use crate::weights::Weights;
+use crate::step::{self, KernelTime, MAX_DIM, Rows, StepInputs};
 
 /// How an engine is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,15 +56,6 @@ impl LogitRows {
     }
 }
 
-/// What a step gave.
-#[derive(Clone, Copy, Debug)]
-pub struct Output<'a> {
-    /// Logits of the tokens that were asked for, `vocab_size` wide.
-    pub logits: Rows<'a>,
-    /// Hidden rows of all tokens after the final norm, `hidden_size` wide.
-    pub hidden: Rows<'a>,
-}
-
 /// Tokens that the draft is fed for one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct DraftInput<'a> {
@@ -75,13 +71,20 @@ pub struct DraftInput<'a> {
 
 /// An executable that can run.
 pub struct Engine {
-    artifact: Artifact,
-    weights: Weights,
+    artifact: Arc<Artifact>,
     pub(crate) states: States,
-    executor: Executor,
+    pub(crate) device: Box<dyn Device>,
     step: usize,
     draft: Option<usize>,
+    sample: usize,
+    verify: Option<usize>,
     step_tokens: usize,
+    /// Pages and slots that the device's states have room for.
+    reach: (u32, u32),
+    /// The inputs of the last step, which what chooses tokens after it takes too.
+    last: StepInputs,
+    /// The entry point that ran last, `@step` or `@draft`, and the dimensions that it ran with.
+    ran: (usize, [u64; 4]),
 }
 
 /// One sequence's part of a step.
@@ -94,21 +97,20 @@ struct Part<'a> {
 impl Engine {
     /// Sets up an engine.
     /// # Errors
-    /// [`Error`] if the processor, the weights or the memory will not do.
+    /// [`Error`] if the device, the weights or the memory will not do.
     pub fn new(artifact: Artifact, options: &EngineOptions) -> Result<Self, Error> {
-        artifact.check_cpu()?;
-        let weights = match options.random_weights {
-            true => Weights::random(&artifact)?,
-            false => Weights::map(&artifact)?,
-        };
+        let artifact = Arc::new(artifact);
         let metadata = artifact.metadata();
-        let states = States::reserve(metadata, options.sequences)?;
-        let executor = Executor::new(metadata, options.threads.max(1))?;
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
-        let draft = entry("draft");
+        let (draft, verify) = (entry("draft"), entry("verify"));
+        let sample = entry("sample").ok_or(Error::Step("the executable has no entry point `sample`"))?;
         check_outputs(metadata)?;
-        Ok(Self { states, executor, step, draft, step_tokens: options.step_tokens.max(1), weights, artifact })
+        let states = States::new(metadata, options.sequences)?;
+        let device = device::open(&artifact, options, &states)?;
+        let (step_tokens, last, ran) = (options.step_tokens.max(1), StepInputs::default(), (step, [0; 4]));
+        let reach = (0, 0);
+        Ok(Self { states, device, step, draft, sample, verify, step_tokens, reach, last, ran, artifact })
     }
 
     /// The executable.
@@ -121,19 +123,21 @@ impl Engine {
         self.artifact.metadata()
     }
 
-    /// The weights.
-    pub fn weights(&self) -> &Weights {
-        &self.weights
+    /// The name of the device, and how much of it is used.
+    pub fn device(&self) -> String {
+        self.device.describe()
     }
 
-    /// Threads of the team.
-    pub fn threads(&self) -> usize {
-        self.executor.threads()
+    /// What the device can do at best, measured.
+    /// # Errors
+    /// [`Error`] if it cannot be measured.
+    pub fn limits(&mut self) -> Result<Limits, Error> {
+        self.device.limits()
     }
 
     /// Begins to measure each kernel, or stops; gives what was measured before, by kernel.
     pub fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
-        self.executor.profile(go_on, self.artifact.metadata().kernels.len())
+        self.device.profile(go_on)
     }
 
     /// True if [`Engine::draft`] works.
@@ -164,7 +168,7 @@ impl Engine {
     /// kernel runs.
     /// # Errors
     /// [`Error::Token`], [`Error::Context`] or [`Error::Step`] say which sequence cannot be fed.
-    pub fn forward(&mut self, batch: &[(SequenceId, &[u32])], rows: LogitRows) -> Result<Output<'_>, Error> {
+    pub fn forward(&mut self, batch: &[(SequenceId, &[u32])], rows: LogitRows) -> Result<(), Error> {
         let mut parts = self.check_batch(batch)?;
         if rows == LogitRows::Last {
             self.feed_ahead(&mut parts)?;
@@ -172,14 +176,15 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.logit_rows = rows.of(&inputs.cu_seqlens);
         self.run_parts(&parts, &inputs)?;
-        self.output(self.step, &inputs.dims())
+        self.last = inputs;
+        Ok(())
     }
 
     /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. The sequences stay as they are until
     /// [`Engine::accept`] says how many of the tokens are theirs.
     /// # Errors
     /// As [`Engine::forward`], and [`Error::Step`] for more tokens than a state can keep.
-    pub fn forward_tentative(&mut self, batch: &[(SequenceId, &[u32])]) -> Result<Output<'_>, Error> {
+    pub fn forward_tentative(&mut self, batch: &[(SequenceId, &[u32])]) -> Result<(), Error> {
         let most = self.metadata().tentative_tokens as usize;
         if batch.iter().any(|(_, tokens)| tokens.len() > most) {
             return Err(Error::Step("more tentative tokens than a state keeps"));
@@ -188,12 +193,52 @@ impl Engine {
         let mut inputs = self.inputs(&parts)?;
         inputs.tentative.fill(1);
         inputs.logit_rows = LogitRows::All.of(&inputs.cu_seqlens);
-        self.executor.run(&self.artifact, &self.weights, &self.states, self.step, &inputs)?;
+        self.run(self.step, &inputs)?;
         for part in &parts {
             // what was replayed is done now
             self.states.set_tokens(part.sequence, part.position, 0)?;
         }
-        self.output(self.step, &inputs.dims())
+        self.last = inputs;
+        Ok(())
+    }
+
+    /// Chooses a token for each row of logits of the last step, which must have been the last thing that ran. -1 where there is none to
+    /// choose.
+    /// # Errors
+    /// [`Error`] if memory is lacking, or there are more or fewer rows than the step had.
+    pub(crate) fn sample(&mut self, rows: &[Row<'_>]) -> Result<&[i32], Error> {
+        self.run_after(self.sample, rows)?;
+        self.numbers(self.sample, &["tokens"]).map(|numbers| numbers[0])
+    }
+
+    /// As [`Engine::sample`] after a tentative step; also how many of the tokens that were fed to each sequence after its first are the
+    /// ones chosen, from the first on.
+    /// # Errors
+    /// As [`Engine::sample`], and [`Error::NoMtp`].
+    pub(crate) fn verify(&mut self, rows: &[Row<'_>]) -> Result<(&[i32], &[i32]), Error> {
+        let verify =
+            self.verify.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
+        self.run_after(verify, rows)?;
+        let numbers = self.numbers(verify, &["tokens", "accepted"])?;
+        Ok((numbers[0], numbers[1]))
+    }
+
+    /// Runs an entry point that goes on from the last step.
+    fn run_after(&mut self, program: usize, rows: &[Row<'_>]) -> Result<(), Error> {
+        if rows.len() != self.last.logit_rows.len() {
+            return Err(Error::Step("tokens are chosen for other rows than the step had"));
+        }
+        // where inputs lie must follow from the dimensions, which do not count pages here
+        self.last.page_table.clear();
+        self.last.sampling = Some(tables(rows));
+        self.device.run(program, &self.last)
+    }
+
+    /// Tokens and counts that an entry point gave.
+    fn numbers(&mut self, program: usize, names: &[&str]) -> Result<Vec<&[i32]>, Error> {
+        let dims = self.last.dims();
+        let spans = names.iter().map(|name| self.span(program, name, &dims)).collect::<Result<Vec<_>, _>>()?;
+        Ok(self.device.fetch(&spans)?.into_iter().map(bytemuck::cast_slice).collect())
     }
 
     /// Makes the first `tokens` tokens of the sequence's last step, which was tentative, its own.
@@ -207,7 +252,7 @@ impl Engine {
     /// Feeds the draft; the sequence's own length stays as it is. Entries of the draft's KV from `position` on are written.
     /// # Errors
     /// As [`Engine::forward`], and [`Error::NoMtp`].
-    pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<Output<'_>, Error> {
+    pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<(), Error> {
         let program =
             self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
         let width = self.metadata().model.hidden_size as usize;
@@ -217,7 +262,7 @@ impl Engine {
             if d.hidden.len() != d.tokens.len() * width {
                 return Err(Error::Step("the draft needs one hidden row a token"));
             }
-            self.states.grow(d.sequence, number, d.position + d.tokens.len() as u64)?;
+            self.grow(d.sequence, number, d.position + d.tokens.len() as u64)?;
             parts.push(Part { sequence: d.sequence, position: d.position, tokens: d.tokens });
         }
         let mut inputs = self.inputs(&parts)?;
@@ -227,15 +272,44 @@ impl Engine {
             inputs.hidden.extend_from_slice(row);
             inputs.hidden.resize(inputs.hidden.len() + padded - width, 0.0);
         }
-        self.executor.run(&self.artifact, &self.weights, &self.states, program, &inputs)?;
-        self.output(program, &inputs.dims())
+        self.run(program, &inputs)
+    }
+
+    /// Runs a step or a draft.
+    fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
+        self.ran = (program, inputs.dims());
+        self.device.run(program, inputs)
     }
 
     /// Gives a sequence a made-up past of `tokens` tokens: for measurements at depth.
     /// # Errors
     /// [`Error::Context`] if that is more than the context.
     pub fn pretend_past(&mut self, sequence: SequenceId, tokens: u64) -> Result<(), Error> {
-        self.states.pretend_past(sequence, tokens)
+        self.grow(sequence, 0, tokens)?;
+        let pages = &self.states.get(sequence)?.pages;
+        let kv = self.states.kinds.iter().enumerate().filter(|(_, (kind, _))| *kind == StateKind::Kv);
+        for (state, &(_, token_bytes)) in kv {
+            let page_bytes = token_bytes * self.states.page_tokens;
+            let past = made_up_past(page_bytes as usize, Random(state as u64));
+            for &page in pages {
+                self.device.write_state(state, u64::from(page) * page_bytes, &past)?;
+            }
+        }
+        // the delta and convolution states stay as they are
+        self.states.set_tokens(sequence, tokens, 0)
+    }
+
+    /// Makes room for a sequence (number `number` of its batch) of `tokens` tokens.
+    pub(crate) fn grow(&mut self, sequence: SequenceId, number: usize, tokens: u64) -> Result<(), Error> {
+        self.states.grow(sequence, number, tokens)?;
+        let reach = self.states.reach();
+        if reach != self.reach {
+            for (state, bytes) in self.states.used_bytes().enumerate() {
+                self.device.grow_state(state, bytes)?;
+            }
+            self.reach = reach;
+        }
+        Ok(())
     }
 
     /// Checks tokens and lengths of a batch and makes room for them.
@@ -253,7 +327,7 @@ impl Engine {
         let mut parts = Vec::with_capacity(batch.len());
         for (number, &(sequence, tokens)) in batch.iter().enumerate() {
             let position = self.tokens(sequence)?;
-            self.states.grow(sequence, number, position + tokens.len() as u64)?;
+            self.grow(sequence, number, position + tokens.len() as u64)?;
             parts.push(Part { sequence, position, tokens });
         }
         Ok(parts)
@@ -291,7 +365,7 @@ impl Engine {
     }
 
     fn run_parts(&mut self, parts: &[Part<'_>], inputs: &StepInputs) -> Result<(), Error> {
-        self.executor.run(&self.artifact, &self.weights, &self.states, self.step, inputs)?;
+        self.run(self.step, inputs)?;
         for part in parts {
             self.states.set_tokens(part.sequence, part.position + part.tokens.len() as u64, 0)?;
         }
@@ -306,7 +380,7 @@ impl Engine {
         }
         let mut inputs = StepInputs { cu_seqlens: vec![0], ..StepInputs::default() };
         let sequences = parts.iter().map(|p| self.states.get(p.sequence)).collect::<Result<Vec<_>, _>>()?;
-        let width = sequences.iter().map(|s| s.pages.len()).max().unwrap_or(0).max(1);
+        let width = self.device.page_width(sequences.iter().map(|s| s.pages.len()).max().unwrap_or(0).max(1));
         for (part, sequence) in parts.iter().zip(sequences) {
             let positions = part.position as i32..part.position as i32 + part.tokens.len() as i32;
             inputs.tokens.extend(part.tokens.iter().map(|&t| t as i32));
@@ -322,22 +396,63 @@ impl Engine {
         Ok(inputs)
     }
 
-    fn output(&self, program: usize, dims: &[u64; 4]) -> Result<Output<'_>, Error> {
-        let metadata = self.artifact.metadata();
-        let program: &Program = &metadata.programs[program];
-        let rows = |name| {
-            let rows = self.executor.output(metadata, program, name, dims);
-            rows.ok_or(Error::Step("an entry point lacks the output `logits` or `hidden`"))
-        };
-        Ok(Output { logits: rows("logits")?, hidden: rows("hidden")? })
+    /// Logits of the rows that the last step or draft was asked for, `vocab_size` wide.
+    /// # Errors
+    /// [`Error`] if the device fails.
+    pub fn logits(&mut self) -> Result<Rows<'_>, Error> {
+        self.rows("logits")
     }
+
+    /// Hidden rows of all tokens of the last step or draft after the final norm, `hidden_size` wide.
+    /// # Errors
+    /// [`Error`] if the device fails.
+    pub fn hidden(&mut self) -> Result<Rows<'_>, Error> {
+        self.rows("hidden")
+    }
+
+    /// The token with the largest logit of each row of logits of the last step or draft; -1 if one is NaN or +infinity.
+    /// # Errors
+    /// [`Error`] if the device fails.
+    pub fn best(&mut self) -> Result<&[i32], Error> {
+        let (program, dims) = self.ran;
+        let span = self.span(program, "best", &dims)?;
+        Ok(bytemuck::cast_slice(self.device.fetch(&[span])?.remove(0)))
+    }
+
+    fn rows(&mut self, name: &str) -> Result<Rows<'_>, Error> {
+        let (program, dims) = self.ran;
+        let span = self.span(program, name, &dims)?;
+        let bytes = self.device.fetch(&[span])?.remove(0);
+        let output = self.artifact.metadata().programs[program].outputs.iter().find(|o| o.name == name);
+        Ok(output.map_or(Rows::NONE, |output| Rows::new(output, &dims, bytes)))
+    }
+
+    fn span(&self, program: usize, name: &str, dims: &[u64; 4]) -> Result<Span, Error> {
+        let metadata = self.artifact.metadata();
+        let output = metadata.programs[program].outputs.iter().find(|o| o.name == name);
+        let output = output.ok_or(Error::Step("an entry point lacks one of its outputs"))?;
+        Ok(step::span_of(metadata, output, dims))
+    }
+}
+
+/// Bytes of KV that are sound numbers between -1 and 1, as f32 and as pairs of bf16.
+fn made_up_past(bytes: usize, mut random: Random) -> Vec<u8> {
+    let number = |_| {
+        let half = random.between(-1.0, 1.0).to_bits() >> 16;
+        (half << 16 | half).to_le_bytes()
+    };
+    (0..bytes / 4).flat_map(number).collect()
 }
 
 /// Refuses a schedule whose outputs do not lie in the arena.
 fn check_outputs(metadata: &Metadata) -> Result<(), Error> {
     let fits = metadata.programs.iter().flat_map(|p| &p.outputs).all(|o| {
         let unit = o.at.unit.map_or(0, |u| metadata.arena.unit_bytes[u as usize]);
-        let rows = if o.name == "hidden" { Sym::T } else { Sym::R };
+        let rows = match o.name.as_str() {
+            "hidden" => Sym::T,
+            "accepted" => Sym::B,
+            _ => Sym::R,
+        };
         o.rows == rows && o.at.unit == Some(o.rows) && o.width <= o.stride && o.at.at_bytes + o.stride * 4 <= unit
     });
     if fits { Ok(()) } else { Err(Error::Step("an output lies outside the arena")) }

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use nextc_abi::{FooterError, WeightsHeaderError};
 
 use crate::chat::ChatError;
+use crate::cuda::CudaError;
 use crate::generate::GenerateError;
+use crate::sample::SampleError;
 
 /// What can go wrong when an executable runs; each message says where, what was found and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,15 @@ pub enum Error {
         /// What the code was made for.
         cpu: String,
     },
+    /// The code is for no machine that this runtime knows.
+    #[error("the code is for `{arch}`, which this runtime does not know; build it again")]
+    Architecture {
+        /// The architecture.
+        arch: String,
+    },
+    /// A GPU cannot do what is asked of it.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// There are no weights.
     #[error("{}: built from a `config.json` alone, so there are no weights; only `info` and `bench --random-weights` work", path.display())]
     NoWeights {
@@ -165,6 +176,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// There is no token to choose.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
     /// Nothing, or no more, was generated.
     #[error(transparent)]
     Generate(#[from] GenerateError),

@@ -8,9 +8,11 @@ use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
-use crate::engine::{DraftInput, Engine, LogitRows, Output};
+use crate::engine::{DraftInput, Engine, LogitRows};
 use crate::error::Error;
+use crate::sample::SampleError;
 use crate::state::SequenceId;
+use crate::step::Rows;
 use crate::tensors::{TensorFile, TensorSpec};
 
 /// Arguments of `eval`.
@@ -162,15 +164,11 @@ impl Loss {
     }
 }
 
-/// The largest logit's index, the lowest among equals.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
+/// The token that a step found to be the likeliest.
+/// # Errors
+/// [`Error::Sample`] if there is none.
+fn likeliest(best: i32, logits: &[f32]) -> Result<u32, Error> {
+    u32::try_from(best).map_err(|_| SampleError::of_row(logits).into())
 }
 
 struct Eval<'a> {
@@ -229,22 +227,23 @@ impl Eval<'_> {
 
     fn run_step(&mut self, engine: &mut Engine, pieces: &[Piece<'_>]) -> Result<(), Error> {
         let batch: Vec<(SequenceId, &[u32])> = pieces.iter().map(|p| (p.sequence, p.tokens)).collect();
-        let output = engine.forward(&batch, LogitRows::All)?;
-        let following = self.take_logits(pieces, output)?;
+        engine.forward(&batch, LogitRows::All)?;
+        let best = if self.drafts > 0 { engine.best()?.to_vec() } else { Vec::new() };
+        let following = self.take_logits(pieces, engine.logits()?, &best)?;
         if self.drafts > 0 {
-            let hidden: Vec<f32> = output.hidden.iter().flatten().copied().collect();
+            let hidden: Vec<f32> = engine.hidden()?.iter().flatten().copied().collect();
             self.run_drafts(engine, pieces, &hidden, &following)?;
         }
         Ok(())
     }
 
     /// Writes a step's logits, adds up its loss, and gives the token after each row: the known one, or the likeliest after the last.
-    fn take_logits(&mut self, pieces: &[Piece<'_>], output: Output<'_>) -> Result<Vec<u32>, Error> {
-        let mut rows = output.logits.iter();
-        let mut following = Vec::with_capacity(output.logits.len());
+    fn take_logits(&mut self, pieces: &[Piece<'_>], logits: Rows<'_>, best: &[i32]) -> Result<Vec<u32>, Error> {
+        let mut rows = logits.iter().enumerate();
+        let mut following = Vec::with_capacity(best.len());
         for piece in pieces {
             let sequence = &self.batch.sequences[piece.number];
-            for (i, logits) in (piece.first..).zip(rows.by_ref().take(piece.tokens.len())) {
+            for (i, (row, logits)) in (piece.first..).zip(rows.by_ref().take(piece.tokens.len())) {
                 if let Some(out) = &mut self.out {
                     out.write_row(&self.batch.name("logits", piece.number), i, logits)?;
                 }
@@ -252,7 +251,9 @@ impl Eval<'_> {
                 if let Some(target) = target {
                     self.loss.add(logits, target);
                 }
-                following.push(target.unwrap_or_else(|| argmax(logits)));
+                if self.drafts > 0 {
+                    following.push(target.map_or_else(|| likeliest(best[row], logits), Ok)?);
+                }
             }
         }
         Ok(following)
@@ -289,13 +290,15 @@ impl Eval<'_> {
             // without windows a token's index is its position
             let position = (i + draft) as u64;
             let input = DraftInput { sequence: piece.sequence, position, tokens: &[token], hidden: &hidden };
-            let output = engine.draft(&[input], LogitRows::Last)?;
-            let logits = output.logits.row(0);
+            engine.draft(&[input], LogitRows::Last)?;
+            let (best, next) = (engine.best()?[0], engine.hidden()?.row(0).to_vec());
+            let rows = engine.logits()?;
+            let logits = rows.row(0);
             if let Some(out) = &mut self.out {
                 out.write_row(&self.batch.name("mtp_logits", piece.number), i * self.drafts + draft, logits)?;
             }
-            token = argmax(logits);
-            hidden = output.hidden.row(0).to_vec();
+            token = if draft + 1 < self.drafts { likeliest(best, logits)? } else { token };
+            hidden = next;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ pub mod stop;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use crate::sample::SampleError;
+use crate::sample::{Choosing, SampleError};
 use crate::template::{ChatTemplate, TemplateError};
 use crate::tokenizer::{LazyTokenizer, TokenizerError};
 pub use args::GenerateArgs;
@@ -31,7 +31,27 @@ pub type ModelError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Sequence(pub u32);
 
-/// What generation needs of a model.
+/// A sequence's part of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    /// The sequence.
+    pub sequence: Sequence,
+    /// What it is fed, at least one token.
+    pub tokens: &'a [u32],
+    /// How the token after it is chosen, if one is wanted.
+    pub choosing: Option<Choosing<'a>>,
+}
+
+/// What a step says of a sequence's tentative tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// The token that is chosen after each of them; of use only up to the one after the last right one.
+    pub tokens: Vec<u32>,
+    /// How many of them after the first are right.
+    pub accepted: usize,
+}
+
+/// What generation needs of a model. A step chooses tokens where the model computes; logits leave it only where they are asked for.
 pub trait Forward {
     /// Token ids are below this.
     fn vocab_size(&self) -> usize;
@@ -45,15 +65,18 @@ pub trait Forward {
     fn begin(&mut self) -> Result<Sequence, ModelError>;
     /// Gives back what a sequence owns.
     fn end(&mut self, sequence: Sequence);
-    /// Runs one step: appends to each sequence its tokens (at least one), and gives the logits after the last token of each:
-    /// `[runs.len(), vocab_size]`.
+    /// Runs one step: appends to each sequence its tokens, and gives the tokens of those runs that choose one, in order.
     /// # Errors
-    /// If memory for the step or for KV is lacking.
-    fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError>;
-    /// As [`Forward::forward`] for one sequence, but gives the logits after each of the tokens: `[tokens.len(), vocab_size]`.
+    /// If memory for the step or for KV is lacking, or there is no token to choose.
+    fn forward(&mut self, runs: &[Run<'_>]) -> Result<Vec<u32>, ModelError>;
+    /// As [`Forward::forward`] for one sequence, and keeps the logits after each of its tokens.
     /// # Errors
     /// As [`Forward::forward`].
-    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError>;
+    fn forward_all(&mut self, run: Run<'_>) -> Result<Option<u32>, ModelError>;
+    /// Says that logits will be asked for after each step.
+    fn keep_logits(&mut self);
+    /// A row of logits of the last step, if they are kept: after `forward` the rows of its runs, else the rows of its tokens.
+    fn logits(&self, row: usize) -> &[f32];
     /// The model as one that drafts, if it can.
     fn drafter(&mut self) -> Option<&mut dyn Drafter> {
         None
@@ -70,10 +93,11 @@ pub trait Drafter {
     /// # Errors
     /// As [`Forward::forward`].
     fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError>;
-    /// As [`Forward::forward`], but gives the logits of every token, and what was appended counts only once it is accepted.
+    /// As [`Forward::forward`], but chooses a token after each one, and what was appended counts only once it is accepted. Every run
+    /// chooses.
     /// # Errors
     /// As [`Forward::forward`].
-    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError>;
+    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError>;
     /// Makes the first `tokens` of a sequence's tentative tokens its own.
     /// # Errors
     /// As [`Forward::forward`].
@@ -163,7 +187,7 @@ pub enum GenerateError {
     /// The chat template fails.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// No token can be chosen.
+    /// A setting of how to choose is bad.
     #[error(transparent)]
     Sample(#[from] SampleError),
     /// The model fails.

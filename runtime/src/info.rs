@@ -1,11 +1,13 @@
 //! `info`: what an executable holds and how much memory it takes.
 
 use clap::Args;
+use nextc_abi::metadata::NVPTX64;
 use nextc_abi::{Metadata, SectionKind, WeightsPlace};
 use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
+use crate::cuda::plan;
 use crate::error::Error;
 use crate::weights::Weights;
 
@@ -59,6 +61,15 @@ fn arena_bytes(metadata: &Metadata, tokens: u64) -> u64 {
     metadata.arena.bytes(&[tokens, 1, pages, 1])
 }
 
+/// Bytes of a GPU for weights, the states of one sequence at full context, and steps of `tokens` tokens; `None` for a processor.
+fn device_bytes(metadata: &Metadata, tokens: u64) -> Option<u64> {
+    let kv = metadata.kv_bytes_per_token().saturating_mul(metadata.model.max_context);
+    let pages = metadata.model.max_context.div_ceil(metadata.page_tokens.max(1)).next_power_of_two();
+    let steps = plan::step_bytes(metadata, &[tokens, 1, pages, 1]);
+    let parts = [metadata.weights.bytes, metadata.state_bytes_per_sequence(), kv, steps];
+    (metadata.target.arch == NVPTX64).then(|| parts.into_iter().fold(0, u64::saturating_add))
+}
+
 fn facts(artifact: &Artifact, args: &InfoArgs) -> Value {
     let (m, footer) = (artifact.metadata(), artifact.footer());
     json!({
@@ -70,6 +81,7 @@ fn facts(artifact: &Artifact, args: &InfoArgs) -> Value {
         "mtp": m.model.mtp,
         "eos_token_ids": m.model.eos_token_ids,
         "backend": m.backend,
+        "arch": m.target.arch,
         "cpu": m.target.cpu,
         "features": m.target.features,
         "compiler": m.compiler,
@@ -88,6 +100,7 @@ fn facts(artifact: &Artifact, args: &InfoArgs) -> Value {
         "step_tokens": args.step_tokens,
         "arena_bytes": arena_bytes(m, args.step_tokens),
         "arena_bytes_decode": arena_bytes(m, 1),
+        "device_bytes": device_bytes(m, args.step_tokens),
         "payload_offset": footer.payload_offset,
         "file_bytes": footer.file_bytes,
         "code_bytes": footer.section(SectionKind::Code).bytes,

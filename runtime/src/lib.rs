@@ -6,10 +6,13 @@ pub mod bench;
 pub mod chat;
 pub mod cli;
 pub mod cpu;
+mod cuda;
+mod device;
 pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod generate;
+mod host;
 pub mod info;
 pub mod limits;
 pub mod memory;
@@ -26,7 +29,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use artifact::Artifact;
-pub use engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
+pub use engine::{DraftInput, Engine, EngineOptions, LogitRows};
 pub use error::Error;
 pub use state::SequenceId;
 pub use step::KernelTime;
@@ -43,7 +46,7 @@ pub(crate) fn sample_metadata() -> nextc_abi::Metadata {
         backend: "test".to_owned(),
         fingerprint: String::new(),
         model: Model { name: "sample".to_owned(), vocab_size: 16, hidden_size: 8, max_context: 64, ..Model::default() },
-        target: Target { arch: "x86_64".to_owned(), ..Target::default() },
+        target: Target { arch: nextc_abi::metadata::X86_64.to_owned(), ..Target::default() },
         kernels: Vec::new(),
         programs: Vec::new(),
         weights: WeightTable {

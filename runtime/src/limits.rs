@@ -9,13 +9,15 @@ use crate::error::Error;
 use crate::memory::{Region, available_bytes};
 use crate::pool::Pool;
 
-/// Measured limits with all threads.
+/// Limits of a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
-    /// Bytes read a second, from a working set as large as the weights (64 MiB to 1 GiB).
+    /// Bytes read a second. On a processor: by all threads, from a working set as large as the weights (64 MiB to 1 GiB).
     pub read_bytes_per_s: f64,
-    /// Multiplications and additions in f32 a second.
+    /// Multiplications and additions a second.
     pub flops_per_s: f64,
+    /// Which arithmetic that is, and how it is known.
+    pub arithmetic: &'static str,
 }
 
 /// Passes of each measurement; the best counts.
@@ -28,12 +30,11 @@ const ROUNDS: usize = 20_000;
 const ACCUMULATORS: usize = 12;
 
 impl Limits {
-    /// Measures with `threads` threads and a working set of `bytes`.
+    /// Measures the processor with a team of threads and a working set of `bytes`.
     /// # Errors
-    /// [`Error`] if threads or memory cannot be had.
-    pub fn measure(threads: usize, bytes: u64) -> Result<Self, Error> {
-        let mut pool = Pool::new(threads).map_err(|error| Error::Threads { threads, error })?;
-        Ok(Self { read_bytes_per_s: read(&mut pool, bytes)?, flops_per_s: flops(&mut pool) })
+    /// [`Error`] if memory cannot be had.
+    pub fn measure(pool: &mut Pool, bytes: u64) -> Result<Self, Error> {
+        Ok(Self { read_bytes_per_s: read(pool, bytes)?, flops_per_s: flops(pool), arithmetic: "f32" })
     }
 }
 
@@ -118,7 +119,7 @@ mod tests {
 
     #[test]
     fn limits_are_positive_and_a_sum_is_a_sum() {
-        let limits = Limits::measure(2, 1).unwrap();
+        let limits = Limits::measure(&mut Pool::new(2).unwrap(), 1).unwrap();
         assert!(limits.read_bytes_per_s > 1e8 && limits.flops_per_s > 1e8, "{limits:?}");
         assert_eq!(sum(&[3; 64]), 192);
     }

@@ -1,6 +1,11 @@
 //! Made-up weights for measurements: every format and layout, values as a model has them and none of them zero but the padding.
+//!
+//! The bytes of a long run repeat after a few MiB, so that a whole model is made in the time that copying takes.
 
-use nextc_abi::{Scaled, Weight};
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use nextc_abi::{Holds, Number, Part, Weight};
 
 /// A small, fast generator (SplitMix64); what it makes depends on the seed alone.
 #[derive(Clone, Copy, Debug)]
@@ -22,179 +27,233 @@ impl Random {
     }
 }
 
-/// Fills all weights of a table, on all processors; `memory` is laid out as the file.
+/// Bytes after which a run repeats, where no padding has to be kept.
+const PERIOD_BYTES: u64 = 8 << 20;
+
+/// A run of bytes of the weights that is one pattern, repeated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Fill {
+    /// Where it begins, from the beginning of all weights.
+    pub at: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// What is repeated.
+    pub pattern: Pattern,
+}
+
+/// What the bytes of a run repeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Pattern {
+    /// Rows of a vector or table in f32.
+    Flat { values: Values, width: usize },
+    /// Tiles of 16 rows of a matrix in a plain format, whose padding is zero.
+    Tiles(Tiles),
+    /// Numbers, or codes, of a matrix with so many columns.
+    Numbers { number: Number, fan_in: u64 },
+    /// Scales that give numbers the variance of [`Pattern::Numbers`]; as zero points they are next to nothing.
+    Scales { stored: Number, codes: Number, fan_in: u64 },
+    /// Columns in their order.
+    Order { columns: u64 },
+}
+
+/// The values of a vector or table, by what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Values {
+    ALog,
+    DtBias,
+    InvFreq,
+    Conv,
+    /// A gated norm's gain, which multiplies as it is.
+    Norm,
+    /// Gains that lie around zero, where a little more does no harm, and the rest.
+    Other,
+}
+
+impl Values {
+    fn of(name: &str) -> Self {
+        match name.rsplit('.').next().unwrap_or(name) {
+            "a_log" => Self::ALog,
+            "dt_bias" => Self::DtBias,
+            "inv_freq" => Self::InvFreq,
+            name if name.contains("conv") => Self::Conv,
+            "norm" => Self::Norm,
+            _ => Self::Other,
+        }
+    }
+
+    const fn range(self) -> (f32, f32) {
+        match self {
+            Self::ALog => (0.0, 2.5),
+            Self::DtBias => (-4.0, -1.0),
+            Self::InvFreq => (1e-4, 1.0),
+            Self::Conv => (-0.4, 0.6),
+            Self::Norm => (0.7, 1.3),
+            Self::Other => (0.01, 0.3),
+        }
+    }
+}
+
+/// The runs of all weights, without the gaps between them.
+pub(crate) fn fills(entries: &[Weight]) -> Vec<Fill> {
+    let of = |w: &Weight| {
+        let fill = |p: &Part| Fill { at: w.offset + p.at, bytes: p.bytes, pattern: Pattern::of(w, p) };
+        w.parts.iter().map(fill).collect::<Vec<_>>()
+    };
+    let mut fills: Vec<Fill> = entries.iter().flat_map(of).filter(|fill| fill.bytes > 0).collect();
+    fills.sort_by_key(|fill| fill.at);
+    fills
+}
+
+/// The bytes of each pattern that is needed, made on all processors: as many as its longest run has, or a period.
+pub(crate) fn periods(fills: &[Fill]) -> HashMap<Pattern, Vec<u8>> {
+    let mut longest: HashMap<Pattern, u64> = HashMap::new();
+    for fill in fills {
+        let bytes = longest.entry(fill.pattern).or_default();
+        *bytes = (*bytes).max(fill.bytes);
+    }
+    let made = Mutex::new(HashMap::new());
+    on_all_processors(longest.into_iter(), |(pattern, bytes)| {
+        let period = pattern.period(bytes);
+        made.lock().expect("making patterns does not panic").insert(pattern, period);
+    });
+    made.into_inner().expect("making patterns does not panic")
+}
+
+/// Fills all weights of a table; `memory` is laid out as the file.
 pub fn fill(entries: &[Weight], memory: &mut [u8]) {
-    let mut sorted: Vec<&Weight> = entries.iter().collect();
-    sorted.sort_by_key(|w| w.offset);
+    let fills = fills(entries);
+    let periods = periods(&fills);
     let (mut rest, mut begins) = (memory, 0);
     let mut parts = Vec::new();
-    for (i, w) in sorted.into_iter().enumerate() {
-        let (_, from_here) = rest.split_at_mut((w.offset - begins) as usize);
-        let (own, after) = from_here.split_at_mut(w.bytes as usize);
-        parts.push((i as u64, w, own));
-        (rest, begins) = (after, w.offset + w.bytes);
+    for fill in &fills {
+        let (_, from_here) = rest.split_at_mut((fill.at - begins) as usize);
+        let (own, after) = from_here.split_at_mut(fill.bytes as usize);
+        let period = &periods[&fill.pattern];
+        parts.extend(own.chunks_mut(period.len()).map(|memory| (memory, period)));
+        (rest, begins) = (after, fill.at + fill.bytes);
     }
-    let threads = crate::pool::available_threads();
-    let parts = std::sync::Mutex::new(parts.into_iter());
+    on_all_processors(parts.into_iter(), |(memory, period)| memory.copy_from_slice(&period[..memory.len()]));
+}
+
+/// Does `work` on every item, on as many threads as there are processors.
+fn on_all_processors<T: Send>(items: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync) {
+    let items = Mutex::new(items);
     std::thread::scope(|scope| {
-        for _ in 0..threads {
+        for _ in 0..crate::pool::available_threads() {
             scope.spawn(|| {
                 loop {
-                    let part = parts.lock().expect("filling does not panic").next();
-                    let Some((i, weight, memory)) = part else { break };
-                    fill_weight(weight, memory, Random(i << 32));
+                    let item = items.lock().expect("taking an item does not panic").next();
+                    let Some(item) = item else { break };
+                    work(item);
                 }
             });
         }
     });
 }
 
-fn fill_weight(weight: &Weight, memory: &mut [u8], mut random: Random) {
-    match weight.layout.as_str() {
-        "flat" => fill_flat(weight, memory, &mut random),
-        _ => match &weight.scaled {
-            Some(scaled) => fill_scaled(weight, scaled, memory, &mut random),
-            None => fill_tiles(weight, memory, &mut random),
-        },
+impl Pattern {
+    fn of(weight: &Weight, part: &Part) -> Self {
+        let fan_in = weight.shape[weight.shape.len() - weight.in_rank as usize..].iter().product();
+        match part.holds {
+            Holds::Scales { stored, codes } => Self::Scales { stored, codes, fan_in },
+            Holds::Order { columns } => Self::Order { columns },
+            Holds::Numbers(_) if weight.layout == "flat" => {
+                // convolutions are stored tap by tap, so their width is the middle dimension
+                let width = match weight.shape.as_slice() {
+                    [_, width, _] if weight.in_rank == 0 => *width,
+                    shape => shape.last().copied().unwrap_or(1),
+                };
+                Self::Flat { values: Values::of(&weight.name), width: width as usize }
+            }
+            Holds::Numbers(number) => match Tiles::of(weight, number) {
+                Some(tiles) if weight.layout == "tile16" && tiles.is_padded() => Self::Tiles(tiles),
+                _ => Self::Numbers { number, fan_in },
+            },
+        }
     }
-}
 
-/// Values of a vector or table, by what it is.
-fn range_of(name: &str) -> (f32, f32) {
-    let last = name.rsplit('.').next().unwrap_or(name);
-    match last {
-        "a_log" => (0.0, 2.5),
-        "dt_bias" => (-4.0, -1.0),
-        "inv_freq" => (1e-4, 1.0),
-        name if name.contains("conv") => (-0.4, 0.6),
-        // a gated norm's gain multiplies as it is; the zero-centred gains lie around zero, and a little more does no harm
-        "norm" => (0.7, 1.3),
-        _ => (0.01, 0.3),
-    }
-}
-
-fn fill_flat(weight: &Weight, memory: &mut [u8], random: &mut Random) {
-    let (low, high) = range_of(&weight.name);
-    // convolutions are stored tap by tap, so their width is the middle dimension
-    let inner = match weight.shape.as_slice() {
-        [_, width, _] if weight.in_rank == 0 => *width,
-        shape => shape.last().copied().unwrap_or(1),
-    } as usize;
-    for row in memory.chunks_mut(inner.next_multiple_of(16).max(16) * 4) {
-        for (j, out) in row.chunks_exact_mut(4).enumerate() {
-            let x = if j < inner { random.between(low, high) } else { 0.0 };
-            out.copy_from_slice(&x.to_le_bytes());
+    /// The bytes that are repeated in runs of at most `longest` bytes.
+    fn period(self, longest: u64) -> Vec<u8> {
+        let mut random = Random(longest);
+        let most = longest.min(PERIOD_BYTES) as usize;
+        match self {
+            Self::Flat { values, width } => {
+                let (low, high) = values.range();
+                let row = width.next_multiple_of(16).max(16);
+                let number = |j: usize| if j % row < width { random.between(low, high) } else { 0.0 };
+                (0..(most / 4 / row).max(1) * row).map(number).flat_map(f32::to_le_bytes).collect()
+            }
+            Self::Tiles(tiles) => tiles.period(&mut random),
+            Self::Numbers { number, fan_in } => {
+                let mut bytes = vec![0; most.next_multiple_of(4)];
+                fill_numbers(number, (3.0 / fan_in as f32).sqrt(), &mut bytes, &mut random);
+                bytes
+            }
+            Self::Scales { stored, codes, fan_in } => {
+                let scale = 1.0 / (deviation(codes) * (fan_in as f32).sqrt());
+                let width = width_of(stored);
+                let mut bytes = vec![0; most.next_multiple_of(width)];
+                let write = |out: &mut [u8]| encode(stored, scale * random.between(0.7, 1.3), out);
+                bytes.chunks_exact_mut(width).for_each(write);
+                bytes
+            }
+            Self::Order { columns } => (0..columns as i32).flat_map(i32::to_le_bytes).collect(),
         }
     }
 }
 
-/// Uniform numbers whose sum over a row has the variance of its input. The padding is made zero by column and row.
-fn fill_tiles(weight: &Weight, memory: &mut [u8], random: &mut Random) {
-    let tiles = Tiles::of(weight);
-    let bound = (3.0 / tiles.fan_in as f32).sqrt();
-    let unit = tiles.elem_bytes * 16 * if tiles.elem_bytes == 4 { 1 } else { 2 };
-    for (tile, memory) in memory.chunks_exact_mut(tiles.columns * 16 * tiles.elem_bytes).enumerate() {
-        let lanes = tiles.lanes(tile);
-        for (group, memory) in memory.chunks_exact_mut(unit).enumerate() {
-            for (i, out) in memory.chunks_exact_mut(tiles.elem_bytes).enumerate() {
-                let (lane, column) = if tiles.elem_bytes == 4 { (i, group) } else { (i / 2, group * 2 + i % 2) };
-                let x = if lane < lanes && tiles.is_column(column) { random.between(-bound, bound) } else { 0.0 };
-                encode(x, weight.format == "f16", out);
+/// Writes uniform numbers between plus and minus `bound`; codes that have scales are of any size.
+fn fill_numbers(number: Number, bound: f32, out: &mut [u8], random: &mut Random) {
+    match number {
+        Number::F32 | Number::F16 | Number::Bf16 => {
+            for out in out.chunks_exact_mut(width_of(number)) {
+                encode(number, random.between(-bound, bound), out);
+            }
+        }
+        // any bits are a number
+        Number::I8 | Number::U4 => {
+            for out in out.chunks_mut(8) {
+                out.copy_from_slice(&random.next_bits().to_le_bytes()[..out.len()]);
+            }
+        }
+        // exponents below the largest, with which there would be a NaN
+        Number::E4m3 => {
+            for out in out.chunks_mut(8) {
+                let bits = random.next_bits() & 0xbfbf_bfbf_bfbf_bfbf | 0x2020_2020_2020_2020;
+                out.copy_from_slice(&bits.to_le_bytes()[..out.len()]);
             }
         }
     }
 }
 
-/// Codes that are anything but zero, and scales that give a row's sum the variance of its input; both zero in the padding.
-fn fill_scaled(weight: &Weight, scaled: &Scaled, memory: &mut [u8], random: &mut Random) {
-    let tiles = Tiles::of(weight);
-    let per_word = 32 / scaled.bits as usize;
-    let (codes, rest) = memory.split_at_mut(scaled.scales_at as usize);
-    for (tile, codes) in codes.chunks_exact_mut(tiles.columns / per_word * 64).enumerate() {
-        let lanes = tiles.lanes(tile);
-        for (line, words) in codes.chunks_exact_mut(64).enumerate() {
-            for (lane, word) in words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                // columns of a word may be in any order: padding begins at a whole word or ends within one
-                let padding = lane >= lanes || !tiles.is_column(line * per_word);
-                *word = random_codes(&scaled.code, padding, random).to_le_bytes();
-            }
-        }
-    }
-    let scale = 1.0 / (spread(&scaled.code) * (tiles.fan_in as f32).sqrt());
-    let (scales, order) = rest.split_at_mut(scaled.order_at.map_or(rest.len(), |at| (at - scaled.scales_at) as usize));
-    let mut place = Places { scaled, bytes: if scaled.scale == "f32" { 4 } else { 2 } };
-    for (tile, scales) in scales.chunks_exact_mut(scaled.tile_scale_bytes as usize).enumerate() {
-        let lanes = if scaled.block_rows > 1 { 1 } else { tiles.lanes(tile) };
-        for block in 0..tiles.columns.div_ceil(scaled.block_columns as usize) {
-            for lane in 0..lanes {
-                encode(scale * random.between(0.8, 1.2), scaled.scale == "f16", place.of(scales, block, lane, 0));
-                if scaled.zero {
-                    let zero = if random.next_bits() & 1 == 0 { 1.0 } else { -1.0 };
-                    encode(zero, scaled.scale == "f16", place.of(scales, block, lane, 1));
-                }
-            }
-        }
-    }
-    for (column, out) in order.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        *out = ((column % tiles.columns) as u32).to_le_bytes();
+/// About the standard deviation of the codes that [`fill_numbers`] writes.
+const fn deviation(codes: Number) -> f32 {
+    match codes {
+        Number::I8 => 74.0,
+        Number::U4 => 4.6,
+        Number::E4m3 => 0.84,
+        Number::F32 | Number::F16 | Number::Bf16 => 1.0,
     }
 }
 
-/// Where the numbers of a block lie in the scales of a tile: see `ir/src/layout.rs`.
-struct Places<'a> {
-    scaled: &'a Scaled,
-    bytes: usize,
+/// Bytes of a number of a plain format.
+const fn width_of(number: Number) -> usize {
+    if matches!(number, Number::F32) { 4 } else { 2 }
 }
 
-impl Places<'_> {
-    fn of<'m>(&mut self, scales: &'m mut [u8], block: usize, lane: usize, part: usize) -> &'m mut [u8] {
-        let number = block * (1 + usize::from(self.scaled.zero)) + part;
-        let at = match self.scaled.block_rows {
-            1 => number * self.bytes / 4 * 64 + lane * 4 + number * self.bytes % 4,
-            _ => number * self.bytes,
-        };
-        &mut scales[at..at + self.bytes]
+/// Writes a number of moderate size in a plain format.
+fn encode(number: Number, x: f32, out: &mut [u8]) {
+    match number {
+        Number::F32 => out.copy_from_slice(&x.to_le_bytes()),
+        Number::F16 => out.copy_from_slice(&half_bits(x).to_le_bytes()),
+        _ => out.copy_from_slice(&((x.to_bits() >> 16) as u16).to_le_bytes()),
     }
 }
 
-/// A word of random codes none of which stands for zero, or of codes that all do.
-fn random_codes(code: &str, padding: bool, random: &mut Random) -> u32 {
-    let bits = random.next_bits();
-    match (code, padding) {
-        ("q4", true) => 0x8888_8888,
-        (_, true) => 0,
-        // 1 to 15 but for 8
-        ("q4", false) => (0..8).fold(0, |word, i| {
-            let code = 1 + (bits >> (8 * i) & 0xff) as u32 % 14;
-            word | (code + u32::from(code >= 8)) << (4 * i)
-        }),
-        // signs, exponents from 9 to 13, mantissas: numbers from 4 to 120
-        ("fp8", false) => (0..4).fold(0, |word, i| {
-            let own = (bits >> (16 * i)) as u32;
-            word | ((own & 0x87) | (9 + (own >> 8 & 0xff) % 5) << 3) << (8 * i)
-        }),
-        // -127 to 127 but for 0
-        _ => (0..4).fold(0, |word, i| {
-            let own = (bits >> (16 * i)) as u32;
-            let magnitude = 1 + (own >> 1) % 127;
-            let code = if own & 1 == 0 { magnitude } else { 256 - magnitude };
-            word | code << (8 * i)
-        }),
-    }
-}
-
-/// Root of the mean square of [`random_codes`].
-fn spread(code: &str) -> f32 {
-    match code {
-        "q4" => 4.47,
-        "fp8" => 48.4,
-        _ => 73.6,
-    }
-}
-
-/// The shape of a tiled weight: see `ir/src/layout.rs`.
-struct Tiles {
-    elem_bytes: usize,
+/// The shape of a matrix in a plain format and tiles of 16 rows: see `ir/src/layout.rs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Tiles {
+    number: Number,
     columns: usize,
     inner_width: usize,
     inner_rows: usize,
@@ -202,37 +261,40 @@ struct Tiles {
 }
 
 impl Tiles {
-    fn of(weight: &Weight) -> Self {
+    /// `None` for codes that have scales.
+    fn of(weight: &Weight, number: Number) -> Option<Self> {
         let (outer, inner) = weight.shape.split_at(weight.shape.len() - weight.in_rank as usize);
         let inner_width = inner.last().copied().unwrap_or(1) as usize;
         let fan_in: u64 = inner.iter().product();
-        Self {
-            elem_bytes: if weight.format == "f32" { 4 } else { 2 },
+        matches!(number, Number::F32 | Number::F16 | Number::Bf16).then(|| Self {
+            number,
             columns: fan_in as usize / inner_width * inner_width.next_multiple_of(16),
             inner_width,
             inner_rows: outer.last().copied().unwrap_or(1) as usize,
             fan_in,
+        })
+    }
+
+    fn is_padded(&self) -> bool {
+        !self.inner_rows.is_multiple_of(16) || !self.inner_width.is_multiple_of(16)
+    }
+
+    /// The tiles of one index of the outer dimensions: uniform numbers whose sum over a row has the variance of its input, and
+    /// zeros where rows and columns are padding.
+    fn period(&self, random: &mut Random) -> Vec<u8> {
+        let bound = (3.0 / self.fan_in as f32).sqrt();
+        let width = width_of(self.number);
+        // columns whose numbers of one row are neighbours
+        let group = 4 / width;
+        let mut bytes = vec![0; self.inner_rows.div_ceil(16) * 16 * self.columns * width];
+        for (i, out) in bytes.chunks_exact_mut(width).enumerate() {
+            let (tile, at) = (i / (16 * self.columns), i % (16 * self.columns));
+            let (row, column) = (tile * 16 + at / group % 16, at / (16 * group) * group + at % group);
+            if row < self.inner_rows && column % self.inner_width.next_multiple_of(16) < self.inner_width {
+                encode(self.number, random.between(-bound, bound), out);
+            }
         }
-    }
-
-    /// Rows of a tile that are not padding.
-    fn lanes(&self, tile: usize) -> usize {
-        let tiles = self.inner_rows.div_ceil(16);
-        (self.inner_rows - tile % tiles * 16).min(16)
-    }
-
-    /// True if a stored column is not padding.
-    fn is_column(&self, column: usize) -> bool {
-        column % self.inner_width.next_multiple_of(16) < self.inner_width
-    }
-}
-
-/// Writes a number of moderate size in the format whose width `out` has.
-fn encode(x: f32, half: bool, out: &mut [u8]) {
-    match out.len() {
-        4 => out.copy_from_slice(&x.to_le_bytes()),
-        _ if half => out.copy_from_slice(&half_bits(x).to_le_bytes()),
-        _ => out.copy_from_slice(&((x.to_bits() >> 16) as u16).to_le_bytes()),
+        bytes
     }
 }
 
@@ -251,23 +313,30 @@ fn half_bits(x: f32) -> u16 {
 mod tests {
     use super::*;
 
-    fn weight(shape: &[u64], in_rank: u64, format: &str, layout: &str, bytes: u64) -> Weight {
+    fn weight(shape: &[u64], in_rank: u64, layout: &str, parts: &[(u64, Holds)]) -> Weight {
+        let mut at = 0;
+        let mut part = |&(bytes, holds): &(u64, Holds)| {
+            let part = Part { at, bytes, holds };
+            at += bytes.next_multiple_of(64);
+            part
+        };
+        let parts: Vec<Part> = parts.iter().map(&mut part).collect();
         Weight {
             name: "layers.0.w".to_owned(),
             shape: shape.to_vec(),
             in_rank,
-            format: format.to_owned(),
-            scaled: None,
+            format: "bf16".to_owned(),
             layout: layout.to_owned(),
             offset: 64,
-            bytes,
+            bytes: parts.last().map_or(0, |p| p.at + p.bytes),
+            parts,
             checksum: String::new(),
         }
     }
 
     #[test]
     fn weights_are_wide_and_their_padding_is_zero() {
-        let w = weight(&[2, 20, 24], 1, "bf16", "tile16", 4 * 32 * 16 * 2);
+        let w = weight(&[2, 20, 24], 1, "tile16", &[(4 * 32 * 16 * 2, Holds::Numbers(Number::Bf16))]);
         let mut memory = vec![0; 64 + w.bytes as usize];
         fill(std::slice::from_ref(&w), &mut memory);
         let read = |tile: usize, lane: usize, column: usize| {
@@ -284,64 +353,47 @@ mod tests {
         }
     }
 
-    /// A scaled weight of two outer indices of 20 rows and 40 columns.
-    fn scaled(code: &str, bits: u64, block_rows: u64, scale: &str, tile_scale_bytes: u64) -> Weight {
-        let scales_at = 4 * 48 / (32 / bits) * 64;
-        let scaled = Scaled {
-            code: code.to_owned(),
-            bits,
-            block_rows,
-            block_columns: 32,
-            scale: scale.to_owned(),
-            zero: false,
-            scales_at,
-            tile_scale_bytes,
-            order_at: None,
-        };
-        let bytes = scales_at + 4 * tile_scale_bytes;
-        Weight { scaled: Some(scaled), ..weight(&[2, 20, 40], 1, code, "tile16", bytes) }
-    }
-
-    #[test]
-    fn scaled_weights_are_wide_and_their_padding_is_zero() {
-        for (w, zero) in [
-            (scaled("q4", 4, 1, "f16", 64), 8),
-            (scaled("q8", 8, 1, "f16", 64), 0),
-            (scaled("fp8", 8, 16, "f32", 8), 0),
-        ] {
-            let mut memory = vec![0; 64 + w.bytes as usize];
-            fill(std::slice::from_ref(&w), &mut memory);
-            let (own, planes) = (&memory[64..], w.scaled.as_ref().expect("it is scaled"));
-            let per_word = 32 / planes.bits as usize;
-            let mut seen = std::collections::BTreeSet::new();
-            for (i, word) in own[..planes.scales_at as usize].as_chunks::<4>().0.iter().enumerate() {
-                let (tile, line, lane) = (i / 16 / (48 / per_word), i / 16 % (48 / per_word), i % 16);
-                let padding = line * per_word >= 40 || (tile % 2 == 1 && lane >= 4);
-                for code in (0..per_word)
-                    .map(|c| u32::from_le_bytes(*word) >> (c as u64 * planes.bits) & ((1 << planes.bits) - 1))
-                {
-                    assert_eq!(code == zero, padding, "{}: tile {tile} line {line} lane {lane}", planes.code);
-                    assert!(planes.code != "fp8" || code & 0x7f < 0x7f, "no NaN");
-                    seen.insert(code);
-                }
-            }
-            assert!(seen.len() > 1 << (planes.bits - 2), "{}: {} codes", planes.code, seen.len());
-            let scales = &own[planes.scales_at as usize..];
-            let zeros = scales.chunks(if planes.scale == "f32" { 4 } else { 2 }).filter(|b| b.iter().all(|&x| x == 0));
-            let expected = if planes.block_rows == 1 { 2 * 12 * 2 } else { 0 };
-            assert_eq!(zeros.count(), expected, "{}", planes.code);
-        }
-    }
-
     #[test]
     fn vectors_have_the_range_of_what_they_are() {
-        let mut w = weight(&[20], 0, "bf16", "flat", 128);
+        let mut w = weight(&[20], 0, "flat", &[(128, Holds::Numbers(Number::F32))]);
         w.name = "layers.3.dt_bias".to_owned();
         let mut memory = vec![0; 64 + 128];
         fill(&[w], &mut memory);
         let values: Vec<f32> = memory[64..].chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         assert!(values[..20].iter().all(|x| (-4.0..=-1.0).contains(x)));
         assert!(values[20..].iter().all(|&x| x == 0.0));
+    }
+
+    #[test]
+    fn scaled_codes_are_numbers_and_their_scales_fit_the_width() {
+        let codes = (16 * 256, Holds::Numbers(Number::E4m3));
+        let scales = (64, Holds::Scales { stored: Number::F32, codes: Number::E4m3 });
+        let w = weight(&[16, 256], 1, "mma16", &[codes, scales]);
+        let mut memory = vec![0; 64 + w.bytes as usize];
+        fill(std::slice::from_ref(&w), &mut memory);
+        let (codes, scales) = memory[64..].split_at(16 * 256);
+        assert!(codes.iter().all(|c| c & 0x7f != 0x7f && c & 0x7f != 0), "neither NaN nor zero");
+        let distinct: std::collections::HashSet<&u8> = codes.iter().collect();
+        assert_eq!(distinct.len(), 64);
+        for scale in scales.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())) {
+            let deviation = scale * 0.84 * 16.0;
+            assert!((0.69..1.31).contains(&deviation), "{deviation}");
+        }
+    }
+
+    #[test]
+    fn long_runs_repeat_one_period() {
+        let run = |rows: u64| weight(&[rows, 256], 1, "mma16", &[(rows * 128, Holds::Numbers(Number::U4))]);
+        let (long, short) = (run(100_000), run(16));
+        let fills = fills(&[long.clone(), Weight { offset: 64 + long.bytes, ..short }]);
+        let periods = periods(&fills);
+        assert_eq!(periods.len(), 1);
+        assert_eq!(periods[&fills[0].pattern].len() as u64, PERIOD_BYTES);
+        let mut memory = vec![0; 64 + long.bytes as usize];
+        fill(&[long], &mut memory);
+        let period = PERIOD_BYTES as usize;
+        assert_eq!(memory[64 + period..64 + period + 100], memory[64..164]);
+        assert_ne!(memory[64..164], memory[164..264]);
     }
 
     #[test]

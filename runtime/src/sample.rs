@@ -1,15 +1,18 @@
-//! Choosing the next token from logits: greedy, or drawn, after the processors of [`processors`] in their order.
+//! How tokens are chosen: settings and their ranges ([`settings`]), and how they are handed to the compiled function that chooses
+//! ([`rows`]). The host sees tokens; logits only where their probabilities are asked for ([`logprobs`]).
 //!
-//! A choice is a pure function of the logits, the tokens before, the settings, and the numbers of sequence and position.
-//! Random numbers are counter-based ([`random`]), so a seed gives the same tokens whatever else runs in the same step, and
-//! however many tokens of a sequence a step yields.
+//! A choice is a pure function of the logits, the tokens before, the settings, and the numbers of sequence and position. So a
+//! seed gives the same tokens whatever else runs in the same step, and however many tokens of a sequence a step yields.
 
 pub mod logprobs;
-pub mod processors;
-pub mod random;
+pub mod rows;
 pub mod settings;
 
-use processors::{PROCESSORS, Scored};
+#[cfg(test)]
+pub(crate) mod plain;
+
+use std::collections::BTreeMap;
+
 use settings::SETTINGS;
 
 /// Why no token can be chosen.
@@ -35,12 +38,24 @@ pub enum SampleError {
         /// Its logit.
         value: f32,
     },
-    /// There is nothing to choose from.
-    #[error("no logits to choose a token from")]
-    Empty,
+    /// Biases and penalties leave no finite logit.
+    #[error("biases and penalties leave no finite logit, expected smaller ones")]
+    NothingLeft,
 }
 
-/// How to choose. The default is greedy and changes no logit.
+impl SampleError {
+    /// Why no token was chosen from a row of logits: the first that is NaN or +infinity, or else the first of all that are -infinity.
+    pub fn of_row(logits: &[f32]) -> Self {
+        let broken = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY);
+        let all_out = || logits.iter().all(|x| *x == f32::NEG_INFINITY).then_some(0);
+        match broken.or_else(all_out) {
+            Some(index) => Self::NotFinite { index, value: logits.get(index).copied().unwrap_or(f32::NEG_INFINITY) },
+            None => Self::NothingLeft,
+        }
+    }
+}
+
+/// How to choose. The default is greedy and changes no logit. Logits are processed in the order of the fields.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// Added to the logits of these tokens.
@@ -79,24 +94,6 @@ impl Default for Sampling {
     }
 }
 
-/// The tokens of a sequence before the one that is chosen: what penalties count.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct History<'a> {
-    /// What was given.
-    pub prompt: &'a [u32],
-    /// What was chosen since.
-    pub output: &'a [u32],
-}
-
-/// A token that may be chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Candidate {
-    /// The token.
-    pub token: u32,
-    /// How likely it is; those of all candidates sum to 1.
-    pub probability: f64,
-}
-
 impl Sampling {
     /// Checks the ranges.
     /// # Errors
@@ -106,73 +103,69 @@ impl Sampling {
         self.logit_bias.iter().try_for_each(|&(_, bias)| settings::LOGIT_BIAS.check(bias))
     }
 
-    /// Chooses the token at `position` of sequence `sequence`.
-    /// # Errors
-    /// [`SampleError`] if there are no logits, or one is NaN or +infinity.
-    pub fn choose(
-        &self,
-        logits: &[f32],
-        history: &History<'_>,
-        sequence: u32,
-        position: u32,
-    ) -> Result<u32, SampleError> {
-        let candidates = self.candidates(logits, history)?;
-        Ok(draw(&candidates, random::uniform(self.seed, sequence, position)))
-    }
-
-    /// The tokens that may be chosen, with their probabilities; at least one.
-    /// # Errors
-    /// [`SampleError`] if there are no logits, or one is NaN or +infinity.
-    pub fn candidates(&self, logits: &[f32], history: &History<'_>) -> Result<Vec<Candidate>, SampleError> {
-        let best = greedy(logits)?;
-        let active: Vec<_> = PROCESSORS.iter().filter(|p| (p.is_on)(self)).collect();
-        if active.first().is_some_and(|p| p.name == "temperature") && self.temperature == 0.0 {
-            return Ok(vec![Candidate { token: best, probability: 1.0 }]);
-        }
-        let mut scores: Vec<Scored> =
-            (0u32..).zip(logits).map(|(token, &logit)| Scored { token, logit: f64::from(logit) }).collect();
-        active.iter().for_each(|p| p.apply.run(self, history, &mut scores));
-        Ok(softmax(&scores))
+    /// True if logits depend on the tokens before.
+    fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 }
 
-fn softmax(scores: &[Scored]) -> Vec<Candidate> {
-    let largest = processors::largest(scores);
-    let total: f64 = scores.iter().map(|s| (s.logit - largest).exp()).sum();
-    let probability = |s: &Scored| (s.logit - largest).exp() / total;
-    scores.iter().map(|s| Candidate { token: s.token, probability: probability(s) }).collect()
+/// What changes single logits of a sequence: biases, and penalties of the tokens that it has. Lists, ascending by token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Edits {
+    /// The tokens.
+    pub tokens: Vec<i32>,
+    /// How often the output has each; -1 if the prompt has it not either.
+    pub counts: Vec<i32>,
+    /// What is added to each one's logit.
+    pub biases: Vec<f32>,
+    counts_tokens: bool,
 }
 
-/// The candidate in whose share of [0, 1) `random` falls.
-fn draw(candidates: &[Candidate], random: f64) -> u32 {
-    let mut sum = 0.0;
-    let drawn = candidates.iter().find(|c| {
-        sum += c.probability;
-        sum > random
-    });
-    // the sum of all may be rounded to less than `random`: then it is the last one that has a share
-    let last = || candidates.iter().rfind(|c| c.probability > 0.0);
-    drawn.or_else(last).map(|c| c.token).expect("there is at least one candidate")
+impl Edits {
+    /// Those of a sequence that has its prompt only.
+    pub fn new(sampling: &Sampling, prompt: &[u32]) -> Self {
+        let mut edits: BTreeMap<u32, (i32, f64)> = BTreeMap::new();
+        for &(token, bias) in &sampling.logit_bias {
+            edits.entry(token).or_insert((-1, 0.0)).1 += bias;
+        }
+        for &token in prompt.iter().filter(|_| sampling.penalises()) {
+            edits.entry(token).or_insert((0, 0.0)).0 = 0;
+        }
+        Self {
+            tokens: edits.keys().map(|&token| token as i32).collect(),
+            counts: edits.values().map(|edit| edit.0).collect(),
+            biases: edits.values().map(|edit| edit.1 as f32).collect(),
+            counts_tokens: sampling.penalises(),
+        }
+    }
+
+    /// The output has `token`, once more or for the first time.
+    pub fn push(&mut self, token: u32) {
+        if !self.counts_tokens {
+            return;
+        }
+        match self.tokens.binary_search(&(token as i32)) {
+            Ok(i) => self.counts[i] = self.counts[i].max(0) + 1,
+            Err(i) => {
+                self.tokens.insert(i, token as i32);
+                self.counts.insert(i, 1);
+                self.biases.insert(i, 0.0);
+            }
+        }
+    }
 }
 
-/// The token with the largest logit, the lowest among equals.
-/// # Errors
-/// [`SampleError`] if there are none, or one is NaN or +infinity.
-pub fn greedy(logits: &[f32]) -> Result<u32, SampleError> {
-    let mut best = 0;
-    for (index, &value) in logits.iter().enumerate() {
-        if value.is_nan() || value == f32::INFINITY {
-            return Err(SampleError::NotFinite { index, value });
-        }
-        if value > logits[best] {
-            best = index;
-        }
-    }
-    match logits.get(best) {
-        None => Err(SampleError::Empty),
-        Some(&value) if value == f32::NEG_INFINITY => Err(SampleError::NotFinite { index: best, value }),
-        Some(_) => Ok(u32::try_from(best).expect("a vocabulary has fewer than 2^32 tokens")),
-    }
+/// How the token after a row is chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct Choosing<'a> {
+    /// The settings.
+    pub sampling: &'a Sampling,
+    /// What changes single logits, by the tokens that the sequence is known to have.
+    pub edits: &'a Edits,
+    /// The number of the sequence, for random numbers.
+    pub sequence: u32,
+    /// The position of the token.
+    pub position: u32,
 }
 
 #[cfg(test)]

@@ -23,21 +23,19 @@ pub struct Snapshot {
     pub bytes: Vec<u8>,
 }
 
-/// A run of bytes of a state's memory.
+/// A run of bytes of a state.
 struct Span {
     state: usize,
-    at: usize,
-    bytes: usize,
+    at: u64,
+    bytes: u64,
 }
 
 impl States {
     /// The slot of a sequence: one span for each state that is not KV.
     fn slot_spans(&self, id: SequenceId) -> Result<Vec<Span>, Error> {
-        let slot = self.get(id)?.slot as usize;
+        let slot = u64::from(self.get(id)?.slot);
         let states = self.kinds.iter().enumerate().filter(|(_, (kind, _))| *kind != StateKind::Kv);
-        Ok(states
-            .map(|(state, &(_, bytes))| Span { state, at: slot * bytes as usize, bytes: bytes as usize })
-            .collect())
+        Ok(states.map(|(state, &(_, bytes))| Span { state, at: slot * bytes, bytes }).collect())
     }
 
     /// Everything of a sequence of `tokens` tokens: for each state its slot, or its pages in order.
@@ -48,36 +46,32 @@ impl States {
         for (state, &(kind, bytes)) in self.kinds.iter().enumerate() {
             match kind {
                 StateKind::Kv => {
-                    let bytes = (bytes * self.page_tokens) as usize;
+                    let bytes = bytes * self.page_tokens;
                     let pages = sequence.pages.iter().take(used);
-                    spans.extend(pages.map(|&page| Span { state, at: page as usize * bytes, bytes }));
+                    spans.extend(pages.map(|&page| Span { state, at: u64::from(page) * bytes, bytes }));
                 }
                 StateKind::Conv | StateKind::Delta => {
-                    let bytes = bytes as usize;
-                    spans.push(Span { state, at: sequence.slot as usize * bytes, bytes });
+                    spans.push(Span { state, at: u64::from(sequence.slot) * bytes, bytes });
                 }
             }
         }
         Ok(spans)
-    }
-
-    fn bytes_of(&self, span: &Span) -> &[u8] {
-        &self.regions[span.state].as_slice()[span.at..span.at + span.bytes]
-    }
-
-    fn bytes_of_mut(&mut self, span: &Span) -> &mut [u8] {
-        &mut self.regions[span.state].as_mut_slice()[span.at..span.at + span.bytes]
     }
 }
 
 impl Engine {
     /// Takes a snapshot of a sequence.
     /// # Errors
-    /// [`Error::Step`] if it has ended.
+    /// [`Error::Step`] if it has ended, or the device's.
     pub fn snapshot(&self, sequence: SequenceId) -> Result<Snapshot, Error> {
         let spans = self.states.slot_spans(sequence)?;
-        let mut bytes = Vec::with_capacity(spans.iter().map(|s| s.bytes).sum());
-        spans.iter().for_each(|span| bytes.extend_from_slice(self.states.bytes_of(span)));
+        let mut bytes = vec![0; spans.iter().map(|s| s.bytes as usize).sum()];
+        let mut rest = bytes.as_mut_slice();
+        for span in &spans {
+            let (part, after) = rest.split_at_mut(span.bytes as usize);
+            self.device.read_state(span.state, span.at, part)?;
+            rest = after;
+        }
         let &Sequence { tokens, replay, .. } = self.states.get(sequence)?;
         Ok(Snapshot { tokens, replay, bytes })
     }
@@ -90,13 +84,13 @@ impl Engine {
         if self.states.tokens(sequence)? < snapshot.tokens {
             return Err(Error::Step("the snapshot is ahead of its sequence"));
         }
-        if spans.iter().map(|s| s.bytes).sum::<usize>() != snapshot.bytes.len() {
+        if spans.iter().map(|s| s.bytes).sum::<u64>() != snapshot.bytes.len() as u64 {
             return Err(Error::Step("the snapshot is of another model"));
         }
         let mut rest = snapshot.bytes.as_slice();
         for span in &spans {
-            let (bytes, after) = rest.split_at(span.bytes);
-            self.states.bytes_of_mut(span).copy_from_slice(bytes);
+            let (bytes, after) = rest.split_at(span.bytes as usize);
+            self.device.write_state(span.state, span.at, bytes)?;
             rest = after;
         }
         self.states.set_tokens(sequence, snapshot.tokens, snapshot.replay)
@@ -125,14 +119,20 @@ impl Engine {
         let &Sequence { tokens, replay, .. } = self.states.get(sequence).map_err(invalid)?;
         let spans = self.states.all_spans(sequence, tokens).map_err(invalid)?;
         out.write_all(&replay.to_le_bytes())?;
-        spans.iter().try_for_each(|span| out.write_all(self.states.bytes_of(span)))
+        let mut bytes = Vec::new();
+        for span in &spans {
+            bytes.resize(span.bytes as usize, 0);
+            self.device.read_state(span.state, span.at, &mut bytes).map_err(invalid)?;
+            out.write_all(&bytes)?;
+        }
+        Ok(())
     }
 
     /// Reads what [`Engine::write_state`] wrote of a sequence of `tokens` tokens.
     /// # Errors
     /// The reader's; after one the sequence's state is undefined, and it must be rewound.
     pub fn read_state(&mut self, sequence: SequenceId, tokens: u64, input: &mut dyn Read) -> io::Result<()> {
-        self.states.grow(sequence, 0, tokens).map_err(invalid)?;
+        self.grow(sequence, 0, tokens).map_err(invalid)?;
         let spans = self.states.all_spans(sequence, tokens).map_err(invalid)?;
         let mut replay = [0; REPLAY_BYTES as usize];
         input.read_exact(&mut replay)?;
@@ -140,7 +140,12 @@ impl Engine {
         if u64::from(replay) > self.metadata().tentative_tokens.min(tokens) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "more tentative tokens than a state keeps"));
         }
-        spans.iter().try_for_each(|span| input.read_exact(self.states.bytes_of_mut(span)))?;
+        let mut bytes = Vec::new();
+        for span in &spans {
+            bytes.resize(span.bytes as usize, 0);
+            input.read_exact(&mut bytes)?;
+            self.device.write_state(span.state, span.at, &bytes).map_err(invalid)?;
+        }
         self.states.set_tokens(sequence, tokens, replay).map_err(invalid)
     }
 }

@@ -1,12 +1,12 @@
-//! What sequences carry from step to step: slots with convolution windows and delta matrices, and pages of KV.
+//! What sequences carry from step to step: slots with convolution windows and delta matrices, and pages of KV. This is the
+//! bookkeeping; the memory is the device's.
 //!
-//! Address space is reserved for the longest contexts and takes memory where it is written. Nothing is cleared: kernels take
-//! position 0 as a fresh sequence.
+//! Room is reserved for the longest contexts and takes memory by use. Nothing is cleared: kernels take position 0 as a fresh
+//! sequence.
 
 use nextc_abi::{Metadata, StateKind};
 
 use crate::error::Error;
-use crate::memory::Region;
 
 /// A sequence that the engine holds state for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +37,11 @@ impl Allocator {
         })
     }
 
+    /// How many numbers have ever been taken: all of them lie below.
+    pub fn reach(&self) -> u32 {
+        self.fresh
+    }
+
     /// Gives a number back that was taken.
     pub fn give_back(&mut self, n: u32) {
         debug_assert!(n < self.fresh, "only numbers that were taken come back");
@@ -57,7 +62,6 @@ pub(crate) struct Sequence {
 /// The states of all sequences.
 #[derive(Debug)]
 pub struct States {
-    pub(crate) regions: Vec<Region>,
     pub(crate) kinds: Vec<(StateKind, u64)>,
     slots: Allocator,
     pages: Allocator,
@@ -68,24 +72,20 @@ pub struct States {
 }
 
 impl States {
-    /// Reserves states for `slots` sequences, each as long as the context allows.
+    /// States for `slots` sequences, each as long as the context allows.
     /// # Errors
-    /// [`Error::Memory`] if there is not enough address space.
-    pub fn reserve(metadata: &Metadata, slots: usize) -> Result<Self, Error> {
+    /// [`Error::Memory`] if pages could not be numbered.
+    pub fn new(metadata: &Metadata, slots: usize) -> Result<Self, Error> {
         let (page_tokens, max_context) = (metadata.page_tokens.max(1), metadata.model.max_context);
         let count = slots as u64;
         // one page more: the last drafts lie past the end of a full context
         let pages = count.saturating_mul(max_context.div_ceil(page_tokens) + 1);
-        let memory = |bytes| move |error| Error::Memory { what: "states", bytes, error };
-        let pages = u32::try_from(pages).map_err(|_| memory(u64::MAX)(std::io::ErrorKind::OutOfMemory.into()))?;
-        let bytes = |kind, bytes: u64| match kind {
-            StateKind::Kv => bytes.saturating_mul(page_tokens).saturating_mul(u64::from(pages)),
-            StateKind::Conv | StateKind::Delta => bytes.saturating_mul(count),
+        let too_many = |_| {
+            let error = std::io::ErrorKind::OutOfMemory.into();
+            Error::Memory { what: "states", bytes: u64::MAX, error }
         };
-        let reserve =
-            |s: &nextc_abi::State| Region::reserve(bytes(s.kind, s.bytes)).map_err(memory(bytes(s.kind, s.bytes)));
+        let pages = u32::try_from(pages).map_err(too_many)?;
         Ok(Self {
-            regions: metadata.states.iter().map(reserve).collect::<Result<_, _>>()?,
             kinds: metadata.states.iter().map(|s| (s.kind, s.bytes)).collect(),
             slots: Allocator::new(slots as u32),
             pages: Allocator::new(pages),
@@ -96,9 +96,26 @@ impl States {
         })
     }
 
-    /// The address of a state.
-    pub(crate) fn address(&self, state: usize) -> u64 {
-        self.regions[state].address()
+    /// Bytes of each state if all slots and pages are used.
+    pub(crate) fn reserved_bytes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.bytes_of(self.pages.count, self.slots.count)
+    }
+
+    /// Pages and slots that were ever used: all lie below these.
+    pub(crate) fn reach(&self) -> (u32, u32) {
+        (self.pages.reach(), self.slots.reach())
+    }
+
+    /// Bytes of each state from its beginning to the last slot or page that was ever used.
+    pub(crate) fn used_bytes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.bytes_of(self.pages.reach(), self.slots.reach())
+    }
+
+    fn bytes_of(&self, pages: u32, slots: u32) -> impl Iterator<Item = u64> + '_ {
+        self.kinds.iter().map(move |&(kind, bytes)| match kind {
+            StateKind::Kv => bytes.saturating_mul(self.page_tokens).saturating_mul(u64::from(pages)),
+            StateKind::Conv | StateKind::Delta => bytes.saturating_mul(u64::from(slots)),
+        })
     }
 
     /// Begins a sequence.
@@ -165,26 +182,6 @@ impl States {
         Ok(())
     }
 
-    /// Gives a sequence `tokens` tokens of made-up KV; delta and convolution states stay as they are.
-    pub(crate) fn pretend_past(&mut self, id: SequenceId, tokens: u64) -> Result<(), Error> {
-        self.grow(id, 0, tokens)?;
-        let pages = self.get(id)?.pages.clone();
-        let mut random = crate::random::Random(1);
-        for (region, kind, bytes) in
-            self.regions.iter_mut().zip(&self.kinds).map(|(r, &(kind, bytes))| (r, kind, bytes))
-        {
-            if kind != StateKind::Kv {
-                continue;
-            }
-            let page_bytes = (bytes * self.page_tokens) as usize;
-            for &page in &pages {
-                let page = &mut region.as_mut_slice()[page as usize * page_bytes..][..page_bytes];
-                page.chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&random.between(-1.0, 1.0).to_le_bytes()));
-            }
-        }
-        self.set_tokens(id, tokens, 0)
-    }
-
     /// Tokens of a sequence.
     /// # Errors
     /// [`Error::Step`] if it has ended.
@@ -210,7 +207,7 @@ mod tests {
 
     #[test]
     fn pages_grow_with_use_and_come_back() {
-        let mut states = States::reserve(&metadata(), 2).unwrap();
+        let mut states = States::new(&metadata(), 2).unwrap();
         let (a, b) = (states.begin().unwrap(), states.begin().unwrap());
         assert!(matches!(states.begin(), Err(Error::Slots { slots: 2 })));
         states.grow(a, 0, 17).unwrap();
@@ -218,6 +215,8 @@ mod tests {
         states.grow(a, 0, 33).unwrap();
         assert_eq!(states.get(a).unwrap().pages, [0, 1, 3]);
         assert_eq!(states.get(b).unwrap().pages, [2]);
+        assert_eq!(states.used_bytes().collect::<Vec<_>>(), [512 * 16 * 4, 4096 * 2]);
+        assert_eq!(states.reserved_bytes().collect::<Vec<_>>(), [512 * 16 * 16, 4096 * 2]);
         states.end(a);
         assert!(states.get(a).is_err());
         let c = states.begin().unwrap();
@@ -228,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_context_that_is_too_long_says_by_how_much() {
-        let mut states = States::reserve(&metadata(), 1).unwrap();
+        let mut states = States::new(&metadata(), 1).unwrap();
         let a = states.begin().unwrap();
         states.set_tokens(a, 90, 0).unwrap();
         let error = states.grow(a, 0, 200).unwrap_err();

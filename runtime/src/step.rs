@@ -1,22 +1,16 @@
-//! One step: the inputs of an entry point, the addresses of its kernels' arguments, and their run on the thread team.
+//! One step, whatever runs it: the inputs of an entry point, the arguments of its kernels, and the rows that it gives.
 
-use std::time::Instant;
+use std::ops::Range;
 
-use nextc_abi::{Arg, Input, KernelFn, Metadata, Program};
+use nextc_abi::{Arg, Input, Metadata, Output, Program};
 
-use crate::artifact::Artifact;
-use crate::engine::check_available;
-use crate::error::Error;
-use crate::memory::Region;
-use crate::pool::Pool;
-use crate::state::States;
-use crate::weights::Weights;
+use crate::device::Span;
 
-/// Bytes between inputs, so that a kernel may read whole vectors at their ends.
-const SLACK_BYTES: u64 = 64;
+/// Bytes behind each input and the arena, so that a kernel may read whole vectors at their ends.
+pub(crate) const SLACK_BYTES: u64 = 64;
 
 /// Number of inputs an entry point can have.
-const INPUTS: usize = 9;
+pub(crate) const INPUTS: usize = 14;
 
 /// The inputs of a step, as its kernels read them.
 #[derive(Debug, Default)]
@@ -34,19 +28,65 @@ pub(crate) struct StepInputs {
     pub logit_rows: Vec<i32>,
     /// `[T, pad(hidden_size)]`; empty but for drafts.
     pub hidden: Vec<f32>,
+    /// How rows are sampled, for the entry points that do that.
+    pub sampling: Option<SamplingInputs>,
+}
+
+/// How each row of a step is sampled.
+#[derive(Debug, Default)]
+pub(crate) struct SamplingInputs {
+    /// `[R, 16]`: see [`nextc_abi::Factor`].
+    pub factors: Vec<f32>,
+    /// `[R, 16]`: see [`nextc_abi::Choice`].
+    pub choices: Vec<i32>,
+    /// The rows' lists, one after the other.
+    pub edit_tokens: Vec<i32>,
+    /// As many.
+    pub edit_counts: Vec<i32>,
+    /// As many.
+    pub edit_biases: Vec<f32>,
+}
+
+impl SamplingInputs {
+    const NONE: &'static Self = &Self {
+        factors: Vec::new(),
+        choices: Vec::new(),
+        edit_tokens: Vec::new(),
+        edit_counts: Vec::new(),
+        edit_biases: Vec::new(),
+    };
 }
 
 impl StepInputs {
-    /// The dimensions `T`, `B`, `P`, `R`.
+    /// The dimensions `T`, `B`, `P`, `R`; where rows are sampled, `P` is the length of their lists.
     pub fn dims(&self) -> [u64; 4] {
         let sequences = self.slot.len() as u64;
         let pages = self.page_table.len() as u64 / sequences.max(1);
-        [self.tokens.len() as u64, sequences, pages, self.logit_rows.len() as u64]
+        let width = self.sampling.as_ref().map_or(pages, |s| s.edit_tokens.len() as u64);
+        [self.tokens.len() as u64, sequences, width, self.logit_rows.len() as u64]
+    }
+
+    /// Bytes that [`StepInputs::write`] needs.
+    pub fn placed_bytes(&self) -> u64 {
+        self.bytes().iter().map(|b| place_bytes(b)).sum()
+    }
+
+    /// Writes the inputs one after the other, and says at which offset each begins.
+    pub fn write(&self, memory: &mut [u8]) -> [u64; INPUTS] {
+        let mut at = 0;
+        self.bytes().map(|bytes| {
+            let begin = at as usize;
+            memory[begin..begin + bytes.len()].copy_from_slice(bytes);
+            at += place_bytes(bytes);
+            begin as u64
+        })
     }
 
     /// The inputs as bytes, in the order of [`Input`].
     fn bytes(&self) -> [&[u8]; INPUTS] {
         use bytemuck::cast_slice as bytes;
+        let none = SamplingInputs::NONE;
+        let sampling = self.sampling.as_ref().unwrap_or(none);
         [
             bytes(&self.tokens),
             bytes(&self.positions),
@@ -57,6 +97,11 @@ impl StepInputs {
             bytes(&self.page_table),
             bytes(&self.logit_rows),
             bytes(&self.hidden),
+            bytes(&sampling.factors),
+            bytes(&sampling.choices),
+            bytes(&sampling.edit_tokens),
+            bytes(&sampling.edit_counts),
+            bytes(&sampling.edit_biases),
         ]
     }
 }
@@ -72,6 +117,11 @@ const fn input_index(input: Input) -> usize {
         Input::PageTable => 6,
         Input::LogitRows => 7,
         Input::Hidden => 8,
+        Input::Factors => 9,
+        Input::Choices => 10,
+        Input::EditTokens => 11,
+        Input::EditCounts => 12,
+        Input::EditBiases => 13,
     }
 }
 
@@ -85,6 +135,15 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
+    /// No rows.
+    pub(crate) const NONE: Self = Self { data: &[], count: 0, width: 0, stride: 0 };
+
+    /// The rows of an output in the bytes that it takes, of a step of `dims`.
+    pub(crate) fn new(output: &Output, dims: &[u64; 4], bytes: &'a [u8]) -> Self {
+        let count = dims[output.rows as usize] as usize;
+        Self { data: bytemuck::cast_slice(bytes), count, width: output.width as usize, stride: output.stride as usize }
+    }
+
     /// How many rows.
     pub fn len(&self) -> usize {
         self.count
@@ -107,37 +166,64 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// A launch with its addresses.
-#[derive(Debug)]
-struct ResolvedLaunch {
+/// Where an output lies in the arena.
+pub(crate) fn span_of(metadata: &Metadata, output: &Output, dims: &[u64; 4]) -> Span {
+    let bytes = dims[output.rows as usize] * output.stride * size_of::<f32>() as u64;
+    Span { at: metadata.arena.offset(&output.at, dims), bytes }
+}
+
+fn place_bytes(input: &[u8]) -> u64 {
+    nextc_abi::align_up(input.len() as u64, 64) + SLACK_BYTES
+}
+
+/// A launch with its arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ResolvedLaunch {
     /// Index of its kernel.
-    kernel: usize,
-    entry: KernelFn,
-    tail: Option<KernelFn>,
-    tasks: i64,
-    /// Where its arguments begin.
-    args: usize,
+    pub kernel: usize,
+    /// Number of its tasks.
+    pub tasks: u64,
+    /// Number of tasks of its tail.
+    pub tail_tasks: u64,
+    /// Where in [`Resolved::args`] its arguments lie: the dimensions, then addresses.
+    pub args: Range<usize>,
 }
 
 /// An entry point resolved for steps of certain dimensions.
 #[derive(Debug)]
-struct Resolved {
-    dims: [u64; 4],
-    args: Vec<u64>,
-    launches: Vec<ResolvedLaunch>,
+pub(crate) struct Resolved {
+    pub dims: [u64; 4],
+    pub args: Vec<u64>,
+    pub launches: Vec<ResolvedLaunch>,
 }
 
-/// Runs steps: owns the threads and the memory that steps work in.
-pub(crate) struct Executor {
-    pool: Pool,
-    arena: Region,
-    inputs: Region,
-    scratch: Region,
-    scratch_bytes: u64,
-    /// One for each program.
-    resolved: Vec<Option<Resolved>>,
-    /// Runs and time of each kernel, while that is asked for.
-    profile: Option<Vec<KernelTime>>,
+/// Where things are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Addresses<'a> {
+    pub inputs: [u64; INPUTS],
+    pub arena: u64,
+    pub weights: u64,
+    pub states: &'a [u64],
+}
+
+/// The launches of a program in steps of dimensions `dims`, with their arguments.
+pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at: &Addresses<'_>) -> Resolved {
+    let mut resolved = Resolved { dims, args: Vec::new(), launches: Vec::with_capacity(program.launches.len()) };
+    for launch in &program.launches {
+        let first = resolved.args.len();
+        resolved.args.extend_from_slice(&dims);
+        resolved.args.extend(launch.args.iter().map(|arg| match arg {
+            Arg::Input(input) => at.inputs[input_index(*input)],
+            Arg::Arena(placement) => at.arena + metadata.arena.offset(placement, &dims),
+            Arg::Weight(i) => at.weights + metadata.weights.entries[*i as usize].offset,
+            Arg::State(i) => at.states[*i as usize],
+        }));
+        let kernel = launch.kernel as usize;
+        let [tasks, tail_tasks] =
+            [&metadata.kernels[kernel].grid, &metadata.kernels[kernel].tail_grid].map(|grid| grid.eval(&dims));
+        resolved.launches.push(ResolvedLaunch { kernel, tasks, tail_tasks, args: first..resolved.args.len() });
+    }
+    resolved
 }
 
 /// How often a kernel ran, and how long it took from its start until all threads were done.
@@ -148,167 +234,6 @@ pub struct KernelTime {
     /// Seconds of all of them.
     pub seconds: f64,
 }
-
-impl Executor {
-    pub fn new(metadata: &Metadata, threads: usize) -> Result<Self, Error> {
-        let pool = Pool::new(threads).map_err(|error| Error::Threads { threads, error })?;
-        let scratch_bytes = metadata.kernels.iter().map(|k| k.scratch_bytes).max().unwrap_or(0);
-        // a page between threads keeps their lines apart
-        let scratch_bytes = nextc_abi::align_up(scratch_bytes + SLACK_BYTES, nextc_abi::PAGE_BYTES);
-        Ok(Self {
-            pool,
-            arena: reserve("arena", 0)?,
-            inputs: reserve("inputs", 0)?,
-            scratch: reserve("scratch", scratch_bytes * threads as u64)?,
-            scratch_bytes,
-            resolved: metadata.programs.iter().map(|_| None).collect(),
-            profile: None,
-        })
-    }
-
-    /// Threads of the team.
-    pub fn threads(&self) -> usize {
-        self.pool.threads()
-    }
-
-    /// Gives what was measured of each kernel and begins anew, or stops measuring.
-    pub fn profile(&mut self, go_on: bool, kernels: usize) -> Vec<KernelTime> {
-        std::mem::replace(&mut self.profile, go_on.then(|| vec![KernelTime::default(); kernels])).unwrap_or_default()
-    }
-
-    /// Runs entry point `program` on `inputs`.
-    pub fn run(
-        &mut self,
-        artifact: &Artifact,
-        weights: &Weights,
-        states: &States,
-        program: usize,
-        inputs: &StepInputs,
-    ) -> Result<(), Error> {
-        let metadata = artifact.metadata();
-        let dims = inputs.dims();
-        self.make_room(metadata, inputs)?;
-        let places = self.write_inputs(inputs);
-        if self.resolved[program].as_ref().is_none_or(|r| r.dims != dims) {
-            let addresses = Addresses { inputs: places, arena: self.arena.address(), weights, states };
-            self.resolved[program] = Some(resolve(artifact, &metadata.programs[program], dims, &addresses));
-        }
-        if let Some(resolved) = &self.resolved[program] {
-            let profile = self.profile.as_deref_mut();
-            run_launches(&mut self.pool, resolved, (self.scratch.address(), self.scratch_bytes), profile);
-        }
-        Ok(())
-    }
-
-    /// Makes arena and inputs large enough; addresses resolved before are void if one has moved.
-    fn make_room(&mut self, metadata: &Metadata, inputs: &StepInputs) -> Result<(), Error> {
-        let arena = metadata.arena.bytes(&inputs.dims()) + SLACK_BYTES;
-        let input = inputs.bytes().iter().map(|b| place_bytes(b)).sum();
-        for (region, bytes, what) in [(&mut self.arena, arena, "arena"), (&mut self.inputs, input, "inputs")] {
-            if region.bytes() < bytes {
-                check_available(what, bytes)?;
-                *region = reserve(what, bytes.next_power_of_two())?;
-                region.advise_huge();
-                self.resolved.iter_mut().for_each(|r| *r = None);
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies the inputs to where kernels read them, and says where.
-    fn write_inputs(&mut self, inputs: &StepInputs) -> [u64; INPUTS] {
-        let base = self.inputs.address();
-        let memory = self.inputs.as_mut_slice();
-        let mut at = 0;
-        inputs.bytes().map(|bytes| {
-            let begin = at as usize;
-            memory[begin..begin + bytes.len()].copy_from_slice(bytes);
-            at += place_bytes(bytes);
-            base + begin as u64
-        })
-    }
-
-    /// An output of the step that was run last.
-    pub fn output(&self, metadata: &Metadata, program: &Program, name: &str, dims: &[u64; 4]) -> Option<Rows<'_>> {
-        let output = program.outputs.iter().find(|o| o.name == name)?;
-        let count = dims[output.rows as usize] as usize;
-        let at = metadata.arena.offset(&output.at, dims) as usize;
-        let bytes = count * output.stride as usize * size_of::<f32>();
-        let data = bytemuck::cast_slice(&self.arena.as_slice()[at..at + bytes]);
-        Some(Rows { data, count, width: output.width as usize, stride: output.stride as usize })
-    }
-}
-
-fn place_bytes(input: &[u8]) -> u64 {
-    nextc_abi::align_up(input.len() as u64, 64) + SLACK_BYTES
-}
-
-fn reserve(what: &'static str, bytes: u64) -> Result<Region, Error> {
-    Region::reserve(bytes).map_err(|error| Error::Memory { what, bytes, error })
-}
-
-/// Where things are.
-struct Addresses<'a> {
-    inputs: [u64; INPUTS],
-    arena: u64,
-    weights: &'a Weights,
-    states: &'a States,
-}
-
-fn resolve(artifact: &Artifact, program: &Program, dims: [u64; 4], at: &Addresses<'_>) -> Resolved {
-    let metadata = artifact.metadata();
-    let mut resolved = Resolved { dims, args: Vec::new(), launches: Vec::with_capacity(program.launches.len()) };
-    for launch in &program.launches {
-        let kernel = &metadata.kernels[launch.kernel as usize];
-        let args = resolved.args.len();
-        resolved.args.extend_from_slice(&dims);
-        resolved.args.extend(launch.args.iter().map(|arg| match arg {
-            Arg::Input(input) => at.inputs[input_index(*input)],
-            Arg::Arena(placement) => at.arena + metadata.arena.offset(placement, &dims),
-            Arg::Weight(i) => at.weights.address(&metadata.weights.entries[*i as usize]),
-            Arg::State(i) => at.states.address(*i as usize),
-        }));
-        let tasks = i64::try_from(kernel.grid.eval(&dims)).unwrap_or(i64::MAX);
-        let tail = kernel.tail.map(|t| artifact.entry(t));
-        let (kernel, entry) = (launch.kernel as usize, artifact.entry(kernel.entry));
-        resolved.launches.push(ResolvedLaunch { kernel, entry, tail, tasks, args });
-    }
-    resolved
-}
-
-fn run_launches(
-    pool: &mut Pool,
-    resolved: &Resolved,
-    (scratch, scratch_bytes): (u64, u64),
-    mut profile: Option<&mut [KernelTime]>,
-) {
-    for launch in &resolved.launches {
-        let begun = profile.is_some().then(Instant::now);
-        let args = SharedArgs(resolved.args[launch.args..].as_ptr());
-        let own_scratch = |thread: usize| (scratch + thread as u64 * scratch_bytes) as *mut u8;
-        pool.run(launch.tasks, &|thread, first, last| {
-            let args = &args;
-            // SAFETY: the arguments are the kernel's own (`check_entries`): addresses of inputs, arena, weights and states that live
-            // through the step and are as large as the linker planned for these dimensions. Ranges are disjoint and within the
-            // grid, each thread has scratch of its own, and nobody else touches this memory while the engine is borrowed.
-            unsafe { (launch.entry)(args.0, own_scratch(thread), first, last) }
-        });
-        if let Some(tail) = launch.tail {
-            // SAFETY: as above; all tasks are done, so the tail runs alone.
-            unsafe { tail(args.0, own_scratch(0), 0, 0) }
-        }
-        if let (Some(times), Some(begun)) = (profile.as_deref_mut(), begun) {
-            times[launch.kernel].runs += 1;
-            times[launch.kernel].seconds += begun.elapsed().as_secs_f64();
-        }
-    }
-}
-
-/// Arguments that several threads read.
-struct SharedArgs(*const u64);
-
-// SAFETY: the arguments are not written while a step runs.
-unsafe impl Sync for SharedArgs {}
 
 /// The widest dimension that addresses and `i32` inputs can hold.
 pub(crate) const MAX_DIM: u64 = i32::MAX as u64;
@@ -329,6 +254,7 @@ mod tests {
             page_table: vec![0, 1, 2, 0, 0, 0],
             logit_rows: vec![2],
             hidden: Vec::new(),
+            sampling: None,
         };
         assert_eq!(inputs.dims(), [3, 2, 3, 1]);
         assert_eq!(inputs.dims()[nextc_abi::Sym::P as usize], 3);

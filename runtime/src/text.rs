@@ -4,16 +4,20 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use crate::artifact::Artifact;
-use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows, Output};
+use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows};
 use crate::error::Error;
-use crate::generate::{self, Drafter, Forward, GenerateArgs, ModelError, Sequence, TextFiles};
+use crate::generate::{self, Checked, Drafter, Forward, GenerateArgs, ModelError, Run, Sequence, TextFiles};
+use crate::sample::rows::Row;
+use crate::sample::{Choosing, SampleError};
 use crate::state::SequenceId;
+use crate::step::Rows;
 
 /// An engine as generation sees it.
 pub(crate) struct Model {
     pub(crate) engine: Engine,
-    /// Logits of the last step, without padding.
+    /// Logits of the last step, without padding, where they are asked for.
     logits: Vec<f32>,
+    logits_wanted: bool,
     /// What the draft of each sequence has not been fed yet; empty unless drafts are wanted.
     pub(crate) lags: HashMap<Sequence, Lag>,
     drafts_wanted: bool,
@@ -26,36 +30,61 @@ impl Model {
         let step_tokens = args.step_tokens as usize;
         let options = EngineOptions { threads, sequences, step_tokens, random_weights: false };
         let engine = Engine::new(artifact, &options)?;
-        Ok(Self { engine, logits: Vec::new(), lags: HashMap::new(), drafts_wanted: false })
+        Ok(Self { engine, logits: Vec::new(), logits_wanted: false, lags: HashMap::new(), drafts_wanted: false })
     }
 
-    fn batch<'a>(runs: &[(Sequence, &'a [u32])]) -> Vec<(SequenceId, &'a [u32])> {
-        runs.iter().map(|(s, tokens)| (SequenceId(s.0), *tokens)).collect()
+    fn batch<'a>(runs: &[Run<'a>]) -> Vec<(SequenceId, &'a [u32])> {
+        runs.iter().map(|run| (SequenceId(run.sequence.0), run.tokens)).collect()
     }
 
-    /// A step that counts, with the logits of some tokens.
-    fn forward_rows(&mut self, runs: &[(Sequence, &[u32])], rows: LogitRows) -> Result<&[f32], ModelError> {
+    /// A step that counts, with a token for the last row of each run that chooses.
+    fn forward_rows(&mut self, runs: &[Run<'_>], rows: LogitRows) -> Result<Vec<u32>, ModelError> {
         let batch = Self::batch(runs);
         let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
-        let output = self.engine.forward(&batch, rows)?;
-        self.logits.clear();
-        output.logits.iter().for_each(|row| self.logits.extend_from_slice(row));
+        self.engine.forward(&batch, rows)?;
+        let wanted: Vec<Row<'_>> = runs.iter().flat_map(|run| wanted_rows(run, rows)).collect();
+        let mut tokens = Vec::new();
+        if runs.iter().any(|run| run.choosing.is_some()) {
+            let chosen = self.engine.sample(&wanted)?.to_vec();
+            for (r, _) in wanted.iter().enumerate().filter(|(_, row)| row.choosing.is_some()) {
+                tokens.push(self.token(r, chosen[r])?);
+            }
+        }
+        self.keep_rows(rows == LogitRows::All)?;
         if self.drafts_wanted {
-            extend_lags(&mut self.lags, runs, &positions, &output);
+            extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
             self.catch_up(runs)?;
         }
-        Ok(&self.logits)
+        Ok(tokens)
+    }
+
+    /// The token that was chosen for row `row` of the last step.
+    fn token(&mut self, row: usize, chosen: i32) -> Result<u32, ModelError> {
+        match u32::try_from(chosen) {
+            Ok(token) => Ok(token),
+            Err(_) => Err(SampleError::of_row(self.engine.logits()?.row(row)).into()),
+        }
+    }
+
+    /// Copies the logits of the last step, if somebody wants them.
+    fn keep_rows(&mut self, wanted: bool) -> Result<(), ModelError> {
+        self.logits.clear();
+        if wanted || self.logits_wanted {
+            self.engine.logits()?.iter().for_each(|row| self.logits.extend_from_slice(row));
+        }
+        Ok(())
     }
 
     /// Feeds the draft what it lags behind, but for the newest row of each sequence, whose next token is not known.
-    fn catch_up(&mut self, runs: &[(Sequence, &[u32])]) -> Result<(), ModelError> {
+    fn catch_up(&mut self, runs: &[Run<'_>]) -> Result<(), ModelError> {
         let width = self.engine.metadata().model.hidden_size as usize;
         let behind =
             |s: &Sequence| self.lags.get(s).filter(|lag| lag.next.len() >= CATCH_UP_TOKENS.min(lag.rows(width)));
         let inputs: Vec<DraftInput<'_>> = runs
             .iter()
-            .filter_map(|(s, _)| {
-                behind(s).filter(|lag| !lag.next.is_empty()).map(|lag| lag.input(*s, lag.next.len(), width))
+            .filter_map(|run| {
+                let lag = behind(&run.sequence).filter(|lag| !lag.next.is_empty());
+                lag.map(|lag| lag.input(run.sequence, lag.next.len(), width))
             })
             .collect();
         if inputs.is_empty() {
@@ -144,12 +173,21 @@ impl Forward for Model {
         self.engine.end_sequence(SequenceId(sequence.0));
     }
 
-    fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+    fn forward(&mut self, runs: &[Run<'_>]) -> Result<Vec<u32>, ModelError> {
         self.forward_rows(runs, LogitRows::Last)
     }
 
-    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        self.forward_rows(&[(sequence, tokens)], LogitRows::All)
+    fn forward_all(&mut self, run: Run<'_>) -> Result<Option<u32>, ModelError> {
+        Ok(self.forward_rows(&[run], LogitRows::All)?.first().copied())
+    }
+
+    fn keep_logits(&mut self) {
+        self.logits_wanted = true;
+    }
+
+    fn logits(&self, row: usize) -> &[f32] {
+        let width = self.vocab_size();
+        &self.logits[row * width..(row + 1) * width]
     }
 
     fn drafter(&mut self) -> Option<&mut dyn Drafter> {
@@ -189,9 +227,10 @@ impl Drafter for Model {
                 Some(*end)
             })
             .collect();
-        let output = self.engine.draft(&inputs, LogitRows::Last)?;
-        let mut hidden: Vec<f32> = ends.iter().flat_map(|end| output.hidden.row(end - 1)).copied().collect();
-        take_drafts(&output, &mut drafts)?;
+        self.engine.draft(&inputs, LogitRows::Last)?;
+        let rows = self.engine.hidden()?;
+        let mut hidden: Vec<f32> = ends.iter().flat_map(|end| rows.row(end - 1)).copied().collect();
+        take_drafts(&mut self.engine, &mut drafts)?;
         for (s, _) in runs {
             if let Some(lag) = self.lags.get_mut(s) {
                 lag.forget(lag.next.len(), width);
@@ -207,23 +246,33 @@ impl Drafter for Model {
                     hidden: &hidden[i * width..(i + 1) * width],
                 })
                 .collect();
-            let output = self.engine.draft(&inputs, LogitRows::Last)?;
-            let rows: Vec<f32> = output.hidden.iter().flatten().copied().collect();
-            take_drafts(&output, &mut drafts)?;
-            hidden = rows;
+            self.engine.draft(&inputs, LogitRows::Last)?;
+            hidden = self.engine.hidden()?.iter().flatten().copied().collect();
+            take_drafts(&mut self.engine, &mut drafts)?;
             position.iter_mut().for_each(|p| *p += 1);
         }
         Ok(drafts)
     }
 
-    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError> {
         let batch = Self::batch(runs);
         let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
-        let output = self.engine.forward_tentative(&batch)?;
-        self.logits.clear();
-        output.logits.iter().for_each(|row| self.logits.extend_from_slice(row));
-        extend_lags(&mut self.lags, runs, &positions, &output);
-        Ok(&self.logits)
+        self.engine.forward_tentative(&batch)?;
+        let (tokens, accepted) = self.engine.verify(&tentative_rows(runs))?;
+        let (tokens, accepted) = (tokens.to_vec(), accepted.to_vec());
+        self.keep_rows(false)?;
+        extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
+        let (mut checked, mut first) = (Vec::with_capacity(runs.len()), 0);
+        for (run, accepted) in runs.iter().zip(accepted) {
+            let own = &tokens[first..first + run.tokens.len()];
+            let accepted = usize::try_from(accepted).unwrap_or(0);
+            // what comes after a wrong draft is of no use, and may be no token
+            let of_use = own[..=accepted].iter().enumerate();
+            let tokens = of_use.map(|(i, &token)| self.token(first + i, token)).collect::<Result<_, _>>()?;
+            checked.push(Checked { tokens, accepted });
+            first += run.tokens.len();
+        }
+        Ok(checked)
     }
 
     fn accept(&mut self, sequence: Sequence, tokens: usize) -> Result<(), ModelError> {
@@ -239,17 +288,41 @@ impl Drafter for Model {
 }
 
 /// Notes the hidden rows of what each sequence was fed from its position on.
-fn extend_lags(lags: &mut HashMap<Sequence, Lag>, runs: &[(Sequence, &[u32])], positions: &[u64], output: &Output<'_>) {
-    let mut rows = output.hidden.iter();
-    for ((s, tokens), &position) in runs.iter().zip(positions) {
-        lags.entry(*s).or_default().extend(position, tokens, rows.by_ref().take(tokens.len()));
+fn extend_lags(lags: &mut HashMap<Sequence, Lag>, runs: &[Run<'_>], positions: &[u64], hidden: Rows<'_>) {
+    let mut rows = hidden.iter();
+    for (run, &position) in runs.iter().zip(positions) {
+        let own = rows.by_ref().take(run.tokens.len());
+        lags.entry(run.sequence).or_default().extend(position, run.tokens, own);
     }
 }
 
+/// The rows of a step that a run has: a token is chosen for the last one at most.
+fn wanted_rows<'a>(run: &Run<'a>, rows: LogitRows) -> impl Iterator<Item = Row<'a>> + use<'a> {
+    let before = if rows == LogitRows::All { run.tokens.len() - 1 } else { 0 };
+    std::iter::repeat_n(None, before).chain([run.choosing]).map(|choosing| Row { choosing, drafts: (0, 0) })
+}
+
+/// How the token after each tentative one is chosen: those before it, but for the first, count as output.
+fn tentative_rows<'a>(runs: &[Run<'a>]) -> Vec<Row<'a>> {
+    let mut rows = Vec::new();
+    for run in runs {
+        let first_draft = rows.len() + 1;
+        for i in 0..run.tokens.len() {
+            let after = |c: Choosing<'a>| Choosing { position: c.position.saturating_add(i as u32), ..c };
+            rows.push(Row { choosing: run.choosing.map(after), drafts: (first_draft, i) });
+        }
+    }
+    rows
+}
+
 /// Adds to each sequence's drafts the most probable token of its row.
-fn take_drafts(output: &Output<'_>, drafts: &mut [Vec<u32>]) -> Result<(), ModelError> {
-    for (drafts, row) in drafts.iter_mut().zip(output.logits.iter()) {
-        drafts.push(crate::sample::greedy(row)?);
+fn take_drafts(engine: &mut Engine, drafts: &mut [Vec<u32>]) -> Result<(), ModelError> {
+    let best = engine.best()?.to_vec();
+    for (row, (drafts, best)) in drafts.iter_mut().zip(best).enumerate() {
+        match u32::try_from(best) {
+            Ok(token) => drafts.push(token),
+            Err(_) => return Err(SampleError::of_row(engine.logits()?.row(row)).into()),
+        }
     }
     Ok(())
 }

@@ -50,14 +50,14 @@ impl Weights {
         Ok(Self { region, path: artifact.path().to_owned(), base: 0 })
     }
 
-    /// The address of a weight.
-    pub(crate) fn address(&self, weight: &Weight) -> u64 {
-        self.region.address() + weight.offset
+    /// The address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.region.address()
     }
 
-    /// Bytes of all weights.
-    pub fn bytes(&self) -> u64 {
-        self.region.bytes()
+    /// All bytes, as in the file.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.region.as_slice()
     }
 
     /// Reads every byte and compares each weight with its checksum.

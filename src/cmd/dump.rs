@@ -14,7 +14,7 @@ use crate::{diff, show};
 pub fn run(args: &DumpArgs) -> anyhow::Result<()> {
     let stage = stage_of(args)?;
     let mut plan = Plan::new(&args.model, implied_backend(stage))?;
-    check_backend(stage, plan.backend)?;
+    check_backend(stage, &plan)?;
     let model = compile::load(&args.model)?;
     plan.target = compile::target_of(&plan, &model);
     let graph = model.module;
@@ -40,9 +40,6 @@ fn stage_of(args: &DumpArgs) -> anyhow::Result<Stage> {
     if args.diff && (stage != Stage::Fused && args.after.is_none() || args.format == Format::Dot) {
         bail!("`--diff` compares the text of graphs; give it `--after PASS`, or `--stage fused` for all passes");
     }
-    if stage == Stage::Ptx {
-        bail!("`--stage ptx`: code for GPUs is not there yet");
-    }
     Ok(stage)
 }
 
@@ -55,8 +52,11 @@ fn implied_backend(stage: Stage) -> Option<Backend> {
     }
 }
 
-fn check_backend(stage: Stage, backend: Backend) -> anyhow::Result<()> {
-    match (stage, backend) {
+fn check_backend(stage: Stage, plan: &Plan) -> anyhow::Result<()> {
+    if stage == Stage::Ptx && plan.target.gpu.is_none() {
+        bail!("`--stage ptx` is of GPUs; use `--target cuda`");
+    }
+    match (stage, plan.backend) {
         (Stage::Llvm, Backend::Cranelift) => bail!("`--stage llvm` is of the backend llvm, not of cranelift"),
         (Stage::Clif, Backend::Llvm) => bail!("`--stage clif` is of the backend cranelift, not of llvm"),
         _ => Ok(()),

@@ -40,10 +40,28 @@ impl Exe {
                 .arg(model)
                 .arg("-o")
                 .arg(&path)
-                .args(["--backend", backend, "--activations", "f32"])
+                .args(["--backend", backend])
+                .args(if extra.contains(&"--activations") { &[][..] } else { &["--activations", "f32"] })
                 .args(extra),
         );
         Self { dir, path }
+    }
+
+    /// One that has been built before, if it is there.
+    pub fn packed(path: &Path) -> Option<Self> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        path.is_file().then(|| Self { dir, path: path.to_owned() })
+    }
+
+    /// Token ids that it generates for each prompt, whatever ends sequences.
+    pub fn tokens(&self, prompts: &[Vec<i32>], args: &[&str]) -> Vec<Vec<i32>> {
+        let ids = self.ids(prompts);
+        let fixed = ["--tokens", ids.to_str().expect("UTF-8"), "--ignore-eos", "--json"];
+        let out = self.json("generate", &[&fixed, args].concat());
+        let one = [out.clone()];
+        let sequences = out["sequences"].as_array().map_or(one.as_slice(), Vec::as_slice);
+        let tokens = |s: &serde_json::Value| serde_json::from_value(s["tokens"].clone()).expect("token ids");
+        sequences.iter().map(tokens).collect()
     }
 
     /// A directory that lives as long as the executable.

@@ -66,8 +66,10 @@ impl Stepper for KernelSession<'_> {
         buffers.extend(inputs.hidden.as_ref().map(|h| (Input::Hidden, rows(h))));
         let (weights, states) = (&self.kernels.weights, &mut self.states);
         let out = self.interpreter.run_program(entry, dims.map(|n| n as u64), &buffers, weights, states);
-        let [logits, hidden] = <[_; 2]>::try_from(out.expect("the kernels run")).expect("logits and hidden");
-        Outputs { logits: logits.values, hidden: hidden.values }
+        let [logits, hidden, best] =
+            <[_; 3]>::try_from(out.expect("the kernels run")).expect("logits, hidden and best");
+        let best = best.values.iter().map(|x| x.to_bits().cast_signed()).collect();
+        Outputs { logits: logits.values, hidden: hidden.values, best }
     }
 }
 

@@ -25,6 +25,12 @@ pub enum Error {
         /// Type of the operand that it does not take.
         ty: KType,
     },
+    /// An op of a block of threads, which a CPU does not have.
+    #[error("`{op}` is of blocks of threads, expected kernels whose tasks are one thread's")]
+    Block {
+        /// The op.
+        op: &'static str,
+    },
     /// A statement does not have the operands, regions or results of its op: the kernel was not verified.
     #[error("kernel `{kernel}`: `{op}` has {found} {what}, expected {expected}")]
     Shape {

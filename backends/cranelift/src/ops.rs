@@ -58,6 +58,20 @@ impl Emitter<'_, '_> {
             }
             KOp::For => self.for_loop(stmt),
             KOp::If => self.if_else(stmt),
+            KOp::Thread
+            | KOp::Shared { .. }
+            | KOp::Partials { .. }
+            | KOp::Barrier
+            | KOp::ShuffleXor { .. }
+            | KOp::AtomicAdd
+            | KOp::Pack { .. }
+            | KOp::HalfFma { .. }
+            | KOp::HalfToFloat
+            | KOp::Fp8ToF16
+            | KOp::Mma { .. }
+            | KOp::Prefetch
+            | KOp::Wait
+            | KOp::Release => Err(Error::Block { op: stmt.op.name() }),
         }
     }
 

@@ -3,9 +3,12 @@
 use nextc_abi as abi;
 use nextc_abi::hash;
 use nextc_ir::cost::Cost;
+use nextc_ir::format::Format;
 use nextc_ir::graph::{Function, Module};
+use nextc_ir::kernel::Region;
+use nextc_ir::layout::Layout;
 use nextc_ir::op::Op;
-use nextc_ir::schedule::{Arg, Extent, Input, KernelModule, Launch, Output, Program};
+use nextc_ir::schedule::{Arg, Extent, Input, KernelModule, Launch, Output, PackedWeight, Program};
 use nextc_ir::shape::{Dim, Sym};
 use nextc_ir::types::{StateKind, Type};
 
@@ -54,8 +57,13 @@ fn model(module: &KernelModule) -> abi::Model {
 }
 
 fn target(inputs: &LinkInputs<'_>) -> abi::Target {
-    let features = inputs.target.required_features().into_iter().map(str::to_owned).collect();
-    abi::Target { arch: "x86_64".to_owned(), cpu: inputs.target.cpu.clone(), features }
+    let target = inputs.target;
+    let (arch, features) = match &target.gpu {
+        None => (abi::metadata::X86_64, target.required_features()),
+        Some(gpu) => (abi::metadata::NVPTX64, gpu.features.to_vec()),
+    };
+    let features = features.into_iter().map(str::to_owned).collect();
+    abi::Target { arch: arch.to_owned(), cpu: target.cpu.clone(), features }
 }
 
 fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, LinkError> {
@@ -71,8 +79,13 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             entry: symbol("kernel", i, &k.name)?,
             tail: k.tail.as_ref().map(|_| symbol("tail", i, &k.name)).transpose()?,
             scratch_bytes: k.scratch_bytes(),
+            threads: k.threads,
+            shared_bytes: k.shared_bytes(),
+            waits: k.is_block() && k.body.waits(),
+            tail_waits: k.is_block() && k.tail.as_ref().is_some_and(Region::waits),
             params: k.params.len() as u32,
             grid: extent(&k.grid),
+            tail_grid: extent(&k.tail_grid),
         })
     };
     module.kernels.iter().enumerate().map(convert).collect()
@@ -123,6 +136,11 @@ fn input(i: Input) -> abi::Input {
         Input::PageTable => abi::Input::PageTable,
         Input::LogitRows => abi::Input::LogitRows,
         Input::Hidden => abi::Input::Hidden,
+        Input::Factors => abi::Input::Factors,
+        Input::Choices => abi::Input::Choices,
+        Input::EditTokens => abi::Input::EditTokens,
+        Input::EditCounts => abi::Input::EditCounts,
+        Input::EditBiases => abi::Input::EditBiases,
     }
 }
 
@@ -139,6 +157,7 @@ fn program(p: &Program, inputs: &LinkInputs<'_>) -> abi::Program {
         name: p.name.clone(),
         launches: p.launches.iter().map(launch).collect(),
         outputs: p.outputs.iter().map(output).collect(),
+        row_bytes: p.row_bytes,
         cost: cost_of_entry(inputs, p),
     }
 }
@@ -203,15 +222,15 @@ fn cost_of_node(function: &Function, id: nextc_ir::NodeId) -> (Cost, f64) {
 
 fn weight_table(module: &KernelModule) -> abi::WeightTable {
     let placement = pack::place(&module.weights);
-    let entry = |(w, &offset): (&nextc_ir::schedule::PackedWeight, &u64)| abi::Weight {
+    let entry = |(w, &offset): (&PackedWeight, &u64)| abi::Weight {
         name: w.name.clone(),
         shape: w.decl.shape.clone(),
         in_rank: w.decl.in_rank as u64,
         format: w.decl.format.to_string(),
-        scaled: scaled(w),
         layout: w.layout.name().to_owned(),
         offset,
         bytes: w.bytes(),
+        parts: parts(w),
         checksum: String::new(),
     };
     abi::WeightTable {
@@ -222,20 +241,35 @@ fn weight_table(module: &KernelModule) -> abi::WeightTable {
     }
 }
 
-fn scaled(w: &nextc_ir::schedule::PackedWeight) -> Option<abi::Scaled> {
-    let blocks = w.decl.format.blocks()?;
-    let (def, planes) = (w.decl.format.def(), w.planes());
-    Some(abi::Scaled {
-        code: def.name.to_owned(),
-        bits: def.bits,
-        block_rows: blocks.rows.into(),
-        block_columns: blocks.columns.into(),
-        scale: blocks.scale.to_string(),
-        zero: blocks.zero,
-        scales_at: planes.scales_at(),
-        tile_scale_bytes: planes.tile_scale_bytes(),
-        order_at: blocks.ordered.then(|| planes.order_at()),
-    })
+/// What the bytes of a packed weight mean.
+fn parts(w: &PackedWeight) -> Vec<abi::Part> {
+    let part = |at, bytes, holds| abi::Part { at, bytes, holds };
+    if w.layout == Layout::Flat {
+        return vec![part(0, w.bytes(), abi::Holds::Numbers(abi::Number::F32))];
+    }
+    let (planes, codes) = (w.planes(), number(w.decl.format));
+    let mut parts = vec![part(0, planes.code_bytes(), abi::Holds::Numbers(codes))];
+    if let Some(blocks) = w.decl.format.blocks() {
+        let stored = Format::plain(blocks.scale).map_or(abi::Number::F32, number);
+        let bytes = planes.tiles() * planes.tile_scale_bytes();
+        parts.push(part(planes.scales_at(), bytes, abi::Holds::Scales { stored, codes }));
+        if blocks.ordered {
+            let order = abi::Holds::Order { columns: planes.columns };
+            parts.push(part(planes.order_at(), planes.bytes() - planes.order_at(), order));
+        }
+    }
+    parts
+}
+
+const fn number(format: Format) -> abi::Number {
+    match format {
+        Format::F32 => abi::Number::F32,
+        Format::F16 => abi::Number::F16,
+        Format::Bf16 => abi::Number::Bf16,
+        Format::Fp8(_) => abi::Number::E4m3,
+        Format::Q8(_) => abi::Number::I8,
+        Format::Q4(_) => abi::Number::U4,
+    }
 }
 
 fn state(s: &nextc_ir::schedule::StateDecl) -> abi::State {
@@ -255,4 +289,18 @@ fn assets(files: &[(String, Vec<u8>)]) -> Vec<abi::Asset> {
         asset
     };
     files.iter().map(&mut place).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_the_sampling_tables_are_those_of_the_graph() {
+        use nextc_ir::ops::sample::{Choice, Factor};
+        assert_eq!(format!("{:?}", abi::Factor::ALL), format!("{:?}", Factor::ALL));
+        assert_eq!(format!("{:?}", abi::Choice::ALL), format!("{:?}", Choice::ALL));
+        let stride = nextc_abi::sampling::ROW_STRIDE as u64;
+        assert_eq!([Factor::COUNT, Choice::COUNT].map(nextc_ir::shape::pad), [stride; 2]);
+    }
 }

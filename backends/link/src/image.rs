@@ -35,6 +35,19 @@ pub fn build(objects: &[Vec<u8>]) -> Result<Image, LinkError> {
     Ok(image)
 }
 
+/// Lays out one text of PTX a kernel, each ended by a NUL; the symbols of kernel `i` and of its tail lead to text `i`.
+pub fn of_ptx(texts: &[Vec<u8>]) -> Image {
+    let mut image = Image::default();
+    for (index, text) in texts.iter().enumerate() {
+        for prefix in ["kernel", "tail"] {
+            image.symbols.insert(format!("nextc_{prefix}_{index}"), image.bytes.len() as u64);
+        }
+        image.bytes.extend_from_slice(text);
+        image.bytes.push(0);
+    }
+    image
+}
+
 fn parse(index: usize, bytes: &[u8]) -> Result<File<'_>, LinkError> {
     File::parse(bytes).map_err(|e| LinkError::Object { index, reason: e.to_string() })
 }

@@ -25,7 +25,7 @@ pub const UNFINISHED_PREFIX: &str = ".nextc-";
 
 /// Everything that goes into an executable.
 pub struct LinkInputs<'a> {
-    /// Relocatable objects with the symbols `nextc_kernel_{i}` and `nextc_tail_{i}`.
+    /// Relocatable objects with the symbols `nextc_kernel_{i}` and `nextc_tail_{i}`; for a GPU one text of PTX a kernel.
     pub objects: &'a [Vec<u8>],
     /// Kernels, schedules and tables.
     pub module: &'a KernelModule,
@@ -70,7 +70,10 @@ pub struct Report {
 /// # Errors
 /// [`LinkError`] says what does not fit or which file could not be written; then neither output file has been touched.
 pub fn link(inputs: &LinkInputs<'_>) -> Result<Report, LinkError> {
-    let image = image::build(inputs.objects)?;
+    let image = match inputs.target.gpu {
+        None => image::build(inputs.objects)?,
+        Some(_) => image::of_ptx(inputs.objects),
+    };
     let mut metadata = convert::metadata(inputs, &image)?;
     write::check_output(inputs.output)?;
     let weights =

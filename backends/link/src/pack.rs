@@ -25,7 +25,7 @@ use nextc_ir::shape::{LANES, pad};
 use nextc_ir::source::WeightSource;
 
 use crate::error::LinkError;
-use crate::tiles::{self, TileRows};
+use crate::tiles::{self, Arrangement, TileRows};
 
 /// Weights of this size and more begin at a page.
 const LARGE_BYTES: u64 = 1 << 20;
@@ -218,7 +218,7 @@ impl Packer<'_> {
         }
         match weight.layout {
             Layout::Flat => pack_flat(weight, block, rows, buffers)?,
-            Layout::Tile16 => pack_tiles(weight, block, rows, buffers)?,
+            Layout::Tile16 | Layout::Mma16 => pack_tiles(weight, block, rows, buffers)?,
         }
         self.write(block, block.first, &buffers.packed)
     }
@@ -246,6 +246,7 @@ impl Packer<'_> {
         let tile_bytes = planes.tile_bytes();
         let numbers = block.first / tile_bytes..(block.first + block.bytes).div_ceil(tile_bytes);
         let runs = TileRows::new(weight.decl.out_dims());
+        let arrangement = Arrangement::of(planes);
         buffers.packed.clear();
         buffers.scales.clear();
         for part in runs.parts(numbers.clone(), weight.decl.format) {
@@ -255,7 +256,9 @@ impl Packer<'_> {
             for tile in part.clone() {
                 let own = runs.of(tile);
                 let own = (own.start - first) as usize..(own.end - first) as usize;
+                let begin = buffers.packed.len();
                 tiles::push_codes(planes, &buffers.codes, own.clone(), order.as_deref(), &mut buffers.packed);
+                arrangement.iter().for_each(|a| a.apply(&mut buffers.packed, begin));
                 let pushed = tiles::push_scales(planes, &buffers.codes, own, &mut buffers.scales);
                 pushed.map_err(|reason| wrong(weight, reason))?;
             }
@@ -330,7 +333,7 @@ fn pack_tiles(weight: &PackedWeight, block: &Block, rows: &Rows<'_>, buffers: &m
     let planes = weight.planes();
     let tile_bytes = planes.tile_bytes();
     let tiles = block.first / tile_bytes..(block.first + block.bytes).div_ceil(tile_bytes);
-    let runs = TileRows::new(decl.out_dims());
+    let (runs, arrangement) = (TileRows::new(decl.out_dims()), Arrangement::of(&planes));
     let (first, end) = (runs.of(tiles.start).start, runs.of(tiles.end - 1).end);
     let columns = rows.columns as usize;
     buffers.numbers.resize((end - first) as usize * columns, 0.0);
@@ -344,7 +347,9 @@ fn pack_tiles(weight: &PackedWeight, block: &Block, rows: &Rows<'_>, buffers: &m
         padded.clear();
         padded.resize((LANES * planes.columns) as usize, 0.0);
         pad_rows(own, &mut padded, width as usize, pad(width) as usize);
+        let begin = buffers.packed.len();
         encode_tile(decl.format, &padded, planes.columns as usize, &mut buffers.packed);
+        arrangement.iter().for_each(|a| a.apply(&mut buffers.packed, begin));
     }
     buffers.packed.drain(..(block.first - tiles.start * tile_bytes) as usize);
     buffers.packed.truncate(block.bytes as usize);

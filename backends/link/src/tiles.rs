@@ -1,11 +1,12 @@
-//! Codes, scales and column orders of scaled matrices as [`nextc_ir::Layout::Tile16`] lays them out: see [`Planes`].
+//! Codes, scales and column orders of matrices as their layouts want them: see [`Planes`]. Tiles are made as [`Layout::Tile16`] has them; other
+//! layouts of tiles are permutations of that ([`Arrangement`]).
 
 use std::ops::Range;
 
 use nextc_ir::format::codes::Codes;
-use nextc_ir::layout::{Planes, word_shift};
+use nextc_ir::layout::{Planes, TURN_COLUMNS, word_shift};
 use nextc_ir::shape::{LANES, pad};
-use nextc_ir::{DType, Format};
+use nextc_ir::{DType, Format, Layout};
 
 /// Which rows of a matrix a tile holds: the innermost output dimension is padded to whole tiles.
 pub(crate) struct TileRows {
@@ -58,6 +59,60 @@ pub(crate) fn column_order(planes: &Planes, codes: &Codes) -> Result<Option<Vec<
     let block = |c: &u32| codes.blocks.get(*c as usize).map_or(c / blocks.columns, |&b| b);
     let whole = order.iter().enumerate().all(|(at, c)| block(c) as usize == at / blocks.columns as usize);
     if whole { Ok(Some(order)) } else { Err(format!("its groups do not have {} columns each", blocks.columns)) }
+}
+
+/// How the codes of a tile of [`Layout::Tile16`] lie in a turn of [`Layout::Mma16`]: 64 columns have the same bytes in both.
+pub(crate) struct Arrangement {
+    /// For each code of a turn, in the order of its bits, which one of the turn's codes in `Tile16` it is.
+    from: Vec<u16>,
+    bits: usize,
+    turn_bytes: usize,
+    /// The byte that holds codes of zero.
+    zero: u8,
+}
+
+impl Arrangement {
+    /// That of a matrix, if its layout is another than `Tile16`.
+    pub fn of(planes: &Planes) -> Option<Self> {
+        if planes.layout != Layout::Mma16 {
+            return None;
+        }
+        let bits = planes.format.def().bits;
+        let turn = |layout| Planes { layout, rows: LANES, inner_rows: LANES, columns: TURN_COLUMNS, ..*planes };
+        let (tile16, mma16) = (turn(Layout::Tile16), turn(Layout::Mma16));
+        let mut from = vec![0; (LANES * TURN_COLUMNS) as usize];
+        for (row, column) in (0..LANES).flat_map(|r| (0..TURN_COLUMNS).map(move |c| (r, c))) {
+            let [source, place] = [&tile16, &mma16].map(|p| p.code(row, column)).map(|p| (p.byte * 8 + p.bit) / bits);
+            from[place as usize] = source as u16;
+        }
+        let code = (planes.format.def().encode)(0.0);
+        let zero = if bits == 4 { code | code << 4 } else { code } as u8;
+        Some(Self { from, bits: bits as usize, turn_bytes: mma16.turn_bytes() as usize, zero })
+    }
+
+    /// Rearranges the tile that `bytes` holds from `begin` on, and fills up its last turn.
+    pub fn apply(&self, bytes: &mut Vec<u8>, begin: usize) {
+        let length = (bytes.len() - begin).next_multiple_of(self.turn_bytes);
+        bytes.resize(begin + length, self.zero);
+        let mut source = vec![0; self.turn_bytes];
+        for turn in bytes[begin..].chunks_exact_mut(self.turn_bytes) {
+            source.copy_from_slice(turn);
+            match self.bits {
+                16 => {
+                    for (to, &from) in turn.chunks_exact_mut(2).zip(&self.from) {
+                        to.copy_from_slice(&source[2 * usize::from(from)..][..2]);
+                    }
+                }
+                8 => turn.iter_mut().zip(&self.from).for_each(|(to, &from)| *to = source[usize::from(from)]),
+                _ => {
+                    let nibble = |i: u16| source[usize::from(i / 2)] >> (4 * (i % 2)) & 15;
+                    for (to, from) in turn.iter_mut().zip(self.from.chunks_exact(2)) {
+                        *to = nibble(from[0]) | nibble(from[1]) << 4;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Appends the codes of one tile: `rows` are its rows among those of `codes`; the rest of 16 is zero.

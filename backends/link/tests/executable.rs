@@ -214,7 +214,7 @@ fn bench_and_info_speak_json() {
     assert_eq!(info["payload_offset"], exe.footer().payload_offset);
     assert_eq!(info["state_bytes_per_sequence"], 64 + 8 * 192);
     assert_eq!(info["kv_bytes_per_token"], 128);
-    assert_eq!(info["arena_bytes"], 2048 * 192 + 64);
+    assert_eq!(info["arena_bytes"], 2048 * 192 + 128);
     assert!(exe.error(&["eval", "--tokens", "ids.json"]).contains("ids.json"));
     fs::write(exe.dir.path().join("ids.json"), "[1]").unwrap();
     assert!(exe.error(&["eval", "--tokens", "ids.json"]).contains("there are no weights"));

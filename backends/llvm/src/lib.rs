@@ -2,7 +2,7 @@
 //!
 //! [`compile`] gives one relocatable object a kernel, with the functions of the ABI that [`nextc_ir::kernel::Kernel`] states. Kernels
 //! are compiled side by side, each with an LLVM context of its own, and the result does not depend on how many threads did it.
-//! `emit` turns kernel IR into LLVM IR and knows no machine; `x86` says what LLVM must be told about x86-64;
+//! `emit` turns kernel IR into LLVM IR; `x86` and `nvptx` say what LLVM must be told about their machines;
 //! `machine` runs LLVM's passes and its code generator.
 //!
 //! Arithmetic is strict: no fast-math flag is ever set and nothing is contracted, so a kernel's results are those of the kernel
@@ -11,6 +11,7 @@
 mod emit;
 mod error;
 mod machine;
+mod nvptx;
 mod x86;
 
 pub use emit::EmitError;
@@ -25,8 +26,8 @@ use nextc_ir::schedule::KernelModule;
 
 use machine::Machine;
 
-/// Compiles every kernel: one ELF object each, in the order of `module.kernels`. Object `i` exports `nextc_kernel_{i}` and,
-/// if the kernel has a tail, `nextc_tail_{i}`; it needs no symbol of anyone.
+/// Compiles every kernel: one ELF object each (for a GPU: one text of PTX), in the order of `module.kernels`. Object `i` exports
+/// `nextc_kernel_{i}` and, if the kernel has a tail, `nextc_tail_{i}`; it needs no symbol of anyone.
 ///
 /// # Errors
 /// [`Error`] of the first kernel that LLVM does not take; it names the kernel.
@@ -61,7 +62,10 @@ fn compile_one(module: &KernelModule, target: &Target, index: usize) -> Result<V
     let machine = Machine::new(target)?;
     let unit = machine.build(&context, module, index)?;
     machine.optimise(&unit)?;
-    machine.object(&unit)
+    match target.gpu {
+        None => machine.object(&unit),
+        Some(_) => Ok(machine.assembly(&unit)?.into_bytes()),
+    }
 }
 
 /// The LLVM IR of one kernel as it is emitted, before LLVM's passes.

@@ -13,7 +13,7 @@ use nextc_ir::schedule::KernelModule;
 
 use crate::emit;
 use crate::error::Error;
-use crate::x86;
+use crate::{nvptx, x86};
 
 /// LLVM's passes. Kernel IR is vectorised by its skeletons, so LLVM's own vectorisers are switched off.
 const PASSES: &str = "default<O3>";
@@ -41,19 +41,24 @@ impl<'t> Machine<'t> {
     /// The code generator for `target`.
     pub fn new(target: &'t Target) -> Result<Self, Error> {
         let fail = |reason: String| Error::Machine { cpu: target.cpu.clone(), reason };
+        let (name, cpu, features) = match &target.gpu {
+            None => (x86::TRIPLE, x86::BASELINE, x86::features(target)),
+            Some(gpu) => (nvptx::TRIPLE, gpu.name, nvptx::features(gpu)),
+        };
         LlvmTarget::initialize_x86(&InitializationConfig::default());
-        let triple = TargetTriple::create(x86::TRIPLE);
+        LlvmTarget::initialize_nvptx(&InitializationConfig::default());
+        let triple = TargetTriple::create(name);
         let machine = LlvmTarget::from_triple(&triple)
             .map_err(|e| fail(e.to_string()))?
             .create_target_machine(
                 &triple,
-                x86::BASELINE,
-                &x86::features(target),
+                cpu,
+                &features,
                 OptimizationLevel::Aggressive,
                 RelocMode::PIC,
                 CodeModel::Small,
             )
-            .ok_or_else(|| fail(format!("there is no machine for {}", x86::TRIPLE)))?;
+            .ok_or_else(|| fail(format!("there is no machine for {name}")))?;
         Ok(Self { target, machine })
     }
 
@@ -63,8 +68,13 @@ impl<'t> Machine<'t> {
         let module = context.create_module(&kernel.name);
         module.set_triple(&self.machine.get_triple());
         module.set_data_layout(&self.machine.get_target_data().get_data_layout());
-        emit::kernel(context, &module, kernels, index, |function| x86::mark(context, function, self.target))
-            .map_err(|source| Error::Emit { kernel: kernel.name.clone(), source })?;
+        let emitted = match &self.target.gpu {
+            None => {
+                emit::kernel(context, &module, kernels, index, |function| x86::mark(context, function, self.target))
+            }
+            Some(_) => emit::gpu_kernel(context, &module, kernels, index),
+        };
+        emitted.map_err(|source| Error::Emit { kernel: kernel.name.clone(), source })?;
         module.verify().map_err(|e| Error::Verify { kernel: kernel.name.clone(), reason: e.to_string() })?;
         Ok(Unit { module, kernel: kernel.name.clone() })
     }

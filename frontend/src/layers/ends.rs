@@ -1,7 +1,7 @@
 //! What stands before and after the layers: embedding and head.
 
 use nextc_ir::build::BuildError;
-use nextc_ir::{Op, Shape, Sym, Type};
+use nextc_ir::{Attrs, Op, Shape, Sym, Type};
 
 use super::part::{Part, PartBuilder};
 use super::{Weights, eps, stream_types};
@@ -17,7 +17,8 @@ pub(super) fn embed(w: &Weights) -> Result<Part, BuildError> {
     Ok(p.finish(vec![x, ssq]))
 }
 
-/// `@head(x, ssq, rows, gain, w) -> (logits, hidden)`: the norm of all rows, which the draft continues from, and the head of the rows asked for.
+/// `@head(x, ssq, rows, gain, w) -> (logits, hidden, best)`: the norm of all rows, which the draft continues from, the head of the rows asked for,
+/// and the token with the largest logit of each.
 pub(super) fn head(w: &Weights, c: &ModelConfig, name: &str, gain: &str, head: &str) -> Result<Part, BuildError> {
     let mut p = PartBuilder::new(w, name, "");
     let [x, ssq] = p.stream(stream_types(c));
@@ -27,5 +28,6 @@ pub(super) fn head(w: &Weights, c: &ModelConfig, name: &str, gain: &str, head: &
     let hidden = p.op_with(Op::RmsNormSsq, &[x, ssq, gain], eps(c.rms_norm_eps))?;
     let asked = p.op(Op::GatherRows, &[hidden, rows])?;
     let logits = p.op(Op::Linear, &[asked, head])?;
-    Ok(p.finish(vec![logits, hidden]))
+    let [best, _peaks] = p.op_pair(Op::Argmax, &[logits], Attrs::none())?;
+    Ok(p.finish(vec![logits, hidden, best]))
 }

@@ -3,8 +3,11 @@
 //! Everything is in plain ops; the passes merge functions that are equal and fuse what stands in them. An entry function
 //! holds nothing but parameters, weights, the sequences of the step and calls:
 //!
-//! - `@step(tokens, positions, cu_seqlens, slot, replay, tentative, page_table, logit_rows, states...) -> (logits, hidden, states...)`
-//! - `@draft(the same six, hidden, mtp.kv) -> (logits, hidden, mtp.kv)`, where there is an MTP module
+//! - `@step(tokens, positions, cu_seqlens, slot, replay, tentative, page_table, logit_rows, states...) -> (logits, hidden, best, states...)`
+//! - `@draft(the same eight, hidden, mtp.kv) -> (logits, hidden, best, mtp.kv)`, where there is an MTP module
+//! - `@sample(logits, best, tokens, factors, choices, edit_tokens, edit_counts, edit_biases) -> (tokens)` after `@step`, whose `logits` and `best`
+//!   it takes
+//! - `@verify(the same, logit_rows, cu_seqlens) -> (tokens, accepted)`, where there is an MTP module
 
 mod attention;
 mod delta;
@@ -13,6 +16,7 @@ mod experts;
 mod mlp;
 mod mtp;
 mod part;
+mod sample;
 
 use indexmap::IndexMap;
 use nextc_ir::build::{BuildError, FunctionBuilder};
@@ -37,6 +41,8 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
     }
     parts.push(ends::head(weights, config, "head", "final_norm", head)?);
     let mut functions = vec![step(&parts)?];
+    let choose = sample::choose(weights, config)?;
+    let accept = sample::accept(weights)?;
     if let Some(ffn) = table.mtp {
         let kind = LayerKind { mixer: Mixer::FullAttention, ffn };
         let mut draft_parts = vec![mtp::fuse(weights, config)?];
@@ -44,6 +50,13 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
         draft_parts.push(ends::head(weights, config, "head.mtp", "mtp.norm", head)?);
         functions.push(draft(&draft_parts, config.hidden_size)?);
         parts.append(&mut draft_parts);
+    }
+    functions.push(sample::entry("sample", config.vocab_size, &choose, None));
+    parts.push(choose);
+    if table.mtp.is_some() {
+        let choose = &parts[parts.len() - 1];
+        functions.push(sample::entry("verify", config.vocab_size, choose, Some(&accept)));
+        parts.push(accept);
     }
     let functions = parts.into_iter().map(|p| p.function).chain(functions).collect();
     Ok(Module { info, functions, weights: table.weights })
@@ -78,19 +91,22 @@ fn eps(eps: f64) -> Attrs {
     Attrs::none().with("eps", eps)
 }
 
-/// What an entry function begins with.
+/// An entry function that is begun.
 struct Entry {
     f: FunctionBuilder,
-    tokens: Value,
-    logit_rows: Value,
-    seqs: [Value; 6],
     weights: IndexMap<String, Value>,
     states: IndexMap<String, Value>,
 }
 
-impl Entry {
-    fn new(name: &str) -> Self {
-        let mut f = FunctionBuilder::new(name);
+/// The inputs of a step.
+struct StepInputs {
+    tokens: Value,
+    logit_rows: Value,
+    seqs: [Value; 6],
+}
+
+impl StepInputs {
+    fn of(f: &mut FunctionBuilder) -> Self {
         let mut input = |name: &str, dims: Vec<Dim>| f.param(name, Type::i32(Shape(dims)));
         let tokens = input("tokens", vec![Sym::T.into()]);
         let seqs = [
@@ -102,7 +118,13 @@ impl Entry {
             input("page_table", vec![Sym::B.into(), Sym::P.into()]),
         ];
         let logit_rows = input("logit_rows", vec![Sym::R.into()]);
-        Self { f, tokens, logit_rows, seqs, weights: IndexMap::new(), states: IndexMap::new() }
+        Self { tokens, logit_rows, seqs }
+    }
+}
+
+impl Entry {
+    fn empty(name: &str) -> Self {
+        Self { f: FunctionBuilder::new(name), weights: IndexMap::new(), states: IndexMap::new() }
     }
 
     /// Adds the states of `parts` as parameters.
@@ -130,16 +152,22 @@ impl Entry {
     }
 
     /// Runs the layers between the first part, whose results are given, and the last one, the head.
-    fn finish(mut self, layers: &[Part], head: &Part, mut stream: Vec<Value>) -> Result<Function, BuildError> {
-        let seqs = self.f.op(Op::Sequences, &self.seqs)?;
+    fn finish(
+        mut self,
+        inputs: &StepInputs,
+        layers: &[Part],
+        head: &Part,
+        mut stream: Vec<Value>,
+    ) -> Result<Function, BuildError> {
+        let seqs = self.f.op(Op::Sequences, &inputs.seqs)?;
         for part in layers {
-            let mut inputs = stream;
+            let mut args = stream;
             if part.mixer {
-                inputs.push(seqs);
+                args.push(seqs);
             }
-            stream = self.call(part, &inputs);
+            stream = self.call(part, &args);
         }
-        stream.push(self.logit_rows);
+        stream.push(inputs.logit_rows);
         let mut results = self.call(head, &stream);
         results.extend(self.states.values());
         Ok(self.f.finish(results))
@@ -149,18 +177,20 @@ impl Entry {
 /// `@step`: `parts` are the embedding, the layers, and the head.
 fn step(parts: &[Part]) -> Result<Function, BuildError> {
     let [embed, layers @ .., head] = parts else { unreachable!("a model has an embedding and a head") };
-    let mut entry = Entry::new("step");
+    let mut entry = Entry::empty("step");
+    let inputs = StepInputs::of(&mut entry.f);
     entry.add_states(parts);
-    let stream = entry.call(embed, &[entry.tokens]);
-    entry.finish(layers, head, stream)
+    let stream = entry.call(embed, &[inputs.tokens]);
+    entry.finish(&inputs, layers, head, stream)
 }
 
 /// `@draft`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
 fn draft(parts: &[Part], hidden_size: u64) -> Result<Function, BuildError> {
     let [fuse, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
-    let mut entry = Entry::new("draft");
+    let mut entry = Entry::empty("draft");
+    let inputs = StepInputs::of(&mut entry.f);
     let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[hidden_size])));
     entry.add_states(parts);
-    let stream = entry.call(fuse, &[entry.tokens, hidden]);
-    entry.finish(layers, head, stream)
+    let stream = entry.call(fuse, &[inputs.tokens, hidden]);
+    entry.finish(&inputs, layers, head, stream)
 }

@@ -55,13 +55,15 @@ impl<F> StepInputs<F> {
     }
 }
 
-/// The results of a step, both with one row for each of `logit_rows`.
+/// The results of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outputs<F> {
     /// `[R, vocab_size]`.
     pub logits: Vec<F>,
-    /// After the final norm: `[R, hidden_size]`.
+    /// After the final norm: `[T, hidden_size]`.
     pub hidden: Vec<F>,
+    /// The token with the largest logit of each row, `[R]`.
+    pub best: Vec<i32>,
 }
 
 /// A model that takes steps. States are kept by the names of their parameters, so `@step` and `@draft` share nothing but weights.
@@ -120,13 +122,12 @@ impl<'m, F: Real> Session<'m, F> {
             });
         }
         let results = run(self.module, entry, args, &self.weights, &self.cx)?;
-        let mut results = results.into_iter();
-        let mut rows = || match results.next() {
-            Some(d) => Ok(d.float()?.data().to_vec()),
-            None => Err(EvalError::Operands { found: states.len(), expected: states.len() + 2 }),
+        let [logits, hidden, best, new @ ..] = results.as_slice() else {
+            return Err(EvalError::Operands { found: results.len(), expected: states.len() + 3 });
         };
-        let outputs = Outputs { logits: rows()?, hidden: rows()? };
-        self.states.extend(states.into_iter().zip(results));
+        let rows = |d: &Datum<F>| Ok::<_, EvalError>(d.float()?.data().to_vec());
+        let outputs = Outputs { logits: rows(logits)?, hidden: rows(hidden)?, best: best.int()?.data().to_vec() };
+        self.states.extend(states.into_iter().zip(new.iter().cloned()));
         Ok(outputs)
     }
 

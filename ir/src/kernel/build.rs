@@ -24,11 +24,18 @@ impl KernelBuilder {
             doc: String::new(),
             params,
             grid,
+            threads: 1,
             body: Region::default(),
             tail: None,
+            tail_grid: 1.into(),
             types,
         };
         Self { kernel, open: vec![Region::default()] }
+    }
+
+    /// Makes each task a block of `threads` threads.
+    pub fn threads(&mut self, threads: u32) {
+        self.kernel.threads = threads;
     }
 
     /// Says what was fused into the kernel.
@@ -70,6 +77,12 @@ impl KernelBuilder {
         build(&mut self);
         self.kernel.tail = self.open.pop();
         self.kernel
+    }
+
+    /// The finished kernel of blocks with a tail that is run for each task of `grid`.
+    pub fn finish_with_tail_grid(mut self, grid: Extent, build: impl FnOnce(&mut Self)) -> Kernel {
+        self.kernel.tail_grid = grid;
+        self.finish_with_tail(build)
     }
 
     fn value(&mut self, ty: KType) -> Val {
@@ -351,6 +364,65 @@ impl KernelBuilder {
     /// A pointer `bytes` further.
     pub fn offset(&mut self, ptr: Val, bytes: Val) -> Val {
         self.like(KOp::Offset, &[ptr, bytes])
+    }
+
+    // ---- a block of threads
+    /// The thread's number in its block.
+    pub fn thread(&mut self) -> Val {
+        self.emit(KOp::Thread, &[], KType::scalar(DType::I64))
+    }
+    /// Memory that the threads of a block share. Call it at the top level of the body or of the tail.
+    pub fn shared(&mut self, dtype: DType, elems: u64) -> Val {
+        self.emit(KOp::Shared { dtype, elems }, &[], KType::Ptr(Space::Shared))
+    }
+    /// Memory for what tasks of the body hand to the tail, `elems` elements a task. Call it at the top level of both.
+    pub fn partials(&mut self, dtype: DType, elems: u64) -> Val {
+        self.emit(KOp::Partials { dtype, elems }, &[], KType::Ptr(Space::Scratch))
+    }
+    /// Waits for all threads of the block.
+    pub fn barrier(&mut self) {
+        self.push(KOp::Barrier, &[], Vec::new(), Vec::new());
+    }
+    /// The 32-bit scalar of thread `lane ^ mask` of the warp.
+    pub fn shuffle_xor(&mut self, x: Val, mask: u32) -> Val {
+        self.like(KOp::ShuffleXor { mask }, &[x])
+    }
+    /// Adds to an i32 in memory and gives what was there before.
+    pub fn atomic_add(&mut self, ptr: Val, index: Val, x: Val) -> Val {
+        self.emit(KOp::AtomicAdd, &[ptr, index, x], KType::scalar(DType::I32))
+    }
+    /// Two f32 as two 16-bit floats in one i32.
+    pub fn pack(&mut self, dtype: DType, low: Val, high: Val) -> Val {
+        self.emit(KOp::Pack { dtype }, &[low, high], KType::scalar(DType::I32))
+    }
+    /// `a * b + c` on two 16-bit floats in one i32.
+    pub fn half_fma(&mut self, dtype: DType, a: Val, b: Val, c: Val) -> Val {
+        self.like(KOp::HalfFma { dtype }, &[a, b, c])
+    }
+    /// The f16 in the lower half as f32.
+    pub fn half_to_float(&mut self, x: Val) -> Val {
+        self.emit(KOp::HalfToFloat, &[x], KType::scalar(DType::F32))
+    }
+    /// Two FP8 numbers as two f16.
+    pub fn fp8_to_f16(&mut self, x: Val) -> Val {
+        self.like(KOp::Fp8ToF16, &[x])
+    }
+    /// `c + a·b` by a warp.
+    pub fn mma(&mut self, dtype: DType, a: [Val; 4], b: [Val; 2], c: Val) -> Val {
+        let args = [a[0], a[1], a[2], a[3], b[0], b[1], c];
+        self.emit(KOp::Mma { dtype }, &args, KType::vector(DType::F32, 4))
+    }
+    /// Asks for memory to be brought near.
+    pub fn prefetch(&mut self, ptr: Val, at: Val, bytes: Val) {
+        self.push(KOp::Prefetch, &[ptr, at, bytes], Vec::new(), Vec::new());
+    }
+    /// Waits for the launches before this one.
+    pub fn wait(&mut self) {
+        self.push(KOp::Wait, &[], Vec::new(), Vec::new());
+    }
+    /// Lets the next launch begin.
+    pub fn release(&mut self) {
+        self.push(KOp::Release, &[], Vec::new(), Vec::new());
     }
 
     // ---- control

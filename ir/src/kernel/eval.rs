@@ -5,15 +5,35 @@
 //! a parameter is a place in one of them ([`Place`]); several may share a buffer. What would be undefined on a machine is a
 //! [`KernelFault`] here: reading what was never written, leaving a buffer or an allocation, dividing by zero, storing through
 //! a read-only parameter, and two tasks of one launch touching the same word when one of them writes it.
+//!
+//! # Blocks of threads
+//!
+//! The threads of a block go through the kernel in step: each value is one number a thread, a loop goes on while any thread
+//! loops, and of a condition both regions run, each for its threads. A single thread is a block of one. Further faults:
+//!
+//! - a `barrier`, `wait` or `release` that not all threads of the block reach, a `shuffle_xor` or `mma` that not all of the warp reach;
+//! - a word, shared or global, that one thread writes and another touches with no barrier between, even if both write the same number. Atomic
+//!   additions conflict with all other accesses, but not with one another, between blocks too;
+//! - a vector that is not aligned to its size, at most 16 bytes;
+//! - in a body or tail that has a `wait`: touching anything but weights ([`Slot::Weight`]) before it, or ending without it.
+//!
+//! `mma` sums its products, which are exact, and `c` in f64, in the order of `k`, and rounds once. Hardware sums in an order and with a truncation that
+//! are not published, so machine code with `mma` is compared with a tolerance; all else is bit for bit.
 
+mod access;
 mod code;
+mod half;
 mod machine;
+mod make;
+mod mask;
 mod memory;
 mod program;
+mod shadow;
 
 pub use code::Code;
 pub use memory::{Buffer, Place, Slot};
 pub use program::{Interpreter, OutputRows};
+pub use shadow::Rival;
 
 use super::Kernel;
 use super::verify::KernelError;
@@ -35,16 +55,22 @@ impl Default for Options {
 
 /// What a kernel did that it must not do.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("kernel @{kernel}, {}: `{statement}`: {what}", task.map_or("tail".to_owned(), |t| format!("task {t}")))]
+#[error("kernel @{kernel}, {}{}: `{statement}`: {what}", task.map_or("tail".to_owned(), |t| format!("task {t}")), of_thread(*thread))]
 pub struct KernelFault {
     /// The kernel's name.
     pub kernel: String,
     /// The task; `None` in the tail.
     pub task: Option<u64>,
+    /// The thread of the block; `None` in a task of one thread, and for what the block does together.
+    pub thread: Option<u32>,
     /// The statement, as the kernel's text has it.
     pub statement: String,
     /// What it did.
     pub what: Misdeed,
+}
+
+fn of_thread(thread: Option<u32>) -> String {
+    thread.map_or(String::new(), |t| format!(", thread {t}"))
 }
 
 /// See [`KernelFault`].
@@ -60,12 +86,12 @@ pub enum Misdeed {
         /// Bytes there are.
         len: u64,
     },
-    /// An access at an address that is no multiple of the element's size.
-    #[error("byte {at} is not aligned to an element of {bytes} B")]
+    /// An access at an address that is no multiple of the element's size, or of what a block's vectors are aligned to.
+    #[error("byte {at} is not aligned to {bytes} B")]
     Misaligned {
         /// First byte.
         at: i64,
-        /// Bytes of an element.
+        /// What it should be a multiple of.
         bytes: u64,
     },
     /// A read of something never written.
@@ -77,14 +103,30 @@ pub enum Misdeed {
     /// A store through a parameter that is not marked as written, or into memory lent for reading.
     #[error("a store to read-only memory")]
     ReadOnly,
-    /// Two tasks touch one word, and one of them writes it.
-    #[error("byte {at} conflicts with task {other}")]
+    /// Two tasks, or two threads with no barrier between, touch one word, and one of them writes it.
+    #[error("byte {at} conflicts with {other}")]
     Race {
         /// The byte.
         at: u64,
-        /// The other task.
-        other: u64,
+        /// Who else touched it.
+        other: Rival,
     },
+    /// Not all threads are where all have to be.
+    #[error("{here} threads of the {group} are here, expected all {of}")]
+    Diverged {
+        /// `block` or `warp`.
+        group: &'static str,
+        /// Threads that are here.
+        here: usize,
+        /// Threads that there are.
+        of: usize,
+    },
+    /// An access to what the launches before may still be writing.
+    #[error("memory other than weights is touched before the `wait`")]
+    BeforeWait,
+    /// The kernel has a `wait` that was not reached.
+    #[error("the kernel ends without having waited")]
+    NoWait,
     /// A division by zero, or the one quotient that does not fit.
     #[error("a division by zero or an overflowing one")]
     Division,
@@ -163,7 +205,7 @@ pub enum EvalError {
     },
 }
 
-/// Runs one launch of `kernel` on `buffers`: `args` says where each parameter points.
+/// Runs one launch of `kernel` on `buffers`: `args` says where each parameter points. What no parameter writes counts as a weight.
 /// # Errors
 /// [`EvalError`] if the kernel is broken, misbehaves, or the arguments do not fit it.
 pub fn run(
@@ -173,6 +215,8 @@ pub fn run(
     args: &[Place],
     options: Options,
 ) -> Result<(), EvalError> {
-    let mut slots: Vec<Slot<'_>> = buffers.iter_mut().map(Slot::Own).collect();
+    let written = |b: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == b);
+    let slot = |(b, buffer)| if written(b) { Slot::Own(buffer) } else { Slot::Weight(buffer) };
+    let mut slots: Vec<Slot<'_>> = buffers.iter_mut().enumerate().map(slot).collect();
     Code::new(kernel)?.run(syms, &mut slots, args, options)
 }

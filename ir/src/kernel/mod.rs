@@ -1,9 +1,11 @@
 //! The kernel IR: a small typed IR near the machine, of structured loops, vectors and pointers.
 //!
 //! A [`Kernel`] is one parallel region: its body runs once for each task of the grid, in any order and on any thread, and
-//! its `tail`, if it has one, runs once after all tasks. Every value is in SSA form and has a [`KType`]; loops carry values and
-//! regions yield them, so there are no variables and no jumps. What a GPU adds (block and lane ids, barriers, shuffles,
-//! atomics, async copies, tile products) joins the op table [`KOp`] as further rows.
+//! its `tail`, if it has one, runs after all tasks: once, or on blocks for each task of a grid of its own. Every value is in SSA form and has a [`KType`]; loops carry values and
+//! regions yield them, so there are no variables and no jumps.
+//!
+//! A task is one thread's, or a block of [`Kernel::threads`] threads that all run the body: then values differ from thread to thread,
+//! and the ops of class [`op::Sig::Block`] let them work together.
 
 pub mod build;
 pub mod eval;
@@ -11,6 +13,7 @@ pub mod math;
 pub mod op;
 pub mod parse;
 pub mod print;
+pub mod random;
 pub mod verify;
 
 pub use build::KernelBuilder;
@@ -30,6 +33,8 @@ pub enum Space {
     Global,
     /// Memory of one task, undefined when it begins.
     Scratch,
+    /// Memory that the threads of one block share, undefined when it begins.
+    Shared,
 }
 
 impl Space {
@@ -38,6 +43,7 @@ impl Space {
         match self {
             Self::Global => "global",
             Self::Scratch => "scratch",
+            Self::Shared => "shared",
         }
     }
 }
@@ -118,6 +124,13 @@ pub struct Region {
     pub yields: Vec<Val>,
 }
 
+impl Region {
+    /// True if every thread waits for the launches before this one: there is a `wait` that no condition or loop encloses.
+    pub fn waits(&self) -> bool {
+        self.stmts.iter().any(|s| s.op == KOp::Wait)
+    }
+}
+
 /// A kernel's pointer parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KParam {
@@ -127,11 +140,12 @@ pub struct KParam {
     pub written: bool,
 }
 
-/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, not to be used in the
-/// tail), and values from 5 on are the parameters, all `ptr<global>`.
+/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, in the tail only on
+/// blocks), and values from 5 on are the parameters, all `ptr<global>`.
 ///
-/// Machine code of it is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
-/// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`.
+/// Machine code for a CPU is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
+/// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`. Code for a GPU
+/// is an entry function of the dimensions, the pointers, a pointer to scratch of all tasks, and the number of tasks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kernel {
     /// Its name: unique in the module, made of letters, digits, `_` and `.`.
@@ -142,10 +156,14 @@ pub struct Kernel {
     pub params: Vec<KParam>,
     /// Number of tasks.
     pub grid: Extent,
+    /// Threads of a task: 1, or a multiple of a warp. In blocks of threads, vectors in memory are aligned to their size (at most 16 bytes).
+    pub threads: u32,
     /// What each task does.
     pub body: Region,
-    /// What is done once, after all tasks.
+    /// What is done after all tasks.
     pub tail: Option<Region>,
+    /// Number of tasks of the tail: 1, but where tasks are blocks of threads.
+    pub tail_grid: Extent,
     /// The type of every value, indexed by [`Val`].
     pub types: Vec<KType>,
 }
@@ -155,6 +173,15 @@ impl Kernel {
     pub const FIRST_PARAM: u32 = 5;
     /// The task.
     pub const TASK: Val = Val(4);
+    /// Threads of a warp.
+    pub const WARP: u32 = 32;
+    /// Most threads of a block.
+    pub const MAX_THREADS: u32 = 1024;
+
+    /// True if a task is a block of threads.
+    pub const fn is_block(&self) -> bool {
+        self.threads > 1
+    }
 
     /// The type of a value.
     pub fn ty(&self, v: Val) -> KType {
@@ -166,18 +193,36 @@ impl Kernel {
         Val(Self::FIRST_PARAM + i as u32)
     }
 
-    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes.
+    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes; on blocks its `partials`.
     pub fn scratch_bytes(&self) -> u64 {
-        fn of(region: &Region) -> u64 {
-            region
-                .stmts
-                .iter()
-                .map(|s| match s.op {
-                    KOp::Alloc { dtype, elems } => (elems * dtype.bytes()).div_ceil(64) * 64,
-                    _ => s.regions.iter().map(of).sum(),
-                })
-                .sum()
-        }
-        of(&self.body) + self.tail.as_ref().map_or(0, of)
+        let bytes = |op| match op {
+            KOp::Alloc { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(64)),
+            _ => None,
+        };
+        self.partial_bytes() + self.allocated(bytes).into_iter().sum::<u64>()
+    }
+
+    /// Bytes that one task of the body hands to the tail: those of `partials`, which body and tail share.
+    fn partial_bytes(&self) -> u64 {
+        let bytes = |op| match op {
+            KOp::Partials { dtype, elems } => Some(elems * dtype.bytes()),
+            _ => None,
+        };
+        self.allocated(bytes).into_iter().fold(0, u64::max)
+    }
+
+    /// Bytes of memory that the threads of a block share: the larger of body and tail, each `shared` rounded up to 128 bytes.
+    pub fn shared_bytes(&self) -> u64 {
+        let bytes = |op| match op {
+            KOp::Shared { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(128)),
+            _ => None,
+        };
+        self.allocated(bytes).into_iter().fold(0, u64::max)
+    }
+
+    /// Bytes that body and tail allocate at their top level.
+    fn allocated(&self, bytes: impl Fn(KOp) -> Option<u64>) -> [u64; 2] {
+        let of = |region: &Region| region.stmts.iter().filter_map(|s| bytes(s.op)).sum();
+        [of(&self.body), self.tail.as_ref().map_or(0, of)]
     }
 }

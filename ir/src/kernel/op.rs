@@ -1,5 +1,7 @@
 //! The op table of the kernel IR. Printer, parser, verifier, interpreter, legalisation and both emitters `match` on it
 //! without a wildcard, so that a new op is a compile error wherever it wants thought.
+//!
+//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs.
 
 use crate::dtype::DType;
 
@@ -62,6 +64,8 @@ pub enum Sig {
     Reduce,
     /// Memory and control: checked op by op.
     Special,
+    /// What only a block of threads can do: checked op by op.
+    Block,
 }
 
 macro_rules! kops {
@@ -176,4 +180,36 @@ kops! {
     For = "for" Special;
     /// Two regions, of which one runs: `(condition)`; the results are what it yields.
     If = "if" Special;
+
+    // ---- a block of threads: 32 neighbouring ones are a warp
+    /// The thread's number in its block, an i64.
+    Thread = "thread" Block;
+    /// `elems` elements that the threads of a block share, 128-byte aligned, undefined when the block begins; only at the top level of a region.
+    Shared { dtype: DType, elems: u64 } = "shared" Block;
+    /// Memory in which tasks of the body hand to the tail what they found: `elems` elements for each task, one task's after another's, undefined when the body
+    /// begins. 128-byte aligned as a whole; only at the top level of a region, the same in body and tail.
+    Partials { dtype: DType, elems: u64 } = "partials" Block;
+    /// Waits until every thread of the block is here; what was written before is seen by all after.
+    Barrier = "barrier" Block;
+    /// The 32-bit scalar that the thread `lane ^ mask` of the warp has. Every thread of the warp is here.
+    ShuffleXor { mask: u32 } = "shuffle_xor" Block;
+    /// Adds to an i32 in global memory and gives what was there before: `(ptr, index, x)`. Acquires and releases, for the whole device.
+    AtomicAdd = "atomic_add" Block;
+    /// Two f32 rounded to nearest even as one i32 of two 16-bit floats, the first in the lower half; a number too large becomes the largest finite one in f16.
+    Pack { dtype: DType } = "pack" Block;
+    /// `a * b + c` with one rounding on both 16-bit floats of i32s.
+    HalfFma { dtype: DType } = "half_fma" Block;
+    /// The f16 in the lower half of an i32 as f32.
+    HalfToFloat = "half_to_float" Block;
+    /// Two FP8 numbers (e4m3) in the lower half of an i32 as two f16; exact.
+    Fp8ToF16 = "fp8_to_f16" Block;
+    /// `C + A·B` by a warp, `mma.m16n8k16` of the PTX ISA: `(a0, a1, a2, a3, b0, b1, c)`. A is 16 rows by 16 columns of 16-bit floats, B 16 by 8, C 16 by 8 of f32
+    /// (`f32x4`), in the fragments that the manual draws (section 9.7.14.5.8). Every thread of the warp is here.
+    Mma { dtype: DType } = "mma" Block;
+    /// Asks for `bytes` bytes from byte `at` of a pointer to global memory to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
+    Prefetch = "prefetch" Block;
+    /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel reads weights only.
+    Wait = "wait" Block;
+    /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
+    Release = "release" Block;
 }

@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 30] = [
+const PLAIN: [KOp; 32] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -90,6 +90,8 @@ const PLAIN: [KOp; 30] = [
     KOp::ReduceAdd,
     KOp::ReduceMax,
     KOp::Offset,
+    KOp::HalfToFloat,
+    KOp::Fp8ToF16,
 ];
 
 /// Reads one kernel.
@@ -237,9 +239,38 @@ impl<'t> Parser<'t> {
         self.word("grid")?;
         self.punct("=")?;
         let grid = self.extent()?;
+        let threads = if self.eat_word("threads") {
+            self.punct("=")?;
+            self.read("a number of threads", |w| w.parse().ok())?
+        } else {
+            1
+        };
         let body = self.block()?;
-        let tail = if self.eat_word("tail") { Some(self.block()?) } else { None };
-        Ok(Kernel { name, doc: doc.join("\n"), params, grid, body, tail, types: std::mem::take(&mut self.types) })
+        let (tail, tail_grid) = self.tail()?;
+        Ok(Kernel {
+            name,
+            doc: doc.join("\n"),
+            params,
+            grid,
+            threads,
+            body,
+            tail,
+            tail_grid,
+            types: std::mem::take(&mut self.types),
+        })
+    }
+
+    fn tail(&mut self) -> Parsed<(Option<Region>, Extent)> {
+        if !self.eat_word("tail") {
+            return Ok((None, 1.into()));
+        }
+        let grid = if self.eat_word("grid") {
+            self.punct("=")?;
+            self.extent()?
+        } else {
+            1.into()
+        };
+        Ok((Some(self.block()?), grid))
     }
 
     fn params(&mut self) -> Parsed<Vec<KParam>> {
@@ -369,6 +400,21 @@ impl<'t> Parser<'t> {
                 (KOp::Const { dtype, bits: self.constant(dtype)? }, Vec::new())
             }
             "alloc" => (KOp::Alloc { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
+            "shared" => (KOp::Shared { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
+            "partials" => (KOp::Partials { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
+            "thread" => (KOp::Thread, Vec::new()),
+            "barrier" => (KOp::Barrier, Vec::new()),
+            "wait" => (KOp::Wait, Vec::new()),
+            "release" => (KOp::Release, Vec::new()),
+            "shuffle_xor" => {
+                let x = self.value()?;
+                (KOp::ShuffleXor { mask: self.read("a lane mask", |w| w.parse().ok())? }, vec![x])
+            }
+            "pack" => (KOp::Pack { dtype: self.dtype()? }, self.values()?),
+            "half_fma" => (KOp::HalfFma { dtype: self.dtype()? }, self.values()?),
+            "mma" => (KOp::Mma { dtype: self.dtype()? }, self.values()?),
+            "atomic_add" => (KOp::AtomicAdd, self.element_and_value()?),
+            "prefetch" => (KOp::Prefetch, self.element_and_value()?),
             "splat" => {
                 let lanes = self.read("lanes, as `x16`", |w| w.strip_prefix('x')?.parse().ok())?;
                 (KOp::Splat { lanes }, vec![self.value()?])
@@ -389,11 +435,7 @@ impl<'t> Parser<'t> {
                 let (dtype, lanes) = self.read("a type, as `f32x16`", vector)?;
                 (KOp::Load { dtype, lanes }, self.element()?.to_vec())
             }
-            "store" => {
-                let [pointer, index] = self.element()?;
-                self.punct(",")?;
-                (KOp::Store, vec![pointer, index, self.value()?])
-            }
+            "store" => (KOp::Store, self.element_and_value()?),
             _ => return Err(ParseError::Syntax { line, found: name.to_owned(), expected: "an op" }),
         })
     }
@@ -420,6 +462,13 @@ impl<'t> Parser<'t> {
         let index = self.value()?;
         self.punct("]")?;
         Ok([pointer, index])
+    }
+
+    /// `%pointer[%index], %value`.
+    fn element_and_value(&mut self) -> Parsed<Vec<Val>> {
+        let [pointer, index] = self.element()?;
+        self.punct(",")?;
+        Ok(vec![pointer, index, self.value()?])
     }
 
     fn for_loop(&mut self, names: &[(&'t str, usize)], line: usize) -> Parsed<Stmt> {

@@ -21,11 +21,13 @@ pub fn kernel(kernel: &Kernel) -> String {
     let params =
         kernel.params.iter().map(|p| format!("%{}: {}ptr<global>", p.name, if p.written { "mut " } else { "" }));
     let params = params.collect::<Vec<_>>().join(", ");
-    put(&mut out, format_args!("kernel @{}({params}) grid = {} {{\n", kernel.name, kernel.grid));
+    let threads = if kernel.is_block() { format!(" threads = {}", kernel.threads) } else { String::new() };
+    put(&mut out, format_args!("kernel @{}({params}) grid = {}{threads} {{\n", kernel.name, kernel.grid));
     region(&mut out, &kernel.body, &names, 1);
     out.push('}');
     if let Some(tail) = &kernel.tail {
-        out.push_str(" tail {\n");
+        let grid = if kernel.is_block() { format!("grid = {} ", kernel.tail_grid) } else { String::new() };
+        put(&mut out, format_args!(" tail {grid}{{\n"));
         region(&mut out, tail, &names, 1);
         out.push('}');
     }
@@ -192,15 +194,21 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
     let arg = |i: usize| s.args.get(i).map_or_else(|| "%?".to_owned(), |&v| names.get(v));
     match s.op {
         KOp::Const { dtype, bits } => put(out, format_args!(" {dtype} {}", constant(dtype, bits))),
-        KOp::Alloc { dtype, elems } => put(out, format_args!(" {dtype} {elems}")),
+        KOp::Alloc { dtype, elems } | KOp::Shared { dtype, elems } | KOp::Partials { dtype, elems } => {
+            put(out, format_args!(" {dtype} {elems}"))
+        }
         KOp::Splat { lanes } => put(out, format_args!(" x{lanes} {}", arg(0))),
         KOp::Extract { lane } => put(out, format_args!(" {}[{lane}]", arg(0))),
         KOp::Cmp { pred } => put(out, format_args!(" {} {}", pred.name(), names.list(&s.args))),
-        KOp::Bitcast { dtype } => put(out, format_args!(" {dtype} {}", arg(0))),
+        KOp::Bitcast { dtype } | KOp::Pack { dtype } | KOp::HalfFma { dtype } | KOp::Mma { dtype } => {
+            put(out, format_args!(" {dtype} {}", names.list(&s.args)));
+        }
+        KOp::ShuffleXor { mask } => put(out, format_args!(" {} {mask}", arg(0))),
         KOp::Load { dtype, lanes } => {
             put(out, format_args!(" {} {}[{}]", super::KType::vector(dtype, lanes), arg(0), arg(1)));
         }
-        KOp::Store => put(out, format_args!(" {}[{}], {}", arg(0), arg(1), arg(2))),
+        KOp::Store | KOp::AtomicAdd | KOp::Prefetch => put(out, format_args!(" {}[{}], {}", arg(0), arg(1), arg(2))),
+        KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release => {}
         KOp::For => for_head(out, s, names, &arg),
         _ => put(out, format_args!(" {}", names.list(&s.args))),
     }

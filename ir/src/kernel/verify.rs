@@ -90,6 +90,9 @@ pub enum Broken {
     /// An allocation in a loop or a condition.
     #[error("scratch is allocated inside a region, expected at the top level")]
     NestedAlloc,
+    /// An op that tasks of so many threads do not have: scratch is a single thread's, what a block does together needs several.
+    #[error("not in a kernel whose tasks have {0} threads")]
+    Threads(u32),
     /// A store through a parameter that is not marked as written.
     #[error("stores through parameter `{0}`, which is not marked `mut`")]
     ReadOnly(String),

@@ -7,4 +7,5 @@ pub mod experts;
 pub mod layout;
 pub mod math;
 pub mod norm;
+pub mod sample;
 pub mod step;

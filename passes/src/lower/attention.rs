@@ -20,19 +20,23 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// Where the keys and values of a layer lie.
 #[derive(Clone, Copy)]
-struct Pages {
+pub(super) struct Pages {
     kv: Port,
     table: Port,
     positions: Port,
-    cu_seqlens: Port,
+    /// Where the tokens of sequences begin.
+    pub cu_seqlens: Port,
     slot: Port,
-    heads: u64,
-    width: u64,
-    page_tokens: u64,
+    /// Heads of keys and values.
+    pub heads: u64,
+    /// Elements of a head.
+    pub width: u64,
+    /// Positions of a page.
+    pub page_tokens: u64,
 }
 
 impl Pages {
-    fn ports(site: &Site<'_>, ports: &mut Ports, written: bool) -> Self {
+    pub(super) fn ports(site: &Site<'_>, ports: &mut Ports, written: bool) -> Self {
         let kv = site.named("kv");
         let dims = &site.state(kv).dims;
         Self {
@@ -59,18 +63,20 @@ impl Pages {
         })[0]
     }
 
-    fn slot(&self, k: &mut KernelBuilder, b: Val) -> Val {
+    /// The slot of sequence `b`; negative for padding.
+    pub(super) fn slot(&self, k: &mut KernelBuilder, b: Val) -> Val {
         let slot = k.param(self.slot);
         k.load_index(slot, b)
     }
 
-    fn position(&self, k: &mut KernelBuilder, t: Val) -> Val {
+    /// The position of token `t`.
+    pub(super) fn position(&self, k: &mut KernelBuilder, t: Val) -> Val {
         let positions = k.param(self.positions);
         k.load_index(positions, t)
     }
 
     /// Pointers to the keys and values of one kv head in page number `page` of sequence `b`.
-    fn block(&self, k: &mut KernelBuilder, b: Val, page: Val, head: Val) -> (Val, Val) {
+    pub(super) fn block(&self, k: &mut KernelBuilder, b: Val, page: Val, head: Val) -> (Val, Val) {
         let (table, kv, pages) = (k.param(self.table), k.param(self.kv), k.dim(Sym::P));
         let row = k.mul(b, pages);
         let at = k.add(row, page);

@@ -26,13 +26,19 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// One of q, k, v: its projection, its convolution and its window.
 #[derive(Clone, Copy)]
-struct Stream {
-    x: Port,
-    w: Port,
-    conv: Port,
-    heads: u64,
-    width: u64,
-    taps: u64,
+pub(super) struct Stream {
+    /// The projection.
+    pub x: Port,
+    /// Taps of the convolution, the oldest first.
+    pub w: Port,
+    /// Its window.
+    pub conv: Port,
+    /// Heads.
+    pub heads: u64,
+    /// Elements of a head.
+    pub width: u64,
+    /// Tokens that a convolution sees.
+    pub taps: u64,
 }
 
 impl Stream {
@@ -48,12 +54,13 @@ impl Stream {
         }
     }
 
-    fn row(&self) -> u64 {
+    /// Elements from one token to the next.
+    pub(super) fn row(&self) -> u64 {
         self.heads * pad(self.width)
     }
 
     /// Pointer to the oldest row of head `head`'s window in slot `slot`; rows are `row()` elements apart.
-    fn window(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
+    pub(super) fn window(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
         let base = k.param(self.conv);
         let slot = row_ptr(k, base, slot, (self.taps - 1 + TENTATIVE_TOKENS) * self.row());
         row_ptr(k, slot, head, pad(self.width))
@@ -116,18 +123,18 @@ impl Stream {
 }
 
 /// Everything the kernel is connected to.
-struct Mixer {
-    q: Stream,
-    k: Stream,
-    v: Stream,
+pub(super) struct Mixer {
+    pub q: Stream,
+    pub k: Stream,
+    pub v: Stream,
     gates: [Port; 4],
-    z: Port,
-    norm: Port,
+    pub z: Port,
+    pub norm: Port,
     delta: Port,
     out: Port,
-    eps: f32,
-    scale: f32,
-    norm_eps: f32,
+    pub eps: f32,
+    pub scale: f32,
+    pub norm_eps: f32,
     vector_bits: u32,
     /// The type of the delta state: where its matrix and its kept updates lie.
     state: StateType,
@@ -137,22 +144,7 @@ struct Mixer {
 pub fn lower_gated_delta_net(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedDeltaNet);
     let mut ports = Ports::default();
-    let read = |ports: &mut Ports, name: &str| ports.read(name, site.named(name));
-    let mixer = Mixer {
-        q: Stream::ports(site, &mut ports, ["q", "w_q", "conv_q"]),
-        k: Stream::ports(site, &mut ports, ["k", "w_k", "conv_k"]),
-        v: Stream::ports(site, &mut ports, ["v", "w_v", "conv_v"]),
-        gates: ["a", "b", "a_log", "dt_bias"].map(|n| read(&mut ports, n)),
-        z: read(&mut ports, "z"),
-        norm: read(&mut ports, "norm"),
-        delta: ports.write("delta", site.named("delta")),
-        out: ports.write("out", site.result(0)),
-        eps: site.float("eps"),
-        scale: site.float("scale"),
-        norm_eps: site.float("norm_eps"),
-        vector_bits: site.target.vector_bits,
-        state: site.state(site.named("delta")).clone(),
-    };
+    let mixer = Mixer::ports(site, &mut ports);
     let sequences = SequencePorts::new(&mut ports);
     let heads = mixer.q.heads;
     let mut k = ports.builder(site, Extent::from(Sym::B) * heads.into());
@@ -199,7 +191,8 @@ pub struct Run {
     pub replay: Val,
     /// Whether its tokens are kept instead of done.
     pub tentative: Val,
-    positions: Port,
+    /// Where positions of tokens are.
+    pub positions: Port,
 }
 
 impl SequencePorts {
@@ -293,12 +286,32 @@ impl Block<'_> {
 }
 
 impl Mixer {
-    fn shared_heads(&self) -> u64 {
+    pub(super) fn ports(site: &Site<'_>, ports: &mut Ports) -> Self {
+        let read = |ports: &mut Ports, name: &str| ports.read(name, site.named(name));
+        Self {
+            q: Stream::ports(site, ports, ["q", "w_q", "conv_q"]),
+            k: Stream::ports(site, ports, ["k", "w_k", "conv_k"]),
+            v: Stream::ports(site, ports, ["v", "w_v", "conv_v"]),
+            gates: ["a", "b", "a_log", "dt_bias"].map(|n| read(ports, n)),
+            z: read(ports, "z"),
+            norm: read(ports, "norm"),
+            delta: ports.write("delta", site.named("delta")),
+            out: ports.write("out", site.result(0)),
+            eps: site.float("eps"),
+            scale: site.float("scale"),
+            norm_eps: site.float("norm_eps"),
+            vector_bits: site.target.vector_bits,
+            state: site.state(site.named("delta")).clone(),
+        }
+    }
+
+    /// Value heads that share a key head.
+    pub(super) fn shared_heads(&self) -> u64 {
         self.v.heads / self.q.heads
     }
 
     /// Value head number `i` of those that share key head `head`.
-    fn value_head(&self, k: &mut KernelBuilder, head: Val, i: Val) -> Val {
+    pub(super) fn value_head(&self, k: &mut KernelBuilder, head: Val, i: Val) -> Val {
         let base = k.mul_const(head, self.shared_heads());
         k.add(base, i)
     }
@@ -307,7 +320,8 @@ impl Mixer {
         self.k.width * pad(self.v.width)
     }
 
-    fn state(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
+    /// Pointer to one head's state.
+    pub(super) fn state(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
         let elems = self.state.delta_head_elems();
         let base = k.param(self.delta);
         let slot = row_ptr(k, base, slot, self.v.heads * elems);
@@ -315,7 +329,7 @@ impl Mixer {
     }
 
     /// Pointers to `k`, `d` and `α` of kept token `i`.
-    fn update(&self, k: &mut KernelBuilder, state: Val, i: Val) -> [Val; 3] {
+    pub(super) fn update(&self, k: &mut KernelBuilder, state: Val, i: Val) -> [Val; 3] {
         let at = k.mul_const(i, self.state.delta_update_elems());
         let at = k.add_const(at, self.matrix_elems());
         let one = row_ptr(k, state, at, 1);
@@ -428,7 +442,7 @@ impl Mixer {
     }
 
     /// `(α, β)` of one token and value head.
-    fn gate(&self, k: &mut KernelBuilder, t: Val, head: Val) -> (Val, Val) {
+    pub(super) fn gate(&self, k: &mut KernelBuilder, t: Val, head: Val) -> (Val, Val) {
         let [a, b, a_log, dt_bias] = self.gates.map(|p| k.param(p));
         let (a, b) = (row_ptr(k, a, t, pad(self.v.heads)), row_ptr(k, b, t, pad(self.v.heads)));
         let [a, b, a_log, dt_bias] = [a, b, a_log, dt_bias].map(|p| k.load_f32(p, head));
@@ -570,7 +584,8 @@ impl Mixer {
         });
     }
 
-    fn out_row(&self, k: &mut KernelBuilder, t: Val, head: Val) -> Val {
+    /// Pointer to the output of one head of one token.
+    pub(super) fn out_row(&self, k: &mut KernelBuilder, t: Val, head: Val) -> Val {
         let out = k.param(self.out);
         let out = row_ptr(k, out, t, self.v.row());
         row_ptr(k, out, head, pad(self.v.width))

@@ -1,6 +1,6 @@
 //! `elementwise`: rows in, rows out: embedding rows, gathered rows, sums and norms of a row, and chains of elementwise ops.
 //!
-//! task     one row
+//! task     one row, by one thread or a block of them
 //! traffic  each operand and result once: bound by memory
 
 use std::collections::HashMap;
@@ -9,10 +9,11 @@ use nextc_ir::graph::{NodeId, Value};
 use nextc_ir::kernel::{KernelBuilder, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, pad, padded_elems};
-use nextc_ir::{Op, Type};
+use nextc_ir::{DType, Op, Type};
 
 use super::LowerError;
 use super::delta_rule::dot_rows;
+use super::gpu;
 use super::matmul::{Lanes, Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
 use super::ports::{Lowered, Port, Ports, Site, describe};
 
@@ -149,6 +150,9 @@ pub fn lower_chain(site: &Site<'_>, nodes: &[NodeId]) -> Result<Lowered, LowerEr
     chain.declare_inputs();
     let outs = chain.declare_outputs();
     let mut k = chain.ports.builder(site, Extent::from(sym));
+    if site.target.gpu.is_some() {
+        gpu::rows::begin_row(&mut k);
+    }
     chain.emit(&mut k, &outs)?;
     let kernel = k.finish();
     Ok(chain.ports.finish(kernel))
@@ -187,24 +191,49 @@ impl Chain<'_> {
         let scales = self.row_scales(k, row);
         let last = pad(*self.inner.last().unwrap_or(&1));
         let mut failure = None;
-        k.for_range(stride / last, 1, |k, outer| {
-            k.for_range(last, LANES, |k, c| {
-                let mut values = HashMap::new();
-                for &node in self.nodes {
-                    match self.value(k, (row, outer, c), node, &values, &scales) {
-                        Ok(v) => values.insert(node, v),
-                        Err(e) => return failure = Some(e),
-                    };
-                }
-                for &(node, port) in outs {
-                    let base = k.param(port);
-                    let base = row_ptr(k, base, row, stride);
-                    let base = row_ptr(k, base, outer, last);
-                    k.store(base, c, values[&node]);
-                }
-            });
-        });
+        let vector = |k: &mut KernelBuilder, outer: Val, c: Val| {
+            let mut values = HashMap::new();
+            for &node in self.nodes {
+                match self.value(k, (row, outer, c), node, &values, &scales) {
+                    Ok(v) => values.insert(node, v),
+                    Err(e) => return failure = Some(e),
+                };
+            }
+            for &(node, port) in outs {
+                let base = k.param(port);
+                let base = row_ptr(k, base, row, stride);
+                let base = row_ptr(k, base, outer, last);
+                k.store(base, c, values[&node]);
+            }
+        };
+        self.each_vector(k, stride, last, vector);
         failure.map_or(Ok(()), Err)
+    }
+
+    /// Runs `body(outer, column)` for every vector of a row: in order, or shared by the threads of a block.
+    fn each_vector(
+        &self,
+        k: &mut KernelBuilder,
+        stride: u64,
+        last: u64,
+        mut body: impl FnMut(&mut KernelBuilder, Val, Val),
+    ) {
+        match self.site.target.gpu {
+            None => k.for_range(stride / last, 1, |k, outer| k.for_range(last, LANES, |k, c| body(k, outer, c))),
+            Some(_) => gpu::rows::each_four(k, stride, |k, at| {
+                let (outer, c) = (k.div_const(at, last), k.rem_const(at, last));
+                body(k, outer, c);
+            }),
+        }
+    }
+
+    /// Elements of a vector.
+    const fn lanes(&self) -> u32 {
+        if self.site.target.gpu.is_some() { 4 } else { LANES as u32 }
+    }
+
+    fn vector(&self, k: &mut KernelBuilder, base: Val, column: Val) -> Val {
+        k.load(DType::F32, self.lanes(), base, column)
     }
 
     /// `rms_scale` of each `rms_norm_ssq` in the group, once a row.
@@ -218,7 +247,7 @@ impl Chain<'_> {
                 let ssq = row_ptr(k, ssq, row, pad(width.div_ceil(LANES)));
                 let eps = self.site.function.node(node).attrs.float("eps").expect("verified") as f32;
                 let scale = rms_scale(k, ssq, width, eps);
-                (node, k.splat(scale, 16))
+                (node, k.splat(scale, self.lanes()))
             })
             .collect()
     }
@@ -252,11 +281,11 @@ impl Chain<'_> {
             Op::Silu => k.silu(x[0]),
             Op::Softplus => k.softplus(x[0]),
             Op::Scale => {
-                let factor = k.splat_f32(16, n.attrs.float("factor").expect("verified") as f32);
+                let factor = k.splat_f32(self.lanes(), n.attrs.float("factor").expect("verified") as f32);
                 k.fmul(x[0], factor)
             }
             Op::PlusOne => {
-                let one = k.splat_f32(16, 1.0);
+                let one = k.splat_f32(self.lanes(), 1.0);
                 k.fadd(x[0], one)
             }
             Op::Swiglu => {
@@ -271,7 +300,7 @@ impl Chain<'_> {
                 k.fneg(product)
             }
             Op::RmsNormSsq => {
-                let one = k.splat_f32(16, 1.0);
+                let one = k.splat_f32(self.lanes(), 1.0);
                 let gain = k.fadd(x[1], one);
                 let scaled = k.fmul(x[0], scales[&node]);
                 k.fmul(scaled, gain)
@@ -295,17 +324,17 @@ impl Chain<'_> {
         match self.reach(&dims).ok_or_else(|| self.unreachable(v))? {
             Reach::All => {
                 let base = row_ptr(k, base, outer, pad(*self.inner.last().unwrap_or(&1)));
-                Ok(k.load_f32x16(base, c))
+                Ok(self.vector(k, base, c))
             }
-            Reach::Inner => Ok(k.load_f32x16(base, c)),
+            Reach::Inner => Ok(self.vector(k, base, c)),
             Reach::Outer => {
                 let base = row_ptr(k, base, outer, LANES);
                 let x = k.load_f32(base, zero);
-                Ok(k.splat(x, 16))
+                Ok(k.splat(x, self.lanes()))
             }
             Reach::Row => {
                 let x = k.load_f32(base, zero);
-                Ok(k.splat(x, 16))
+                Ok(k.splat(x, self.lanes()))
             }
         }
     }

@@ -22,25 +22,26 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// The layout of `dispatch`'s table for a number of experts.
 #[derive(Clone, Copy)]
-struct Table {
-    experts: u64,
+pub struct Table {
+    /// How many experts there are.
+    pub experts: u64,
 }
 
 impl Table {
     /// `(begin, end)` of the run of expert `e` in `order`.
-    fn run(self, k: &mut KernelBuilder, table: Val, e: Val) -> (Val, Val) {
+    pub fn run(self, k: &mut KernelBuilder, table: Val, e: Val) -> (Val, Val) {
         let next = k.add_const(e, 1);
         (k.load_index(table, e), k.load_index(table, next))
     }
 
     /// How many experts were chosen by anybody.
-    fn count(self, k: &mut KernelBuilder, table: Val) -> Val {
+    pub fn count(self, k: &mut KernelBuilder, table: Val) -> Val {
         let at = k.index(self.experts + 1);
         k.load_index(table, at)
     }
 
     /// The expert at place `i` among the chosen ones.
-    fn active(self, k: &mut KernelBuilder, table: Val, i: Val) -> Val {
+    pub fn active(self, k: &mut KernelBuilder, table: Val, i: Val) -> Val {
         let at = k.add_const(i, self.experts + 2);
         k.load_index(table, at)
     }

@@ -37,7 +37,7 @@ impl Matrix {
     pub fn of(site: &Site<'_>, weight: Value, in_rank: usize) -> Self {
         let w = site.weight(weight);
         let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
-        Self { planes: Planes::new(Layout::Tile16, w.format, out_dims, in_dims) }
+        Self { planes: Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims) }
     }
 
     /// Its row tiles.
@@ -318,6 +318,14 @@ impl Normed {
 }
 
 impl Rows {
+    /// The tensor that they are read from.
+    pub const fn source(&self) -> Port {
+        match self {
+            Self::Plain { x, .. } => *x,
+            Self::Normed(n) => n.x,
+        }
+    }
+
     /// Elements of a row as stored.
     pub fn stride(&self) -> u64 {
         match self {
@@ -567,8 +575,8 @@ impl Residual {
 
     /// `out = residual + value`, and the tile's sum of squares; the last tile fills the padding of the sums with zeros.
     pub fn store(&self, k: &mut KernelBuilder, tile: Val, row: Val, value: Val) {
-        let (stride, parts) = (pad(self.width), self.width.div_ceil(LANES));
-        let (residual, out, ssq) = (k.param(self.residual), k.param(self.out), k.param(self.ssq));
+        let stride = pad(self.width);
+        let (residual, out) = (k.param(self.residual), k.param(self.out));
         let column = k.mul_const(tile, LANES);
         let from = row_ptr(k, residual, row, stride);
         let old = k.load_f32x16(from, column);
@@ -576,6 +584,22 @@ impl Residual {
         store_tile(k, out, stride, tile, row, new);
         let square = k.fmul(new, new);
         let sum = k.reduce_add(square);
+        self.store_sum(k, tile, row, sum);
+    }
+
+    /// `out[row][column] = residual[row][column] + value`; gives the new value.
+    pub fn add_one(&self, k: &mut KernelBuilder, row: Val, column: Val, value: Val) -> Val {
+        let (residual, out) = (k.param(self.residual), k.param(self.out));
+        let [residual, out] = [residual, out].map(|p| row_ptr(k, p, row, pad(self.width)));
+        let old = k.load_f32(residual, column);
+        let new = k.fadd(old, value);
+        k.store(out, column, new);
+        new
+    }
+
+    /// The sum of squares of a tile of a row; the last tile fills the padding of the sums with zeros.
+    pub fn store_sum(&self, k: &mut KernelBuilder, tile: Val, row: Val, sum: Val) {
+        let (parts, ssq) = (self.width.div_ceil(LANES), k.param(self.ssq));
         let ssq_row = row_ptr(k, ssq, row, pad(parts));
         k.store(ssq_row, tile, sum);
         if !parts.is_multiple_of(LANES) {

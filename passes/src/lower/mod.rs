@@ -1,6 +1,6 @@
 //! Graph IR to kernel IR: one kernel for each kernel that `partition` drew, and the schedule of the entry points.
 //!
-//! A skeleton is a file: [`matmul`], [`experts`], [`delta_rule`], [`attention`], [`elementwise`]. Each gives a kernel and says what its
+//! A skeleton is a file: [`matmul`], [`experts`], [`delta_rule`], [`attention`], [`elementwise`], [`sample`], [`choose`]. Each gives a kernel and says what its
 //! parameters are bound to in the function it came from ([`ports`]); this module resolves the bindings of every call to
 //! places: weights, states, inputs and the arena.
 //!
@@ -8,19 +8,24 @@
 //! weights are zero), so no kernel has a tail in lanes.
 
 pub mod attention;
+pub mod choose;
 pub mod delta_rule;
 pub mod elementwise;
 pub mod experts;
+pub mod gpu;
 pub mod matmul;
 pub mod ports;
+pub mod sample;
 
 use std::collections::HashMap;
 
 use nextc_ir::graph::{Function, NodeId, Placement, Value};
 use nextc_ir::kernel::Kernel;
 use nextc_ir::op::Class;
-use nextc_ir::schedule::{ArenaPlan, Arg, Input, KernelModule, Launch, Output, PackedWeight, Program, StateDecl};
-use nextc_ir::shape::{Dim, padded_elems};
+use nextc_ir::schedule::{
+    ArenaPlan, Arg, ENTRIES, Entry, Input, KernelModule, Launch, Output, PackedWeight, Program, StateDecl,
+};
+use nextc_ir::shape::{Dim, Sym, padded_elems};
 use nextc_ir::{Module, Op, Target, Type};
 
 use ports::{Bind, Lowered, Site};
@@ -48,9 +53,6 @@ pub enum LowerError {
     },
 }
 
-/// Entry points, in the order of the programs.
-const ENTRIES: [&str; 2] = ["step", "draft"];
-
 /// Lowers every function and lays out the schedule of each entry point.
 /// # Errors
 /// [`LowerError`] if an op has no skeleton, or if the passes before it did not run.
@@ -59,22 +61,29 @@ pub fn lower(module: &Module, target: &Target) -> Result<KernelModule, LowerErro
         info: module.info.clone(),
         kernels: Vec::new(),
         programs: Vec::new(),
-        weights: packed_weights(module),
+        weights: packed_weights(module, target),
         states: Vec::new(),
         arena: ArenaPlan::default(),
         page_tokens: target.page_tokens,
     };
     let mut functions = HashMap::new();
-    for f in module.functions.iter().filter(|f| !ENTRIES.contains(&f.name.as_str())) {
+    for f in module.functions.iter().filter(|f| ENTRIES.iter().all(|e| e.name != f.name)) {
         functions.insert(f.name.as_str(), lower_function(f, target, &mut out.kernels)?);
     }
-    for f in ENTRIES.iter().filter_map(|name| module.function(name)) {
-        let frame = crate::memory::frame(f);
+    for (rules, f) in ENTRIES.iter().filter_map(|e| module.function(e.name).map(|f| (e, f))) {
+        let base = rules.after.and_then(|name| module.function(name)).map(crate::memory::frame).unwrap_or_default();
+        let frame = stack(base, crate::memory::frame(f));
         let callees = callees(module, f)?;
         let inner = callees.iter().map(|c| crate::memory::frame(c)).fold(ArenaPlan::default(), larger);
-        out.arena = larger(out.arena, stack(frame, inner));
-        let program = Scheduler { module, entry: f, frame, functions: &functions, out: &mut out }.program()?;
+        let used = stack(frame, inner);
+        out.arena = larger(out.arena, used);
+        let scheduler = Scheduler { module, rules, entry: f, base, frame, functions: &functions, out: &mut out };
+        let program = scheduler.program(used.unit_bytes[Sym::R.index()])?;
         out.programs.push(program);
+    }
+    if out.arena.unit_bytes[Sym::P.index()] > 0 {
+        let what = "values of P rows in the arena, whose end would move between a step and what follows it".to_owned();
+        return Err(LowerError::NotReady { function: ENTRIES[0].name.to_owned(), what });
     }
     Ok(out)
 }
@@ -91,6 +100,12 @@ fn stack(a: ArenaPlan, b: ArenaPlan) -> ArenaPlan {
     ArenaPlan { fixed_bytes: a.fixed_bytes + b.fixed_bytes, unit_bytes }
 }
 
+/// A place behind what another frame takes.
+fn shifted(place: Placement, by: &ArenaPlan) -> Placement {
+    let before = place.unit.map_or(by.fixed_bytes, |sym| by.unit_bytes[sym.index()]);
+    Placement { at_bytes: place.at_bytes + before, ..place }
+}
+
 fn callees<'m>(module: &'m Module, f: &Function) -> Result<Vec<&'m Function>, LowerError> {
     let calls = f.order().into_iter().filter(|&n| f.node(n).op == Op::Call);
     calls.map(|n| callee(module, f, n)).collect()
@@ -103,11 +118,11 @@ fn callee<'m>(module: &'m Module, f: &Function, node: NodeId) -> Result<&'m Func
 }
 
 /// The weight table with the layouts that the pass `layout` writes into the types.
-fn packed_weights(module: &Module) -> Vec<PackedWeight> {
+fn packed_weights(module: &Module, target: &Target) -> Vec<PackedWeight> {
     let entry = |(name, decl): (&String, &nextc_ir::graph::WeightDecl)| PackedWeight {
         name: name.clone(),
         decl: decl.clone(),
-        layout: crate::layout::of_decl(decl),
+        layout: crate::layout::of_decl(decl, target),
     };
     module.weights.iter().map(entry).collect()
 }
@@ -149,6 +164,9 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
     if group.len() > 1 {
         return Err(site.error(format!("{} ops in one kernel that are not all elementwise", group.len())));
     }
+    if let Some(lowered) = site.target.gpu.and_then(|_| gpu::lower(&site)) {
+        return lowered;
+    }
     match site.op() {
         Op::Embed => elementwise::lower_embed(&site),
         Op::GatherRows => elementwise::lower_gather_rows(&site),
@@ -164,6 +182,11 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
         Op::NormRouter => experts::lower_norm_router(&site),
         Op::ExpertsGateUp => experts::lower_experts_gate_up(&site),
         Op::ExpertsDown => experts::lower_experts_down(&site),
+        Op::Argmax => sample::lower_argmax(&site),
+        Op::EditLogits => sample::lower_edit_logits(&site),
+        Op::TokenWeights => sample::lower_token_weights(&site),
+        Op::Choose => choose::lower_choose(&site),
+        Op::Accept => sample::lower_accept(&site),
         _ => Err(site.error("it has no skeleton of its own; `rewrite` should have fused it")),
     }
 }
@@ -171,14 +194,18 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
 /// Resolves what the kernels of an entry point's calls are bound to.
 struct Scheduler<'a> {
     module: &'a Module,
+    rules: &'a Entry,
     entry: &'a Function,
+    /// Where the entry point's own values begin: behind the results that it takes over.
+    base: ArenaPlan,
+    /// Where those of its callees begin.
     frame: ArenaPlan,
     functions: &'a HashMap<&'a str, FunctionKernels>,
     out: &'a mut KernelModule,
 }
 
 impl Scheduler<'_> {
-    fn program(&mut self) -> Result<Program, LowerError> {
+    fn program(mut self, row_bytes: u64) -> Result<Program, LowerError> {
         let mut launches = Vec::new();
         for node in self.entry.order() {
             let n = self.entry.node(node);
@@ -189,7 +216,7 @@ impl Scheduler<'_> {
             }
         }
         let outputs = self.outputs()?;
-        Ok(Program { name: self.entry.name.clone(), launches, outputs })
+        Ok(Program { name: self.entry.name.clone(), launches, outputs, row_bytes })
     }
 
     fn call(&mut self, node: NodeId, launches: &mut Vec<Launch>) -> Result<(), LowerError> {
@@ -228,18 +255,11 @@ impl Scheduler<'_> {
             return self.caller_arg(call, callee, v);
         }
         if let Some(i) = callee.results.iter().position(|&r| r == v) {
-            let place = self.entry.node(call).placement[i];
-            return place
-                .map(Arg::Arena)
-                .ok_or_else(|| self.not_ready(format!("a result of @{} without a place", callee.name)));
+            return self.entry_value(Value { node: call, result: i as u32 });
         }
         let place = callee.node(v.node).placement[v.result as usize];
         let place = place.ok_or_else(|| self.not_ready(format!("a value of @{} without a place", callee.name)))?;
-        let base = match place.unit {
-            Some(sym) => self.frame.unit_bytes[sym.index()],
-            None => self.frame.fixed_bytes,
-        };
-        Ok(Arg::Arena(Placement { at_bytes: place.at_bytes + base, ..place }))
+        Ok(Arg::Arena(shifted(place, &self.frame)))
     }
 
     fn caller_arg(&mut self, call: NodeId, callee: &Function, param: Value) -> Result<Arg, LowerError> {
@@ -262,15 +282,24 @@ impl Scheduler<'_> {
             }
             (_, Op::Param) => {
                 let name = node.name.as_deref().unwrap_or_default();
+                if let Some(place) = self.taken_over(name) {
+                    return Ok(Arg::Arena(place));
+                }
                 let input = Input::ALL.into_iter().find(|i| i.name() == name);
                 input.map(Arg::Input).ok_or_else(|| self.not_ready(format!("`{name}` is no input of a step")))
             }
             (_, Op::Call) => {
-                let place = node.placement[v.result as usize];
+                let place = node.placement[v.result as usize].map(|place| shifted(place, &self.base));
                 place.map(Arg::Arena).ok_or_else(|| self.not_ready("a call's result without a place".to_owned()))
             }
             (ty, op) => Err(self.not_ready(format!("a value {ty} of `{op}`"))),
         }
+    }
+
+    /// Where the result called `name` of the entry point before this one lies.
+    fn taken_over(&self, name: &str) -> Option<Placement> {
+        let before = self.out.programs.iter().find(|p| Some(p.name.as_str()) == self.rules.after)?;
+        before.outputs.iter().find(|o| o.name == name).map(|o| o.at)
     }
 
     /// The entry of the state table for a version of a state: the parameter that it goes back to.
@@ -304,7 +333,8 @@ impl Scheduler<'_> {
             let Arg::Arena(at) = self.entry_value(v)? else {
                 return Err(self.not_ready(format!("result {i} is not in the arena")));
             };
-            let name = if outputs.is_empty() { "logits" } else { "hidden" }.to_owned();
+            let name = self.rules.results.get(outputs.len()).copied();
+            let name = name.ok_or_else(|| self.not_ready(format!("result {i}, which has no name")))?.to_owned();
             outputs.push(Output { name, at, rows: *rows, width: inner.iter().product(), stride: padded_elems(&inner) });
         }
         Ok(outputs)

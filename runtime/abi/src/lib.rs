@@ -12,18 +12,20 @@
 pub mod footer;
 pub mod hash;
 pub mod metadata;
+pub mod sampling;
 pub mod weights;
 
 pub use footer::{Footer, FooterError, Section, SectionKind};
 pub use hash::{Hash, from_hex, to_hex};
 pub use metadata::{
-    Arena, Arg, Asset, Cost, Extent, Input, Kernel, Launch, Metadata, Model, Output, Placement, Program, Scaled, State,
-    StateKind, Sym, Target, Weight, WeightTable, WeightsPlace,
+    Arena, Arg, Asset, Cost, Extent, Holds, Input, Kernel, Launch, Metadata, Model, Number, Output, Part, Placement,
+    Program, State, StateKind, Sym, Target, Weight, WeightTable, WeightsPlace,
 };
+pub use sampling::{Choice, Factor};
 pub use weights::{WeightsHeader, WeightsHeaderError};
 
 /// Version of everything in this crate; footer, metadata and weights header carry it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Alignment of sections, so that they can be mapped.
 pub const PAGE_BYTES: u64 = 4096;

@@ -22,7 +22,7 @@ pub struct Metadata {
     pub target: Target,
     /// The kernels.
     pub kernels: Vec<Kernel>,
-    /// The entry points: `step`, and `draft` where the model has MTP.
+    /// The entry points: `step` and `sample`, and `draft` and `verify` where the model has MTP.
     pub programs: Vec<Program>,
     /// The weights.
     pub weights: WeightTable,
@@ -74,12 +74,17 @@ pub struct Model {
     pub mtp: bool,
 }
 
+/// [`Target::arch`] of CPUs.
+pub const X86_64: &str = "x86_64";
+/// [`Target::arch`] of NVIDIA GPUs.
+pub const NVPTX64: &str = "nvptx64";
+
 /// The machine that the code was made for.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Target {
-    /// Architecture: `x86_64`.
+    /// Architecture: [`X86_64`] or [`NVPTX64`].
     pub arch: String,
-    /// The CPU as named on the compiler's command line.
+    /// The CPU or GPU as named on the compiler's command line.
     pub cpu: String,
     /// Instruction-set features that the code uses, in LLVM's spelling.
     pub features: Vec<String>,
@@ -92,16 +97,26 @@ pub struct Kernel {
     pub name: String,
     /// What was fused into it.
     pub doc: String,
-    /// Offset of its code in the image.
+    /// Offset of its code in the image. For a GPU that is the text of its PTX, up to a NUL; kernel `i` is the entry function `nextc_kernel_{i}`.
     pub entry: u64,
-    /// Offset of its tail's code, if it has one.
+    /// Offset of its tail's code, if it has one; for a GPU the same text, with the entry function `nextc_tail_{i}`.
     pub tail: Option<u64>,
-    /// Bytes of scratch that a thread needs.
+    /// Bytes of scratch that a thread needs (on a GPU: a task).
     pub scratch_bytes: u64,
+    /// Threads of a task: 1, or those of a block of a GPU.
+    pub threads: u32,
+    /// Bytes of memory that the threads of a block share.
+    pub shared_bytes: u64,
+    /// True if every thread waits for the launch before this one, so that this one may begin while that one still runs.
+    pub waits: bool,
+    /// The same of its tail.
+    pub tail_waits: bool,
     /// Number of parameters, without the dimensions.
     pub params: u32,
     /// Number of tasks.
     pub grid: Extent,
+    /// Number of tasks of its tail: more than 1 only on a GPU, where scratch of the kernel's tasks is the tail's as a whole.
+    pub tail_grid: Extent,
 }
 
 /// A dimension that only a step knows.
@@ -148,7 +163,7 @@ impl Extent {
     }
 }
 
-/// An input of a step. All are `i32` but `Hidden`.
+/// An input of a step. All are `i32` but `Hidden`, `Factors` and `EditBiases`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Input {
     /// `tokens[T]`.
@@ -169,6 +184,16 @@ pub enum Input {
     LogitRows,
     /// `hidden[T, hidden_size]`, f32, rows padded to 16.
     Hidden,
+    /// `factors[R, 6]`, f32, rows padded to 16: [`crate::Factor`].
+    Factors,
+    /// `choices[R, 9]`, rows padded to 16: [`crate::Choice`].
+    Choices,
+    /// `edit_tokens[P]`: tokens whose logits are changed, of all rows.
+    EditTokens,
+    /// `edit_counts[P]`: how often the output has each, -1 if the prompt has it not either.
+    EditCounts,
+    /// `edit_biases[P]`, f32: what is added to each one's logit.
+    EditBiases,
 }
 
 /// A place in the arena: `at_bytes` a unit of `unit`, inside the region of that unit; a fixed place if there is none.
@@ -204,18 +229,18 @@ pub struct Launch {
     pub label: String,
 }
 
-/// A result of an entry point: `rows` rows of `width` floats, `stride` floats apart.
+/// A result of an entry point: `rows` rows of `width` numbers of 4 bytes, `stride` apart: floats, or i32 for tokens and counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
-    /// Its name: `logits`, `hidden`.
+    /// Its name: `logits`, `hidden`, `best`; `tokens`, `accepted`.
     pub name: String,
     /// Where it lies.
     pub at: Placement,
     /// How many rows it has.
     pub rows: Sym,
-    /// Floats of one row.
+    /// Numbers of one row.
     pub width: u64,
-    /// Floats from one row to the next.
+    /// Numbers from one row to the next.
     pub stride: u64,
 }
 
@@ -228,6 +253,8 @@ pub struct Program {
     pub launches: Vec<Launch>,
     /// What it gives.
     pub outputs: Vec<Output>,
+    /// Bytes a row of logits that it uses of the arena's last region; other programs may use more.
+    pub row_bytes: u64,
     /// What one step costs.
     pub cost: Cost,
 }
@@ -304,41 +331,65 @@ pub struct Weight {
     pub shape: Vec<u64>,
     /// How many of the innermost dimensions are inputs.
     pub in_rank: u64,
-    /// How its numbers are stored: `bf16`, `f32`, `q4<g32>`.
+    /// How its numbers are stored: `bf16`, `f16`, `f32`.
     pub format: String,
-    /// Of a scaled format, what codes and scales there are.
-    pub scaled: Option<Scaled>,
     /// Where its elements lie: `tile16`, `flat`.
     pub layout: String,
     /// Offset from the beginning of the weights; a multiple of 64.
     pub offset: u64,
     /// Bytes.
     pub bytes: u64,
+    /// What its bytes mean, for weights that are made up.
+    pub parts: Vec<Part>,
     /// Its blocked hash ([`crate::hash::of_blocks`]); empty if there are no weights.
     pub checksum: String,
 }
 
-/// The planes of a weight in a scaled format: `number = (code - zero point) * scale`.
+/// A run of a weight's bytes that mean one thing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Scaled {
-    /// What a code is: `fp8`, `q8`, `q4`.
-    pub code: String,
-    /// Bits of a code.
-    pub bits: u64,
-    /// Rows of a block: 1, or a multiple of 16.
-    pub block_rows: u64,
-    /// Columns of a block.
-    pub block_columns: u64,
-    /// The type of scales and zero points: `f16`, `bf16`, `f32`.
-    pub scale: String,
-    /// True if blocks have zero points.
-    pub zero: bool,
-    /// Where the scales begin in the weight.
-    pub scales_at: u64,
-    /// Bytes of the scales of 16 rows.
-    pub tile_scale_bytes: u64,
-    /// Where the order of the columns begins in the weight, if they have one.
-    pub order_at: Option<u64>,
+pub struct Part {
+    /// Offset from the beginning of the weight.
+    pub at: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// What they are.
+    pub holds: Holds,
+}
+
+/// What bytes of a weight are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Holds {
+    /// Numbers, or codes that have scales.
+    Numbers(Number),
+    /// Scales, and between them zero points where there are any.
+    Scales {
+        /// How they are stored.
+        stored: Number,
+        /// What they scale.
+        codes: Number,
+    },
+    /// For each of so many stored columns the number of the column that it is, i32; for many groups of rows one after the other.
+    Order {
+        /// Columns.
+        columns: u64,
+    },
+}
+
+/// How a number is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Number {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// FP8 (e4m3fn).
+    E4m3,
+    /// A signed byte.
+    I8,
+    /// Four bits: a number from -8 to 7 with 8 added.
+    U4,
 }
 
 /// The kinds of state.
@@ -377,6 +428,12 @@ impl Arena {
     /// Bytes for a step of these dimensions.
     pub fn bytes(&self, dims: &[u64; 4]) -> u64 {
         self.fixed_bytes + self.unit_bytes.iter().zip(dims).map(|(b, n)| b * n).sum::<u64>()
+    }
+
+    /// Bytes that `program` uses of an arena of these dimensions.
+    pub fn bytes_of(&self, program: &Program, dims: &[u64; 4]) -> u64 {
+        let rows = dims[Sym::R as usize];
+        self.bytes(dims) - (self.unit_bytes[Sym::R as usize] - program.row_bytes) * rows
     }
 
     /// Offset of a placement under given dimensions.

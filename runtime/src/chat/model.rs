@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use crate::error::Error;
-use crate::generate::{Forward, ModelError, Sequence};
+use crate::generate::{Forward, ModelError, Run, Sequence};
 use crate::snapshot::Snapshot;
 use crate::state::SequenceId;
 use crate::text::{Lag, Model};
@@ -94,12 +94,20 @@ impl Forward for OneSequence {
         self.model.end(sequence);
     }
 
-    fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+    fn forward(&mut self, runs: &[Run<'_>]) -> Result<Vec<u32>, ModelError> {
         self.model.forward(runs)
     }
 
-    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        self.model.forward_all(sequence, tokens)
+    fn forward_all(&mut self, run: Run<'_>) -> Result<Option<u32>, ModelError> {
+        self.model.forward_all(run)
+    }
+
+    fn keep_logits(&mut self) {
+        self.model.keep_logits();
+    }
+
+    fn logits(&self, row: usize) -> &[f32] {
+        self.model.logits(row)
     }
 
     fn drafter(&mut self) -> Option<&mut dyn crate::generate::Drafter> {

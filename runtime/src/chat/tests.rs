@@ -11,7 +11,7 @@ use super::session::{Answer, Answering, End, MAX_SNAPSHOTS, Prompt, Session, Tur
 use super::{Chat, ChatError, save};
 use crate::generate::decode::Decoder;
 use crate::generate::draft::Planner;
-use crate::generate::{Drafter, Forward, ModelError, Sequence};
+use crate::generate::{Checked, Drafter, Forward, ModelError, Run, Sequence};
 use crate::sample::Sampling;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
@@ -22,13 +22,13 @@ struct Fake {
     fed: Vec<u32>,
     /// Tokens fed since it was made.
     work: usize,
-    logits: Vec<f32>,
+    vocab_size: usize,
     max_context: usize,
     fingerprint: String,
     /// Tokens that follow where the sequence has this length.
     script: (usize, Vec<u32>),
-    /// Tokens that may be taken back, and their logits.
-    tentative: (Vec<u32>, Vec<f32>),
+    /// Tokens that may be taken back.
+    tentative: Vec<u32>,
     /// Fails once, after it has been fed so many tokens.
     fails_after: Option<usize>,
 }
@@ -39,19 +39,34 @@ impl Fake {
             state: 0,
             fed: Vec::new(),
             work: 0,
-            logits: vec![0.0; vocab_size],
+            vocab_size,
             max_context,
             fingerprint: "fake".to_owned(),
             script: (0, Vec::new()),
-            tentative: Default::default(),
+            tentative: Vec::new(),
             fails_after: None,
         }
     }
 
     fn next(&self) -> u32 {
-        let spared = self.logits.len() as u64 - 10;
+        let spared = self.vocab_size as u64 - 10;
         let scripted = self.fed.len().checked_sub(self.script.0).and_then(|i| self.script.1.get(i));
         scripted.copied().unwrap_or((self.state % spared) as u32)
+    }
+
+    /// Takes tokens; gives the next one.
+    fn feed(&mut self, tokens: &[u32]) -> Result<u32, ModelError> {
+        assert!(!tokens.is_empty() && self.fed.len() + tokens.len() <= self.max_context);
+        self.work += tokens.len();
+        for &token in tokens {
+            self.fed.push(token);
+            self.state = mix(self.state, token);
+        }
+        assert_eq!(self.state, Self::hash(&self.fed), "the state is that of the tokens");
+        if self.fails_after.take_if(|most| self.work > *most).is_some() {
+            return Err("no memory".into());
+        }
+        Ok(self.next())
     }
 
     fn hash(tokens: &[u32]) -> u64 {
@@ -69,7 +84,7 @@ impl Forward for Fake {
         self.max_context
     }
     fn vocab_size(&self) -> usize {
-        self.logits.len()
+        self.vocab_size
     }
     fn eos_token_ids(&self) -> Vec<u32> {
         Vec::new()
@@ -78,25 +93,19 @@ impl Forward for Fake {
         Ok(Sequence(0))
     }
     fn end(&mut self, _: Sequence) {}
-    fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
-        let [(Sequence(0), tokens)] = runs else { panic!("one run of the one sequence") };
-        assert!(!tokens.is_empty() && self.fed.len() + tokens.len() <= self.max_context);
-        self.work += tokens.len();
-        for &token in *tokens {
-            self.fed.push(token);
-            self.state = mix(self.state, token);
-        }
-        assert_eq!(self.state, Self::hash(&self.fed), "the state is that of the tokens");
-        if self.fails_after.take_if(|most| self.work > *most).is_some() {
-            return Err("no memory".into());
-        }
-        let next = self.next();
-        self.logits.fill(0.0);
-        self.logits[next as usize] = 9.0;
-        Ok(&self.logits)
+    fn forward(&mut self, runs: &[Run<'_>]) -> Result<Vec<u32>, ModelError> {
+        let [Run { sequence: Sequence(0), tokens, choosing }] = runs else { panic!("one run of the one sequence") };
+        let next = self.feed(tokens)?;
+        Ok(choosing.map(|_| next).into_iter().collect())
     }
-    fn forward_all(&mut self, _: Sequence, _: &[u32]) -> Result<&[f32], ModelError> {
+    fn forward_all(&mut self, _: Run<'_>) -> Result<Option<u32>, ModelError> {
         unreachable!("a chat asks for no logits of its prompt")
+    }
+    fn keep_logits(&mut self) {
+        unreachable!("nor of its answer")
+    }
+    fn logits(&self, _: usize) -> &[f32] {
+        unreachable!("they are not kept")
     }
     fn drafter(&mut self) -> Option<&mut dyn Drafter> {
         Some(self)
@@ -122,18 +131,16 @@ impl Drafter for Fake {
         (self.fed, self.state) = (fed, state);
         Ok(vec![drafts])
     }
-    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError> {
         let (fed, state) = (self.fed.clone(), self.state);
-        let mut rows = Vec::new();
-        for token in runs[0].1 {
-            rows.extend_from_slice(self.forward(&[(Sequence(0), &[*token])])?);
-        }
+        let tokens = runs[0].tokens.iter().map(|&token| self.feed(&[token])).collect::<Result<Vec<_>, _>>()?;
         (self.fed, self.state) = (fed, state);
-        self.tentative = (runs[0].1.to_vec(), rows);
-        Ok(&self.tentative.1)
+        self.tentative = runs[0].tokens.to_vec();
+        let accepted = tokens.iter().zip(&self.tentative[1..]).take_while(|(chosen, draft)| chosen == draft).count();
+        Ok(vec![Checked { tokens, accepted }])
     }
     fn accept(&mut self, _: Sequence, tokens: usize) -> Result<(), ModelError> {
-        for &token in &std::mem::take(&mut self.tentative.0)[..tokens] {
+        for &token in &std::mem::take(&mut self.tentative)[..tokens] {
             self.fed.push(token);
             self.state = mix(self.state, token);
         }

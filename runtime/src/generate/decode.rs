@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use super::draft::Planner;
 use super::requests::Request;
-use super::{Forward, GenerateError, Sequence};
-use crate::sample::History;
+use super::{Checked, Forward, GenerateError, Run, Sequence};
 use crate::sample::logprobs::Logprobs;
+use crate::sample::{Choosing, Edits};
 
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +95,8 @@ pub struct Job<'a> {
     /// Most new tokens, by request and context.
     limit: usize,
     tokens: Vec<u32>,
+    /// What biases and penalties change, by prompt and tokens.
+    edits: Edits,
     finish: Option<Finish>,
     ended_by_token: bool,
     ended_by_watch: bool,
@@ -118,6 +120,7 @@ impl<'a> Job<'a> {
             halt: 0,
             limit: request.max_new_tokens.min(max_context - request.tokens.len()),
             tokens: Vec::new(),
+            edits: Edits::new(&request.sampling, &request.tokens),
             finish: None,
             ended_by_token: false,
             ended_by_watch: false,
@@ -185,6 +188,20 @@ impl<'a> Job<'a> {
         (piece, later.first())
     }
 
+    /// How its next token is chosen.
+    fn choosing(&self) -> Choosing<'_> {
+        let (request, edits) = (self.request, &self.edits);
+        let position = u32::try_from(request.tokens.len() + self.tokens.len()).unwrap_or(u32::MAX);
+        Choosing { sampling: &request.sampling, edits, sequence: request.number, position }
+    }
+
+    /// Its part of a step that feeds it `tokens`, of its prompt or behind it; chooses a token if they end at the newest one.
+    fn run<'r>(&'r self, tokens: &'r [u32]) -> Run<'r> {
+        let ends = !self.is_reading() || self.read + tokens.len() == self.request.tokens.len();
+        let choosing = (ends && self.limit > 0).then(|| self.choosing());
+        Run { sequence: self.sequence, tokens, choosing }
+    }
+
     /// The token that was chosen last, which the model has not been fed.
     fn newest(&self) -> u32 {
         self.tokens[self.tokens.len() - 1]
@@ -222,8 +239,12 @@ pub struct Decoder {
 const ALL_LOGITS_TOKENS: usize = 64;
 
 impl Decoder {
-    /// Has the model keep what drafts need, if there may be any. To be said before sequences are fed.
+    /// Has the model keep what drafts need, if there may be any, and logits, if probabilities are noted. To be said before sequences are
+    /// fed.
     pub fn prepare(&self, model: &mut dyn Forward) {
+        if self.logprobs.is_some() {
+            model.keep_logits();
+        }
         if let Some(drafter) = model.drafter().filter(|_| self.drafts.may_draft()) {
             drafter.prepare();
         }
@@ -256,13 +277,11 @@ impl Decoder {
     ) -> Result<Gained, GenerateError> {
         job.begun.get_or_insert_with(Instant::now);
         let (piece, later) = job.next_piece(self.step_tokens.clamp(1, ALL_LOGITS_TOKENS));
-        let vocab_size = model.vocab_size();
-        let logits = model.forward_all(job.sequence, piece).map_err(GenerateError::Model)?;
-        let next = piece[1..].iter().chain(later);
-        for (row, &token) in logits.chunks_exact(vocab_size).zip(next) {
-            job.prompt_logprobs.push(Logprobs::of(row, token, top));
+        let token = model.forward_all(job.run(piece)).map_err(GenerateError::Model)?;
+        for (row, &token) in piece[1..].iter().chain(later).enumerate() {
+            job.prompt_logprobs.push(Logprobs::of(model.logits(row), token, top));
         }
-        self.read(job, piece.len(), &logits[(piece.len() - 1) * vocab_size..], told)?;
+        self.read(job, piece.len(), token, self.note(model, piece.len() - 1, token), told)?;
         Ok(Gained { prompt: piece.len(), new: 0 })
     }
 
@@ -287,29 +306,44 @@ impl Decoder {
                 parts.push((i, piece));
             }
         }
-        let runs: Vec<_> = parts.iter().map(|&(i, tokens)| (jobs[i].sequence, tokens)).collect();
-        let vocab_size = model.vocab_size();
-        let logits = model.forward(&runs).map_err(GenerateError::Model)?;
+        let runs: Vec<Run<'_>> = parts.iter().map(|&(i, tokens)| jobs[i].run(tokens)).collect();
+        let chooses: Vec<bool> = runs.iter().map(|run| run.choosing.is_some()).collect();
+        let mut chosen = model.forward(&runs).map_err(GenerateError::Model)?.into_iter();
         let mut prompt = 0;
-        for (&(i, tokens), row) in parts.iter().zip(logits.chunks_exact(vocab_size)) {
+        for (row, (&(i, tokens), chooses)) in parts.iter().zip(chooses).enumerate() {
+            let token = if chooses { chosen.next() } else { None };
+            let logprobs = self.note(model, row, token);
             if jobs[i].is_reading() {
                 prompt += tokens.len();
-                self.read(&mut jobs[i], tokens.len(), row, told)?;
+                self.read(&mut jobs[i], tokens.len(), token, logprobs, told)?;
             } else {
-                self.take(&mut jobs[i], row, told)?;
+                self.take(&mut jobs[i], token, logprobs, told)?;
             }
         }
         Ok(Gained { prompt, new: decoding })
     }
 
     /// A job has been fed `piece` tokens of its prompt; after the last of them comes its first new token.
-    fn read(&self, job: &mut Job<'_>, piece: usize, logits: &[f32], told: &mut Told<'_>) -> Result<(), GenerateError> {
+    fn read(
+        &self,
+        job: &mut Job<'_>,
+        piece: usize,
+        token: Option<u32>,
+        logprobs: Option<Logprobs>,
+        told: &mut Told<'_>,
+    ) -> Result<(), GenerateError> {
         job.read += piece;
         if !job.is_reading() {
             job.prompt_read = Some(Instant::now());
-            self.take(job, logits, told)?;
+            self.take(job, token, logprobs, told)?;
         }
         Ok(())
+    }
+
+    /// The probabilities at a row of the last step, if they are wanted.
+    fn note(&self, model: &dyn Forward, row: usize, token: Option<u32>) -> Option<Logprobs> {
+        let (top, token) = self.logprobs.zip(token)?;
+        Logprobs::of(model.logits(row), token, top)
     }
 
     /// A step of sequences past their prompts: each gains one token, or drafts are checked and it gains several. Gives how many in all.
@@ -336,18 +370,17 @@ impl Decoder {
         jobs: &mut [Job<'_>],
         told: &mut Told<'_>,
     ) -> Result<usize, GenerateError> {
-        let vocab_size = model.vocab_size();
         let newest: Vec<u32> = jobs.iter().map(Job::newest).collect();
-        let runs: Vec<_> = jobs.iter().map(|job| job.sequence).zip(newest.chunks(1)).collect();
-        let logits = model.forward(&runs).map_err(GenerateError::Model)?;
-        for (job, row) in jobs.iter_mut().zip(logits.chunks_exact(vocab_size)) {
-            self.take(job, row, told)?;
+        let runs: Vec<Run<'_>> = jobs.iter().zip(newest.chunks(1)).map(|(job, tokens)| job.run(tokens)).collect();
+        let tokens = model.forward(&runs).map_err(GenerateError::Model)?;
+        for (row, (job, token)) in jobs.iter_mut().zip(tokens).enumerate() {
+            self.take(job, Some(token), self.note(model, row, Some(token)), told)?;
         }
         Ok(jobs.len())
     }
 
     /// Drafts tokens of each sequence and checks them in one step. A token is chosen from the model's own logits as ever; a draft
-    /// only decides whether the logits after it are of use. So tokens, and their distribution, are those without drafts.
+    /// only decides whether the token after it is of use. So tokens, and their distribution, are those without drafts.
     fn checked_step(
         &self,
         model: &mut dyn Forward,
@@ -355,62 +388,65 @@ impl Decoder {
         drafts: usize,
         told: &mut Told<'_>,
     ) -> Result<usize, GenerateError> {
-        let vocab_size = model.vocab_size();
         let known: Vec<_> = jobs.iter().map(|job| (job.sequence, job.newest())).collect();
         let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
         let drafted = drafter.draft(&known, drafts).map_err(GenerateError::Model)?;
         let fed: Vec<Vec<u32>> =
             known.iter().zip(&drafted).map(|(&(_, newest), d)| [&[newest], d.as_slice()].concat()).collect();
-        let runs: Vec<_> =
-            known.iter().zip(&fed).map(|(&(sequence, _), tokens)| (sequence, tokens.as_slice())).collect();
-        let logits = drafter.forward_tentative(&runs).map_err(GenerateError::Model)?;
-        let mut own = Vec::with_capacity(known.len());
-        for ((job, drafts), rows) in jobs.iter_mut().zip(&drafted).zip(logits.chunks_exact(vocab_size * (drafts + 1))) {
-            own.push(self.take_checked(job, drafts, rows.chunks_exact(vocab_size), told)?);
+        let runs: Vec<Run<'_>> = jobs.iter().zip(&fed).map(|(job, tokens)| job.run(tokens)).collect();
+        let checked = drafter.forward_tentative(&runs).map_err(GenerateError::Model)?;
+        let (mut own, mut first_row) = (Vec::with_capacity(known.len()), 0);
+        for ((job, checked), fed) in jobs.iter_mut().zip(checked).zip(&fed) {
+            job.drafted += fed.len() - 1;
+            own.push(self.take_checked(model, job, &checked, first_row, told)?);
+            first_row += fed.len();
         }
         let gained = own.iter().sum();
+        let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
         for (&(sequence, _), tokens) in known.iter().zip(own) {
             drafter.accept(sequence, tokens).map_err(GenerateError::Model)?;
         }
         Ok(gained)
     }
 
-    /// Takes tokens of a job from the rows after its newest token and each draft, until a draft is wrong or the sequence ends. Gives
-    /// how many of the tokens that were fed are the sequence's own.
-    fn take_checked<'r>(
+    /// Takes the tokens after a job's newest token and each draft, until a draft is wrong or the sequence ends; `first_row` is that of
+    /// the first. Gives how many of the tokens that were fed are the sequence's own.
+    fn take_checked(
         &self,
+        model: &dyn Forward,
         job: &mut Job<'_>,
-        drafts: &[u32],
-        rows: impl Iterator<Item = &'r [f32]>,
+        checked: &Checked,
+        first_row: usize,
         told: &mut Told<'_>,
     ) -> Result<usize, GenerateError> {
-        job.drafted += drafts.len();
         let mut own = 0;
-        for (row, draft) in rows.zip(drafts.iter().map(Some).chain([None])) {
-            self.take(job, row, told)?;
+        for &token in &checked.tokens[..=checked.accepted] {
+            self.take(job, Some(token), self.note(model, first_row + own, Some(token)), told)?;
+            job.accepted += usize::from(own < checked.accepted);
             own += 1;
-            let right = draft == Some(&job.newest());
-            job.accepted += usize::from(right);
-            if !right || job.finish.is_some() {
+            if job.finish.is_some() {
                 break;
             }
         }
         Ok(own)
     }
 
-    /// Chooses the next token of a job and sees whether it ends.
-    fn take(&self, job: &mut Job<'_>, logits: &[f32], told: &mut Told<'_>) -> Result<(), GenerateError> {
-        if job.limit == 0 {
+    /// Takes the next token of a job and sees whether it ends.
+    fn take(
+        &self,
+        job: &mut Job<'_>,
+        token: Option<u32>,
+        logprobs: Option<Logprobs>,
+        told: &mut Told<'_>,
+    ) -> Result<(), GenerateError> {
+        let Some(token) = token.filter(|_| job.limit > 0) else {
             job.finish = Some(Finish::Length);
             return Ok(());
-        }
-        let request = job.request;
-        let history = History { prompt: &request.tokens, output: &job.tokens };
-        let position = u32::try_from(request.tokens.len() + job.tokens.len()).unwrap_or(u32::MAX);
-        let token = request.sampling.choose(logits, &history, request.number, position)?;
+        };
         job.newest_at = Some(Instant::now());
         job.tokens.push(token);
-        job.logprobs.extend(self.logprobs.and_then(|top| Logprobs::of(logits, token, top)));
+        job.edits.push(token);
+        job.logprobs.extend(logprobs);
         if self.ends.contains(&token) {
             job.ended_by_token = true;
             job.finish = Some(Finish::Stop);

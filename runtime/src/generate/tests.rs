@@ -8,6 +8,7 @@ use clap::Parser;
 use serde_json::{Value as Json, json};
 
 use super::*;
+use crate::sample::{Choosing, Edits, Sampling, plain};
 use crate::tokenizer::{Special, Tokenizer};
 
 #[derive(Parser)]
@@ -34,6 +35,7 @@ struct Counter {
     /// Can draft; every third draft is wrong.
     drafts: bool,
     pending: Vec<(Sequence, Vec<u32>)>,
+    keeps_logits: bool,
 }
 
 impl Counter {
@@ -48,6 +50,7 @@ impl Counter {
             noise: false,
             drafts: false,
             pending: Vec::new(),
+            keeps_logits: false,
         }
     }
 
@@ -82,6 +85,19 @@ impl Counter {
         assert!(!tokens.is_empty());
         Ok(tokens.iter().map(row).collect())
     }
+
+    /// The token that `choosing` says after each of some rows; tokens before the row count as output.
+    fn choose(rows: &[Vec<f32>], fed: &[u32], choosing: &Choosing<'_>) -> Result<Vec<u32>, ModelError> {
+        let mut edits = choosing.edits.clone();
+        let each = rows.iter().zip(fed).enumerate().map(|(i, (row, &token))| {
+            if i > 0 {
+                edits.push(token);
+            }
+            let position = choosing.position + i as u32;
+            Ok(plain::choose(row, &Choosing { edits: &edits, position, ..*choosing })?)
+        });
+        each.collect()
+    }
 }
 
 impl Forward for Counter {
@@ -102,21 +118,33 @@ impl Forward for Counter {
     fn end(&mut self, sequence: Sequence) {
         assert!(self.histories[sequence.0 as usize].take().is_some(), "a sequence ends once");
     }
-    fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
-        self.steps.push(runs.iter().map(|(_, tokens)| tokens.len()).collect());
+    fn forward(&mut self, runs: &[Run<'_>]) -> Result<Vec<u32>, ModelError> {
+        self.steps.push(runs.iter().map(|run| run.tokens.len()).collect());
         self.logits.clear();
-        for (sequence, tokens) in runs {
-            let mut rows = self.rows(*sequence, tokens)?;
-            self.logits.extend(rows.pop().unwrap());
-            self.histories[sequence.0 as usize].as_mut().unwrap().extend(*tokens);
+        let mut chosen = Vec::new();
+        for run in runs {
+            let row = self.rows(run.sequence, run.tokens)?.pop().unwrap();
+            if let Some(choosing) = &run.choosing {
+                chosen.push(plain::choose(&row, choosing)?);
+            }
+            self.logits.extend(row);
+            self.histories[run.sequence.0 as usize].as_mut().unwrap().extend(run.tokens);
         }
-        Ok(&self.logits)
+        Ok(chosen)
     }
-    fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        self.steps.push(vec![tokens.len()]);
-        self.logits = self.rows(sequence, tokens)?.concat();
-        self.histories[sequence.0 as usize].as_mut().unwrap().extend(tokens);
-        Ok(&self.logits)
+    fn forward_all(&mut self, run: Run<'_>) -> Result<Option<u32>, ModelError> {
+        self.steps.push(vec![run.tokens.len()]);
+        let rows = self.rows(run.sequence, run.tokens)?;
+        let chosen = run.choosing.map(|c| plain::choose(&rows[rows.len() - 1], &c)).transpose()?;
+        self.logits = rows.concat();
+        self.histories[run.sequence.0 as usize].as_mut().unwrap().extend(run.tokens);
+        Ok(chosen)
+    }
+    fn keep_logits(&mut self) {
+        self.keeps_logits = true;
+    }
+    fn logits(&self, row: usize) -> &[f32] {
+        &self.logits[row * self.vocab_size..(row + 1) * self.vocab_size]
     }
     fn drafter(&mut self) -> Option<&mut dyn Drafter> {
         if self.drafts { Some(self) } else { None }
@@ -134,21 +162,28 @@ impl Drafter for Counter {
             let mut newest = next;
             let next = |_| {
                 history.push(newest);
-                newest = crate::sample::greedy(&self.row(&history)).unwrap();
+                let (sampling, edits) = (Sampling::default(), Edits::default());
+                let greedy = Choosing { sampling: &sampling, edits: &edits, sequence: 0, position: 0 };
+                newest = plain::choose(&self.row(&history), &greedy).unwrap();
                 if history.len() % 3 == 0 { newest / 2 } else { newest }
             };
             Ok((0..count).map(next).collect())
         };
         runs.iter().map(draft).collect()
     }
-    fn forward_tentative(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError> {
         self.logits.clear();
-        for (sequence, tokens) in runs {
-            let rows = self.rows(*sequence, tokens)?;
+        let mut checked = Vec::new();
+        for run in runs {
+            let rows = self.rows(run.sequence, run.tokens)?;
+            let mut tokens = Self::choose(&rows, run.tokens, run.choosing.as_ref().expect("every run chooses"))?;
+            let accepted = tokens.iter().zip(&run.tokens[1..]).take_while(|(chosen, draft)| chosen == draft).count();
+            tokens.truncate(accepted + 1);
+            checked.push(Checked { tokens, accepted });
             self.logits.extend(rows.concat());
-            self.pending.push((*sequence, tokens.to_vec()));
+            self.pending.push((run.sequence, run.tokens.to_vec()));
         }
-        Ok(&self.logits)
+        Ok(checked)
     }
     fn accept(&mut self, sequence: Sequence, tokens: usize) -> Result<(), ModelError> {
         let i = self.pending.iter().position(|(s, _)| *s == sequence).unwrap();

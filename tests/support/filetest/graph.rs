@@ -16,6 +16,11 @@ pub fn wide_target() -> Target {
     Target { threads: 8, ..Target::named("x86-64-v4").expect("it is in the table of CPUs") }
 }
 
+/// A GPU.
+pub fn gpu_target() -> Target {
+    Target::gpu(nextc_ir::target::GPUS[0].name).expect("it is in the table of GPUs")
+}
+
 /// The module that the text says.
 pub fn module(case: &Case) -> Checked<Module> {
     parse::module(&case.body_in_place()).map_err(text)

@@ -72,7 +72,7 @@ where
 fn weight(ty: &WeightType, in_rank: usize, values: &[f32]) -> Checked<Buffer> {
     match ty.layout.ok_or("the weight has no layout")? {
         Layout::Flat => Ok(flat(&ty.shape, values)),
-        Layout::Tile16 => Ok(tiles(ty, in_rank, values)),
+        layout @ (Layout::Tile16 | Layout::Mma16) => Ok(tiles(ty, layout, in_rank, values)),
     }
 }
 
@@ -91,9 +91,9 @@ fn flat(shape: &[u64], values: &[f32]) -> Buffer {
     from_words(&out)
 }
 
-fn tiles(ty: &WeightType, in_rank: usize, values: &[f32]) -> Buffer {
+fn tiles(ty: &WeightType, layout: Layout, in_rank: usize, values: &[f32]) -> Buffer {
     let (out_dims, in_dims) = ty.shape.split_at(ty.shape.len() - in_rank);
-    let planes = Planes::new(Layout::Tile16, ty.format, out_dims, in_dims);
+    let planes = Planes::new(layout, ty.format, out_dims, in_dims);
     if ty.format.blocks().is_some() {
         return Buffer::from_bytes(&codes::bytes(ty, in_rank, &planes));
     }

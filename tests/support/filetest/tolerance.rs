@@ -16,13 +16,15 @@ const FLOOR: f32 = f32::MIN_POSITIVE * 1e-5;
 
 /// `exact`: moved, or rounded once. `rounding`: an elementwise function, a few roundings. `sum`: a sum of up to some hundred
 /// terms of both signs, in another order. `layer`: several such sums, one after the other. `scores`: a softmax of scores of
-/// some thousands, in which one rounding of a score is 1e-4 of its exponential.
-const TABLE: [Tolerance; 5] = [
+/// some thousands, in which one rounding of a score is 1e-4 of its exponential. `half`: of a machine that rounds the rows of a product to 16-bit
+/// floats (bf16: 2^-9 of each).
+const TABLE: [Tolerance; 6] = [
     Tolerance { name: "exact", of_number: 0.0, of_largest: 0.0 },
     Tolerance { name: "rounding", of_number: 1e-6, of_largest: 0.0 },
     Tolerance { name: "sum", of_number: 0.0, of_largest: 2e-6 },
     Tolerance { name: "layer", of_number: 0.0, of_largest: 1e-5 },
     Tolerance { name: "scores", of_number: 0.0, of_largest: 1e-4 },
+    Tolerance { name: "half", of_number: 0.0, of_largest: 4e-3 },
 ];
 
 impl Tolerance {
@@ -31,6 +33,11 @@ impl Tolerance {
         let names = TABLE.map(|t| t.name);
         let found = TABLE.into_iter().find(|t| t.name == name);
         found.ok_or_else(|| format!("there is no tolerance `{name}`, expected one of {names:?}"))
+    }
+
+    /// This one, or another if that allows more.
+    pub fn or_more(self, other: Self) -> Self {
+        if other.of_largest > self.of_largest + self.of_number { other } else { self }
     }
 
     /// The first number that is too far from what is wanted, with its index. NaN is far from everything.

@@ -110,6 +110,9 @@ impl Step {
             Input::PageTable => (0..self.units(StateKind::Kv) as i32).rev().collect(),
             Input::LogitRows => self.rows.clone(),
             Input::Tokens | Input::Hidden => unreachable!("operands of their own"),
+            Input::Factors | Input::Choices | Input::EditTokens | Input::EditCounts | Input::EditBiases => {
+                unreachable!("operands of their own")
+            }
         }
     }
 
@@ -206,11 +209,12 @@ impl Fill {
     fn ints(&self, dims: &[usize]) -> Checked<Vec<i32>> {
         let count: usize = dims.iter().product();
         match (self, dims) {
+            (Self::Cycle(xs), _) => Ok(xs.iter().map(|&x| x as i32).cycle().take(count).collect()),
             (Self::Below(n), _) => Ok((0..count as i32).map(|i| (i * i + 7 * i) % n).collect()),
             (&Self::Choices(n), &[tokens, k]) => {
                 Ok((0..tokens).flat_map(|t| (0..k).map(move |s| ((t * t + s * 5) % n) as i32)).collect())
             }
-            _ => Err("integers need `; value NAME below N` or `choices N`".to_owned()),
+            _ => Err("integers need `; value NAME below N`, `cycle A B ..` or `choices N`".to_owned()),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use nextc_ir::Target;
 use nextc_ir::format::Format;
 use nextc_ir::graph::{ModelInfo, Origin, Placement, RowRun, WeightDecl};
-use nextc_ir::kernel::{Kernel, KernelBuilder, Val};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::layout::Layout;
 use nextc_ir::schedule::{
     ArenaPlan, Arg, Extent, Input, KernelModule, Launch, Output, PackedWeight, Program, StateDecl,
@@ -88,13 +88,13 @@ pub fn module() -> KernelModule {
     KernelModule {
         info,
         kernels: vec![embed(), accumulate(), append(), read(), head(), draft_rows()],
-        programs: vec![step(), draft()],
+        programs: vec![step(), draft(), sample()],
         weights: weights(),
         states: vec![
             state("layers.0.delta", StateKind::Delta, &[1, 1, 16]),
             state("layers.0.kv", StateKind::Kv, &[1, 16]),
         ],
-        arena: ArenaPlan { fixed_bytes: 0, unit_bytes: [192, 0, 0, 64] },
+        arena: ArenaPlan { fixed_bytes: 0, unit_bytes: [192, 0, 0, 128] },
         page_tokens: PAGE_TOKENS,
     }
 }
@@ -121,6 +121,7 @@ const Y: Arg = Arg::Arena(at(Sym::T, 64));
 const HIDDEN: Placement = at(Sym::T, 128);
 const Z: Arg = Arg::Arena(HIDDEN);
 const LOGITS: Placement = at(Sym::R, 0);
+const BEST: Placement = at(Sym::R, 64);
 
 fn launch(kernel: u32, args: &[Arg]) -> Launch {
     Launch { kernel, args: args.to_vec(), label: format!("kernel {kernel}") }
@@ -128,7 +129,11 @@ fn launch(kernel: u32, args: &[Arg]) -> Launch {
 
 fn outputs() -> Vec<Output> {
     let output = |name: &str, at, rows| Output { name: name.to_owned(), at, rows, width: 16, stride: 16 };
-    vec![output("logits", LOGITS, Sym::R), output("hidden", HIDDEN, Sym::T)]
+    vec![output("logits", LOGITS, Sym::R), output("hidden", HIDDEN, Sym::T), tokens("best")]
+}
+
+fn tokens(name: &str) -> Output {
+    Output { name: name.to_owned(), at: BEST, rows: Sym::R, width: 1, stride: 1 }
 }
 
 fn step() -> Program {
@@ -141,15 +146,23 @@ fn step() -> Program {
         launch(1, &with(X, &[delta, Y])),
         launch(2, &with(X, &[kv])),
         launch(3, &with(Y, &[kv, Z])),
-        launch(4, &[Z, Arg::Input(LogitRows), Arg::Arena(LOGITS)]),
+        launch(4, &[Z, Arg::Input(LogitRows), Arg::Arena(LOGITS), Arg::Arena(BEST)]),
     ];
-    Program { name: "step".to_owned(), launches, outputs: outputs() }
+    Program { name: "step".to_owned(), launches, outputs: outputs(), row_bytes: 128 }
 }
 
 fn draft() -> Program {
     let [tokens, hidden, rows] = [Input::Tokens, Input::Hidden, Input::LogitRows].map(Arg::Input);
-    let launches = vec![launch(5, &[tokens, hidden, Arg::Weight(0), Z]), launch(4, &[Z, rows, Arg::Arena(LOGITS)])];
-    Program { name: "draft".to_owned(), launches, outputs: outputs() }
+    let launches = vec![
+        launch(5, &[tokens, hidden, Arg::Weight(0), Z]),
+        launch(4, &[Z, rows, Arg::Arena(LOGITS), Arg::Arena(BEST)]),
+    ];
+    Program { name: "draft".to_owned(), launches, outputs: outputs(), row_bytes: 128 }
+}
+
+/// Whatever is asked for, the likeliest tokens of the step.
+fn sample() -> Program {
+    Program { name: "sample".to_owned(), launches: Vec::new(), outputs: vec![tokens("tokens")], row_bytes: 128 }
 }
 
 /// `base + row * 16 + j` as an element's index.
@@ -249,11 +262,20 @@ fn read() -> Kernel {
 }
 
 fn head() -> Kernel {
-    let params = [("z", false), ("rows", false), ("logits", true)];
+    let params = [("z", false), ("rows", false), ("logits", true), ("best", true)];
     let mut k = KernelBuilder::new("head", &params, Extent::from(Sym::R));
     let (z, rows, logits, r) = (k.param(0), k.param(1), k.param(2), k.task());
     let row = k.load_index(rows, r);
     copy_row(&mut k, (z, row), (logits, r));
+    let (zero, first, lowest) = (k.const_i64(0), k.const_i32(0), k.const_f32(f32::NEG_INFINITY));
+    let end = k.const_i64(16);
+    let best = k.for_carry((zero, end, 1), &[first, lowest], |k, j, best| {
+        let at = element(k, r, j);
+        let (x, token) = (k.load_f32(logits, at), k.narrow(j));
+        let more = k.cmp(Pred::Gt, x, best[1]);
+        vec![k.select(more, token, best[0]), k.select(more, x, best[1])]
+    });
+    k.store(k.param(3), r, best[0]);
     k.finish()
 }
 
@@ -281,15 +303,21 @@ pub struct How {
     pub embed: bool,
     /// Leave the weights out.
     pub config_only: bool,
+    /// For a GPU, with a text a kernel that says where its code for the processor is: see `stand_in/driver.c`.
+    pub stand_in: bool,
 }
 
 /// Compiles and links the toy model.
 pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
     let module = module();
-    let target = Target::cpu("x86-64-v3", &["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"], 128);
-    let object = nextc_cranelift::compile(&module, &target).expect("the toy kernels compile");
+    let cpu = Target::cpu("x86-64-v3", &["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"], 128);
+    let object = nextc_cranelift::compile(&module, &cpu).expect("the toy kernels compile");
+    let (target, objects) = match how.stand_in {
+        false => (cpu, vec![object]),
+        true => (Target::gpu("sm_90a").expect("a GPU that is known"), stand_in_texts(output, &module, &object)),
+    };
     nextc_link::link(&LinkInputs {
-        objects: &[object],
+        objects: &objects,
         module: &module,
         graph: None,
         target: &target,
@@ -301,4 +329,19 @@ pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
         embed_weights: how.embed,
         progress: false,
     })
+}
+
+/// Puts the kernels into a shared library beside the executable, and gives the texts that lead to it.
+fn stand_in_texts(output: &Path, module: &KernelModule, object: &[u8]) -> Vec<Vec<u8>> {
+    let (from, to) = (output.with_extension("o"), output.with_extension("so"));
+    std::fs::write(&from, object).expect("a place for the object");
+    compile_c(&from, &to);
+    let text = |k: &Kernel| format!("{} {}", k.params.len(), to.display()).into_bytes();
+    module.kernels.iter().map(text).collect()
+}
+
+/// Lets the C compiler make a shared library.
+pub fn compile_c(from: &Path, to: &Path) {
+    let status = std::process::Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(to).arg(from).status();
+    assert!(status.expect("there is a C compiler").success(), "{}", from.display());
 }

@@ -4,8 +4,12 @@
 //! a second one without the loop. Kernel IR is in SSA form, and so is this: carried values and yields are phis, nothing lives in memory
 //! that kernel IR does not store. The emitter trusts the kernel verifier for types and scopes; LLVM's verifier follows.
 
+mod block;
+mod gpu;
 mod ops;
 mod params;
+
+pub use gpu::kernel as gpu_kernel;
 
 use inkwell::attributes::{Attribute, AttributeLoc};
 use inkwell::basic_block::BasicBlock;
@@ -16,7 +20,7 @@ use inkwell::types::{BasicTypeEnum, VectorType};
 use inkwell::values::{BasicValue, BasicValueEnum, FunctionValue, IntValue, PhiValue, PointerValue};
 use inkwell::{AddressSpace, IntPredicate};
 use nextc_ir::DType;
-use nextc_ir::kernel::{KType, Kernel, Region, Stmt, Val};
+use nextc_ir::kernel::{KType, Kernel, Region, Space, Stmt, Val};
 use nextc_ir::schedule::KernelModule;
 
 /// What the emitter cannot express.
@@ -58,6 +62,9 @@ pub enum EmitError {
         /// Lanes of the operand.
         lanes: u32,
     },
+    /// Scratch in a block of threads.
+    #[error("alloc: a block of threads has no scratch")]
+    NoScratch,
     /// An intrinsic that this LLVM does not have.
     #[error("this LLVM has no `{0}`")]
     Intrinsic(&'static str),
@@ -116,8 +123,12 @@ struct Emitter<'a, 'c> {
     values: Vec<Option<BasicValueEnum<'c>>>,
     /// For each kernel value, whether it points into memory that never changes.
     constant: Vec<bool>,
-    /// Bytes of scratch that are taken.
-    scratch_bytes: u64,
+    /// Where the task's scratch begins.
+    scratch: Option<PointerValue<'c>>,
+    /// Bytes of scratch, or of shared memory, that are taken.
+    taken_bytes: u64,
+    /// Whether spaces of memory are told apart, as GPUs want it.
+    spaces: bool,
 }
 
 impl<'a, 'c> Emitter<'a, 'c> {
@@ -129,21 +140,40 @@ impl<'a, 'c> Emitter<'a, 'c> {
         constant_params: &[bool],
         function: FunctionValue<'c>,
     ) -> Result<Self> {
-        let builder = context.create_builder();
-        builder.position_at_end(context.append_basic_block(function, "entry"));
-        let count = kernel.types.len();
-        let (values, constant) = (vec![None; count], vec![false; count]);
-        let mut this = Self { context, module, builder, kernel, function, values, constant, scratch_bytes: 0 };
+        let mut this = Self::open(context, module, kernel, function, false);
+        this.scratch = Some(this.param(1).into_pointer_value());
         for slot in 0..Kernel::TASK.0 {
             let value = this.load_arg(u64::from(slot), context.i64_type().into())?;
             this.define(Val(slot), value);
         }
-        for (i, &is_constant) in constant_params.iter().enumerate() {
-            let value = this.load_arg(u64::from(Kernel::TASK.0) + i as u64, this.pointer_type())?;
+        for i in 0..kernel.params.len() {
+            let value = this.load_arg(u64::from(Kernel::TASK.0) + i as u64, this.pointer_type(Space::Global))?;
             this.define(kernel.param(i), value);
-            this.constant[kernel.param(i).0 as usize] = is_constant;
         }
+        this.mark_constant(constant_params);
         Ok(this)
+    }
+
+    /// An emitter at the beginning of a function.
+    fn open(
+        context: &'c Context,
+        module: &'a Module<'c>,
+        kernel: &'a Kernel,
+        function: FunctionValue<'c>,
+        spaces: bool,
+    ) -> Self {
+        let builder = context.create_builder();
+        builder.position_at_end(context.append_basic_block(function, "entry"));
+        let count = kernel.types.len();
+        let (values, constant) = (vec![None; count], vec![false; count]);
+        Self { context, module, builder, kernel, function, values, constant, scratch: None, taken_bytes: 0, spaces }
+    }
+
+    /// Notes which parameters point to memory that never changes.
+    fn mark_constant(&mut self, params: &[bool]) {
+        for (i, &is_constant) in params.iter().enumerate() {
+            self.constant[self.kernel.param(i).0 as usize] = is_constant;
+        }
     }
 
     /// Entry `slot` of the argument table.
@@ -273,7 +303,7 @@ impl<'a, 'c> Emitter<'a, 'c> {
     }
 
     fn param(&self, i: u32) -> BasicValueEnum<'c> {
-        self.function.get_nth_param(i).expect("the function is declared with four parameters")
+        self.function.get_nth_param(i).expect("the function is declared with its parameters")
     }
 
     fn define(&mut self, v: Val, value: BasicValueEnum<'c>) {
@@ -316,8 +346,9 @@ impl<'a, 'c> Emitter<'a, 'c> {
         }
     }
 
-    fn pointer_type(&self) -> BasicTypeEnum<'c> {
-        self.context.ptr_type(AddressSpace::default()).into()
+    fn pointer_type(&self, space: Space) -> BasicTypeEnum<'c> {
+        let space = if self.spaces { gpu::address_space(space) } else { AddressSpace::default() };
+        self.context.ptr_type(space).into()
     }
 
     fn scalar_type(&self, dtype: DType) -> BasicTypeEnum<'c> {
@@ -334,7 +365,7 @@ impl<'a, 'c> Emitter<'a, 'c> {
 
     fn ty(&self, ty: KType) -> BasicTypeEnum<'c> {
         match ty {
-            KType::Ptr(_) => self.pointer_type(),
+            KType::Ptr(space) => self.pointer_type(space),
             KType::Value { dtype, lanes: 1 } => self.scalar_type(dtype),
             KType::Value { dtype, lanes } => vector_of(self.scalar_type(dtype), lanes).into(),
         }

@@ -49,7 +49,10 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Fround => self.intrinsic(stmt, "llvm.roundeven")?,
 
             KOp::Cmp { pred } => self.compare(stmt, pred)?,
-            KOp::Select => self.select(self.arg(stmt, 0)?, self.arg(stmt, 1)?, self.arg(stmt, 2)?)?,
+            KOp::Select => {
+                self.choose_constant(stmt);
+                self.select(self.arg(stmt, 0)?, self.arg(stmt, 1)?, self.arg(stmt, 2)?)?
+            }
 
             KOp::ToFloat => self.convert(stmt, I::SIToFP)?,
             KOp::ToInt => self.convert(stmt, I::FPToSI)?,
@@ -65,6 +68,21 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Load { dtype, lanes } => self.load(stmt, dtype, lanes)?,
             KOp::Store => return self.store(stmt),
             KOp::Offset => self.offset(stmt)?,
+
+            KOp::Thread => self.thread()?.into(),
+            KOp::Shared { dtype, elems } => self.shared(dtype, elems)?,
+            KOp::Partials { dtype: _, elems: _ } => self.grid_param(0),
+            KOp::Barrier => return self.barrier(),
+            KOp::ShuffleXor { mask } => self.shuffle_xor(stmt, mask)?,
+            KOp::AtomicAdd => self.atomic_add(stmt)?,
+            KOp::Pack { dtype } => self.pack(stmt, dtype)?,
+            KOp::HalfFma { dtype } => self.half_fma(stmt, dtype)?,
+            KOp::HalfToFloat => self.half_to_float(stmt)?,
+            KOp::Fp8ToF16 => self.fp8_to_f16(stmt)?,
+            KOp::Mma { dtype } => self.mma(stmt, dtype)?,
+            KOp::Prefetch => return self.prefetch(stmt),
+            KOp::Wait => return self.order("llvm.nvvm.griddepcontrol.wait"),
+            KOp::Release => return self.order("llvm.nvvm.griddepcontrol.launch.dependents"),
 
             KOp::For => return self.for_loop(stmt),
             KOp::If => return self.branch(stmt),
@@ -85,9 +103,10 @@ impl<'c> Emitter<'_, 'c> {
 
     /// The next piece of scratch.
     fn alloc(&mut self, dtype: DType, elems: u64) -> Result<BasicValueEnum<'c>> {
-        let at = self.context.i64_type().const_int(self.scratch_bytes, false);
-        self.scratch_bytes += (elems * dtype.bytes()).next_multiple_of(SCRATCH_ALIGN);
-        Ok(self.element(self.context.i8_type().into(), self.param(1).into_pointer_value(), at)?.into())
+        let at = self.context.i64_type().const_int(self.taken_bytes, false);
+        self.taken_bytes += (elems * dtype.bytes()).next_multiple_of(SCRATCH_ALIGN);
+        let scratch = self.scratch.ok_or(EmitError::NoScratch)?;
+        Ok(self.element(self.context.i8_type().into(), scratch, at)?.into())
     }
 
     fn splat(&self, x: BasicValueEnum<'c>, lanes: u32) -> Result<BasicValueEnum<'c>> {
@@ -218,7 +237,7 @@ impl<'c> Emitter<'_, 'c> {
         let ty = if lanes == 1 { scalar } else { vector_of(scalar, lanes).into() };
         let value = self.builder.build_load(ty, ptr, "")?;
         let access = value.as_instruction_value().expect("a load is an instruction");
-        access.set_alignment(alignment(dtype)).expect("sizes of numbers are powers of two");
+        access.set_alignment(self.alignment(dtype, lanes)).expect("sizes of numbers are powers of two");
         if self.constant[stmt.args[0].0 as usize] {
             self.mark_invariant(value);
         }
@@ -227,12 +246,25 @@ impl<'c> Emitter<'_, 'c> {
 
     fn store(&self, stmt: &Stmt) -> Result<()> {
         let value = self.arg(stmt, 2)?;
-        let dtype = self.kernel.ty(stmt.args[2]).dtype();
-        let dtype = dtype.ok_or_else(|| kind(stmt, value, "a number or a vector"))?;
+        let ty = self.kernel.ty(stmt.args[2]);
+        let dtype = ty.dtype().ok_or_else(|| kind(stmt, value, "a number or a vector"))?;
         let ptr = self.element(self.scalar_type(dtype), self.pointer(stmt, 0)?, self.int(stmt, 1)?)?;
         let access = self.builder.build_store(ptr, value)?;
-        access.set_alignment(alignment(dtype)).expect("sizes of numbers are powers of two");
+        access.set_alignment(self.alignment(dtype, ty.lanes())).expect("sizes of numbers are powers of two");
         Ok(())
+    }
+
+    /// Bytes that an access may count on: one element; in blocks of threads the whole vector, up to 16 bytes.
+    fn alignment(&self, dtype: DType, lanes: u32) -> u32 {
+        let lanes = if self.kernel.is_block() { lanes } else { 1 };
+        (dtype.bytes() as u32 * lanes).min(16)
+    }
+
+    /// One of two pointers into memory that never changes is such a pointer.
+    fn choose_constant(&mut self, stmt: &Stmt) {
+        if let (&[_, a, b], &[to]) = (stmt.args.as_slice(), stmt.results.as_slice()) {
+            self.constant[to.0 as usize] = self.constant[a.0 as usize] && self.constant[b.0 as usize];
+        }
     }
 
     fn offset(&mut self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
@@ -268,11 +300,6 @@ impl<'c> Emitter<'_, 'c> {
             other => Err(kind(stmt, other, "a vector")),
         }
     }
-}
-
-/// Bytes that an access to elements of this type may count on: one element.
-fn alignment(dtype: DType) -> u32 {
-    dtype.bytes() as u32
 }
 
 /// Bits of a number in a register.

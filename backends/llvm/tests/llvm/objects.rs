@@ -109,7 +109,7 @@ fn only_loads_of_weights_are_said_to_be_invariant() {
 
     let place = |at_bytes| Arg::Arena(Placement { unit: None, at_bytes });
     let mut launch = |w| {
-        let program = Program { name: "step".to_owned(), launches: Vec::new(), outputs: Vec::new() };
+        let program = Program { name: "step".to_owned(), launches: Vec::new(), outputs: Vec::new(), row_bytes: 0 };
         kernels.programs.push(program);
         let launch = Launch { kernel: 0, args: vec![w, place(0), place(0)], label: String::new() };
         kernels.programs.last_mut().expect("one was pushed").launches.push(launch);

@@ -1,13 +1,15 @@
 //! A kernel made ready to run: its tree as a list of instructions over registers.
 //!
-//! Values of 32 bits and masks have a register of 16 lanes each; an i64 has one slot for each lane; pointers have a bank
-//! of their own. Loops and conditions become jumps.
+//! There are three banks: values of 32 bits and truth values, i64, pointers. A register holds one number for each lane and
+//! thread of the block, lane by lane (`lane * threads + thread`), so that an elementwise op is one loop. Registers are numbered in the order in
+//! which values are defined: a result lies behind its operands. Loops and conditions become jumps, and masks of threads.
 
 use super::EvalError;
+use super::make::Maker;
 use crate::dtype::DType;
-use crate::kernel::{KOp, KType, Kernel, Pred, Region, Stmt, Val};
+use crate::kernel::{Kernel, Pred, Region, Stmt};
 
-/// A register's index in its bank.
+/// Where a register begins in its bank.
 pub(super) type Reg = usize;
 
 /// Integer ops of two operands.
@@ -64,7 +66,26 @@ pub(super) enum Bank {
     Pointer,
 }
 
-/// One instruction: `d` is where the result goes, `n` the number of lanes.
+/// Ops on 16-bit and smaller floats in an i32.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum HalfOp {
+    Pack(DType),
+    Fma(DType),
+    ToFloat,
+    Fp8,
+}
+
+/// The operands of a product of fragments.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mma {
+    pub dtype: DType,
+    pub d: Reg,
+    pub a: [Reg; 4],
+    pub b: [Reg; 2],
+    pub c: Reg,
+}
+
+/// One instruction: `d` is where the result goes, `n` how many numbers it has in all threads, `lanes` how many in one.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Inst {
     Const32 {
@@ -75,24 +96,24 @@ pub(super) enum Inst {
         d: Reg,
         bits: i64,
     },
-    Alloc {
+    /// A pointer to an allocation.
+    Own {
         d: Reg,
-        scratch: usize,
+        piece: usize,
+    },
+    /// A pointer to what the body hands to the tail.
+    Partials {
+        d: Reg,
     },
     Splat32 {
         d: Reg,
         a: Reg,
-        n: usize,
+        lanes: usize,
     },
     Splat64 {
         d: Reg,
         a: Reg,
-        n: usize,
-    },
-    Extract32 {
-        d: Reg,
-        a: Reg,
-        lane: usize,
+        lanes: usize,
     },
     Int32 {
         op: IntOp,
@@ -158,7 +179,7 @@ pub(super) enum Inst {
         c: Reg,
         a: Reg,
         b: Reg,
-        n: usize,
+        lanes: usize,
     },
     Widen {
         d: Reg,
@@ -179,53 +200,48 @@ pub(super) enum Inst {
     ReduceAdd {
         d: Reg,
         a: Reg,
-        n: usize,
+        lanes: usize,
     },
     ReduceMax {
         d: Reg,
         a: Reg,
-        n: usize,
+        lanes: usize,
     },
     Load32 {
         d: Reg,
         p: Reg,
         i: Reg,
-        n: usize,
+        lanes: usize,
     },
     Load64 {
         d: Reg,
         p: Reg,
         i: Reg,
-        n: usize,
+        lanes: usize,
     },
     Store32 {
         p: Reg,
         i: Reg,
         v: Reg,
-        n: usize,
+        lanes: usize,
     },
     Store64 {
         p: Reg,
         i: Reg,
         v: Reg,
-        n: usize,
+        lanes: usize,
     },
     Offset {
         d: Reg,
         p: Reg,
         bytes: Reg,
     },
-    Jump {
-        to: usize,
-    },
-    JumpUnless {
-        c: Reg,
-        to: usize,
-    },
     CheckStep {
         step: Reg,
     },
-    /// Leaves the loop when its counter has reached `hi`.
+    /// Opens a region for the threads that are here.
+    Loop,
+    /// Goes on with the threads whose counter has not reached `hi`.
     LoopHead {
         i: Reg,
         hi: Reg,
@@ -237,6 +253,51 @@ pub(super) enum Inst {
         head: usize,
         out: usize,
     },
+    /// Opens a region for the threads whose condition holds; without any goes on at `otherwise`, which is an [`Inst::Else`].
+    If {
+        c: Reg,
+        otherwise: usize,
+    },
+    /// The same for the other threads.
+    Else {
+        c: Reg,
+        end: usize,
+    },
+    /// Closes a region.
+    End,
+    Thread {
+        d: Reg,
+    },
+    Barrier,
+    Shuffle {
+        d: Reg,
+        a: Reg,
+        mask: usize,
+    },
+    AtomicAdd {
+        d: Reg,
+        p: Reg,
+        i: Reg,
+        x: Reg,
+    },
+    Half {
+        op: HalfOp,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        c: Reg,
+    },
+    /// The product of this number in [`Block::mmas`].
+    Mma {
+        number: usize,
+    },
+    Prefetch {
+        p: Reg,
+        at: Reg,
+        bytes: Reg,
+    },
+    Wait,
+    Release,
 }
 
 /// The instructions of a body or a tail.
@@ -245,8 +306,14 @@ pub(super) struct Block {
     pub insts: Vec<Inst>,
     /// For each instruction, the number of its statement in the order of the text.
     pub stmts: Vec<u32>,
-    /// Bytes of each allocation.
-    pub scratch: Vec<u64>,
+    /// Bytes of each allocation, scratch or shared.
+    pub own: Vec<u64>,
+    /// Products of fragments.
+    pub mmas: Vec<Mma>,
+    /// How deep regions lie in regions.
+    pub depth: usize,
+    /// The number of the first statement that waits for the launches before.
+    pub wait: Option<u32>,
 }
 
 /// A kernel made ready to run; see [`super`].
@@ -269,13 +336,11 @@ impl Code {
     /// [`EvalError::Invalid`] with every invariant that the kernel breaks.
     pub fn new(kernel: &Kernel) -> Result<Self, EvalError> {
         crate::kernel::verify::verify_kernel(kernel).map_err(EvalError::Invalid)?;
-        let mut maker =
-            Maker { kernel, regs: Vec::new(), sizes: [0; 3], block: Block::default(), next_stmt: 0, stmt: 0 };
-        maker.regs = kernel.types.iter().map(|&ty| maker.sizes.take(ty)).collect();
+        let mut maker = Maker::new(kernel);
         let body = maker.top(&kernel.body);
         let tail = kernel.tail.as_ref().map(|tail| maker.top(tail));
-        let [narrow, wide, pointers] = maker.sizes;
-        let implied = maker.regs[..Kernel::FIRST_PARAM as usize + kernel.params.len()].to_vec();
+        let [narrow, wide, pointers] = maker.sizes();
+        let implied = maker.implied();
         Ok(Self { kernel: kernel.clone(), body, tail, narrow, wide, pointers, implied })
     }
 
@@ -302,222 +367,5 @@ impl Code {
         let regions = std::iter::once(&self.kernel.body).chain(&self.kernel.tail);
         let found = regions.into_iter().find_map(|r| find(r, &mut left));
         found.map_or_else(String::new, |s| crate::kernel::print::statement_in(&self.kernel, s))
-    }
-}
-
-trait Sizes {
-    fn take(&mut self, ty: KType) -> Reg;
-}
-
-impl Sizes for [usize; 3] {
-    /// A fresh register for a value of type `ty`.
-    fn take(&mut self, ty: KType) -> Reg {
-        let bank = bank(ty);
-        let reg = self[bank as usize];
-        self[bank as usize] += if bank == Bank::Wide { ty.lanes() as usize } else { 1 };
-        reg
-    }
-}
-
-fn bank(ty: KType) -> Bank {
-    match ty {
-        KType::Ptr(_) => Bank::Pointer,
-        KType::Value { dtype: DType::I64, .. } => Bank::Wide,
-        KType::Value { .. } => Bank::Narrow,
-    }
-}
-
-struct Maker<'k> {
-    kernel: &'k Kernel,
-    regs: Vec<Reg>,
-    sizes: [usize; 3],
-    block: Block,
-    next_stmt: u32,
-    stmt: u32,
-}
-
-impl Maker<'_> {
-    fn top(&mut self, region: &Region) -> Block {
-        self.region(region);
-        std::mem::take(&mut self.block)
-    }
-
-    fn region(&mut self, region: &Region) {
-        for s in &region.stmts {
-            self.stmt = self.next_stmt;
-            self.next_stmt += 1;
-            self.statement(s);
-        }
-    }
-
-    fn push(&mut self, inst: Inst) -> usize {
-        self.block.insts.push(inst);
-        self.block.stmts.push(self.stmt);
-        self.block.insts.len() - 1
-    }
-
-    fn here(&self) -> usize {
-        self.block.insts.len()
-    }
-
-    fn reg(&self, v: Val) -> Reg {
-        self.regs[v.0 as usize]
-    }
-
-    fn ty(&self, v: Val) -> KType {
-        self.kernel.ty(v)
-    }
-
-    fn moves(&mut self, to: &[Val], from: &[Val]) {
-        for (&d, &a) in to.iter().zip(from) {
-            let (ty, d, a) = (self.ty(d), self.reg(d), self.reg(a));
-            if d != a {
-                self.push(Inst::Move { bank: bank(ty), d, a, n: ty.lanes() as usize });
-            }
-        }
-    }
-
-    /// Moves as if all at once: through fresh registers if one target is another's source.
-    fn moves_at_once(&mut self, to: &[Val], from: &[Val]) {
-        if !from.iter().enumerate().any(|(i, a)| to.iter().enumerate().any(|(j, d)| i != j && a == d)) {
-            return self.moves(to, from);
-        }
-        let fresh: Vec<Reg> = from.iter().map(|&v| self.sizes.take(self.kernel.ty(v))).collect();
-        for (&a, &d) in from.iter().zip(&fresh) {
-            let ty = self.ty(a);
-            self.push(Inst::Move { bank: bank(ty), d, a: self.reg(a), n: ty.lanes() as usize });
-        }
-        for (&d, &a) in to.iter().zip(&fresh) {
-            let ty = self.ty(d);
-            self.push(Inst::Move { bank: bank(ty), d: self.reg(d), a, n: ty.lanes() as usize });
-        }
-    }
-
-    fn statement(&mut self, s: &Stmt) {
-        match s.op {
-            KOp::For => self.for_loop(s),
-            KOp::If => self.condition(s),
-            _ => {
-                let inst = self.plain(s);
-                self.push(inst);
-            }
-        }
-    }
-
-    fn for_loop(&mut self, s: &Stmt) {
-        let inner = &s.regions[0];
-        let (i, hi, step) = (inner.params[0], self.reg(s.args[1]), self.reg(s.args[2]));
-        let number = self.stmt;
-        self.push(Inst::CheckStep { step });
-        self.moves(&[i], &s.args[..1]);
-        self.moves(&inner.params[1..], &s.args[3..]);
-        let i = self.reg(i);
-        let head = self.push(Inst::LoopHead { i, hi, out: 0 });
-        self.region(inner);
-        self.stmt = number;
-        self.moves_at_once(&inner.params[1..], &inner.yields);
-        let next = self.push(Inst::LoopNext { i, step, head, out: 0 });
-        let out = self.here();
-        self.block.insts[head] = Inst::LoopHead { i, hi, out };
-        self.block.insts[next] = Inst::LoopNext { i, step, head, out };
-        self.moves(&s.results, &inner.params[1..]);
-    }
-
-    fn condition(&mut self, s: &Stmt) {
-        let (c, number) = (self.reg(s.args[0]), self.stmt);
-        let branch = self.push(Inst::JumpUnless { c, to: 0 });
-        self.region(&s.regions[0]);
-        self.stmt = number;
-        self.moves(&s.results, &s.regions[0].yields);
-        let jump = self.push(Inst::Jump { to: 0 });
-        self.block.insts[branch] = Inst::JumpUnless { c, to: self.here() };
-        self.region(&s.regions[1]);
-        self.stmt = number;
-        self.moves(&s.results, &s.regions[1].yields);
-        self.block.insts[jump] = Inst::Jump { to: self.here() };
-    }
-
-    fn plain(&mut self, s: &Stmt) -> Inst {
-        let arg = |i: usize| s.args.get(i).map_or(0, |&v| self.reg(v));
-        let d = s.results.first().map_or(0, |&v| self.reg(v));
-        let (a, b) = (arg(0), arg(1));
-        let first = s.args.first().map(|&v| self.ty(v));
-        let n = first.map_or(1, |ty| ty.lanes() as usize);
-        let wide = first.is_some_and(|ty| bank(ty) == Bank::Wide);
-        let int = |op| if wide { Inst::Int64 { op, d, a, b, n } } else { Inst::Int32 { op, d, a, b, n } };
-        let float = |op| Inst::Float { op, d, a, b, n };
-        let unary = |op| Inst::Unary { op, d, a, n };
-        match s.op {
-            KOp::Const { dtype: DType::I64, bits } => Inst::Const64 { d, bits },
-            KOp::Const { bits, .. } => Inst::Const32 { d, bits: bits as u32 },
-            KOp::Alloc { dtype, elems } => {
-                self.block.scratch.push(dtype.bytes() * elems);
-                Inst::Alloc { d, scratch: self.block.scratch.len() - 1 }
-            }
-            KOp::Splat { lanes } if wide => Inst::Splat64 { d, a, n: lanes as usize },
-            KOp::Splat { lanes } => Inst::Splat32 { d, a, n: lanes as usize },
-            KOp::Extract { lane } if wide => Inst::Move { bank: Bank::Wide, d, a: a + lane as usize, n: 1 },
-            KOp::Extract { lane } => Inst::Extract32 { d, a, lane: lane as usize },
-            KOp::Add => int(IntOp::Add),
-            KOp::Sub => int(IntOp::Sub),
-            KOp::Mul => int(IntOp::Mul),
-            KOp::Div => int(IntOp::Div),
-            KOp::Rem => int(IntOp::Rem),
-            KOp::And => int(IntOp::And),
-            KOp::Or => int(IntOp::Or),
-            KOp::Xor => int(IntOp::Xor),
-            KOp::Shl => int(IntOp::Shl),
-            KOp::Ushr => int(IntOp::Ushr),
-            KOp::Sshr => int(IntOp::Sshr),
-            KOp::Fadd => float(FloatOp::Add),
-            KOp::Fsub => float(FloatOp::Sub),
-            KOp::Fmul => float(FloatOp::Mul),
-            KOp::Fdiv => float(FloatOp::Div),
-            KOp::Fmin => float(FloatOp::Min),
-            KOp::Fmax => float(FloatOp::Max),
-            KOp::Fma => Inst::Fma { d, a, b, c: arg(2), n },
-            KOp::Fneg => unary(UnaryOp::Neg),
-            KOp::Fabs => unary(UnaryOp::Abs),
-            KOp::Fsqrt => unary(UnaryOp::Sqrt),
-            KOp::Fround => unary(UnaryOp::Round),
-            KOp::ToFloat => unary(UnaryOp::ToFloat),
-            KOp::ToInt => unary(UnaryOp::ToInt),
-            KOp::Cmp { pred } => {
-                let of = match first.and_then(KType::dtype) {
-                    Some(DType::F32) => CmpOf::F32,
-                    Some(DType::I64) => CmpOf::I64,
-                    _ => CmpOf::I32,
-                };
-                Inst::Cmp { of, pred, d, a, b, n }
-            }
-            KOp::Select => {
-                let ty = self.ty(s.args[1]);
-                let lanes = ty.lanes() as usize;
-                let (c, a, b) = (a, b, arg(2));
-                match bank(ty) {
-                    bank if n == 1 => Inst::Choose { bank, d, c, a, b, n: lanes },
-                    Bank::Wide => Inst::Select64 { d, c, a, b, n: lanes },
-                    _ => Inst::Select32 { d, c, a, b, n: lanes },
-                }
-            }
-            KOp::Widen => Inst::Widen { d, a, n },
-            KOp::Narrow => Inst::Narrow { d, a, n },
-            KOp::Bitcast { .. } => Inst::Move { bank: if wide { Bank::Wide } else { Bank::Narrow }, d, a, n },
-            KOp::ReduceAdd => Inst::ReduceAdd { d, a, n },
-            KOp::ReduceMax => Inst::ReduceMax { d, a, n },
-            KOp::Load { dtype: DType::I64, lanes } => Inst::Load64 { d, p: a, i: b, n: lanes as usize },
-            KOp::Load { lanes, .. } => Inst::Load32 { d, p: a, i: b, n: lanes as usize },
-            KOp::Store => {
-                let (ty, v) = (self.ty(s.args[2]), arg(2));
-                let n = ty.lanes() as usize;
-                if bank(ty) == Bank::Wide {
-                    Inst::Store64 { p: a, i: b, v, n }
-                } else {
-                    Inst::Store32 { p: a, i: b, v, n }
-                }
-            }
-            KOp::Offset => Inst::Offset { d, p: a, bytes: b },
-            KOp::For | KOp::If => unreachable!("control is made in `statement`"),
-        }
     }
 }

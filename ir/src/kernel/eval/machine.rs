@@ -1,21 +1,13 @@
 //! Running the instructions of a [`Code`].
 
-use super::code::{Bank, Block, CmpOf, Code, FloatOp, Inst, IntOp, Reg, UnaryOp};
-use super::memory::{Buffer, Place, Shadow, Slot};
+use super::access::{Memory, Pointer};
+use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, Reg, UnaryOp};
+use super::half;
+use super::mask::Masks;
+use super::memory::{Place, Slot};
 use super::{EvalError, KernelFault, Misdeed, Options};
 use crate::kernel::{Kernel, Pred};
 use crate::schedule::Extent;
-
-/// A register of the narrow bank.
-type Lanes = [u32; 16];
-
-/// A pointer: `buffer` counts the run's slots first, then the task's allocations.
-#[derive(Clone, Copy, Debug, Default)]
-struct Pointer {
-    buffer: usize,
-    at: i64,
-    writable: bool,
-}
 
 impl Code {
     /// Runs all tasks, in an order that the seed gives, then the tail. `args` says where each parameter points.
@@ -29,17 +21,18 @@ impl Code {
         options: Options,
     ) -> Result<(), EvalError> {
         self.check_args(slots, args)?;
-        let tasks = tasks(&self.kernel.grid, &syms).and_then(|n| u32::try_from(n).ok()).filter(|&n| n < u32::MAX - 1);
-        let tasks = tasks.ok_or_else(|| EvalError::Grid(self.kernel.name.clone()))?;
-        let mut machine = Machine::new(self, syms, slots, args, options.races);
-        for task in shuffled(tasks, options.seed) {
-            machine.task = task + 1;
-            machine.wide[self.implied[Kernel::TASK.0 as usize]] = i64::from(task);
-            machine.block(&self.body)?;
+        let grids = [self.grid(&self.kernel.grid, &syms)?, self.grid(&self.kernel.tail_grid, &syms)?];
+        if self.kernel.is_block() {
+            Machine::<false>::new(self, syms, slots, args, options.races).launch(grids, options.seed)?;
+        } else {
+            Machine::<true>::new(self, syms, slots, args, options.races).launch(grids, options.seed)?;
         }
-        machine.task = 0;
-        machine.shadows.clear();
-        self.tail.as_ref().map_or(Ok(()), |tail| Ok(machine.block(tail)?))
+        Ok(())
+    }
+
+    fn grid(&self, extent: &Extent, syms: &[u64; 4]) -> Result<u32, EvalError> {
+        let tasks = tasks(extent, syms).and_then(|n| u32::try_from(n).ok()).filter(|&n| n < u32::MAX - 1);
+        tasks.ok_or_else(|| EvalError::Grid(self.kernel.name.clone()))
     }
 
     fn check_args(&self, slots: &[Slot<'_>], args: &[Place]) -> Result<(), EvalError> {
@@ -85,178 +78,355 @@ fn shuffled(n: u32, seed: u64) -> Vec<u32> {
     order
 }
 
-struct Machine<'r, 's> {
+/// A machine for blocks, or (`SINGLE`) for tasks of one thread, which needs no masks: an instruction runs where its thread is.
+struct Machine<'r, 's, const SINGLE: bool> {
     code: &'r Code,
-    slots: &'r mut [Slot<'s>],
-    narrow: Vec<Lanes>,
+    narrow: Vec<u32>,
     wide: Vec<i64>,
     pointers: Vec<Pointer>,
-    scratch: Vec<Buffer>,
-    /// One for each slot that a parameter may write; none if races are not looked for.
-    shadows: Vec<Option<Shadow>>,
-    /// The task's number plus one; 0 in the tail.
-    task: u32,
+    memory: Memory<'r, 's>,
+    masks: Masks,
+    /// `None` in the tail of a task of one thread.
+    task: Option<u32>,
+    /// The thread at work, where one alone can fail.
+    thread: Option<usize>,
 }
 
-impl<'r, 's> Machine<'r, 's> {
+impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
     fn new(code: &'r Code, syms: [u64; 4], slots: &'r mut [Slot<'s>], args: &[Place], races: bool) -> Self {
-        let mut wide = vec![0; code.wide];
-        let mut pointers = vec![Pointer::default(); code.pointers];
+        let depth = code.tail.as_ref().map_or(0, |t| t.depth).max(code.body.depth);
+        let threads = code.kernel.threads as usize;
+        let mut machine = Self {
+            code,
+            narrow: vec![0; code.narrow],
+            wide: vec![0; code.wide],
+            pointers: vec![Pointer::default(); code.pointers],
+            memory: Memory::new(&code.kernel, slots, args, races),
+            masks: Masks::new(threads, depth),
+            task: None,
+            thread: None,
+        };
+        debug_assert_eq!(SINGLE, threads == 1);
         for (&reg, &n) in code.implied.iter().zip(&syms) {
-            wide[reg] = n as i64;
+            machine.set_wide(reg, n as i64);
         }
         let params = code.implied[Kernel::FIRST_PARAM as usize..].iter().zip(&code.kernel.params);
-        let mut written = vec![false; slots.len()];
         for ((&reg, param), arg) in params.zip(args) {
-            pointers[reg] = Pointer { buffer: arg.buffer, at: arg.at_bytes as i64, writable: param.written };
-            written[arg.buffer] |= param.written;
+            let pointer = Pointer { buffer: arg.buffer, at: arg.at_bytes as i64, writable: param.written };
+            machine.pointers[reg..reg + threads].fill(pointer);
         }
-        let shadow = |(slot, written): (&Slot<'_>, bool)| written.then(|| Shadow::new(slot.get()));
-        let shadows = if races { slots.iter().zip(written).map(shadow).collect() } else { Vec::new() };
-        let narrow = vec![[0; 16]; code.narrow];
-        Self { code, slots, narrow, wide, pointers, scratch: Vec::new(), shadows, task: 0 }
+        machine
+    }
+
+    /// Threads of a task.
+    #[inline(always)]
+    fn threads(&self) -> usize {
+        if SINGLE { 1 } else { self.masks.threads() }
+    }
+
+    /// The same i64 in all threads.
+    fn set_wide(&mut self, reg: Reg, x: i64) {
+        let threads = self.threads();
+        self.wide[reg..reg + threads].fill(x);
+    }
+
+    /// Runs all tasks, then those of the tail.
+    fn launch(&mut self, [tasks, tail_tasks]: [u32; 2], seed: u64) -> Result<(), KernelFault> {
+        let code = self.code;
+        self.memory.take_partials(code.kernel.scratch_bytes() * u64::from(tasks));
+        self.tasks(&code.body, tasks, seed)?;
+        self.memory.forget_tasks();
+        match &code.tail {
+            None => Ok(()),
+            Some(tail) if SINGLE => {
+                self.task = None;
+                self.block(tail)
+            }
+            Some(tail) => self.tasks(tail, tail_tasks, seed),
+        }
+    }
+
+    fn tasks(&mut self, block: &'r Block, tasks: u32, seed: u64) -> Result<(), KernelFault> {
+        shuffled(tasks, seed).into_iter().try_for_each(|task| {
+            self.task = Some(task);
+            self.set_wide(self.code.implied[Kernel::TASK.0 as usize], i64::from(task));
+            self.block(block)
+        })
     }
 
     /// Runs a body for the current task, or the tail.
-    fn block(&mut self, block: &Block) -> Result<(), KernelFault> {
-        let same = self.scratch.len() == block.scratch.len()
-            && self.scratch.iter().zip(&block.scratch).all(|(b, &n)| b.len_bytes() == n);
-        if same {
-            self.scratch.iter_mut().for_each(Buffer::forget);
-        } else {
-            self.scratch = block.scratch.iter().map(|&n| Buffer::uninit(n)).collect();
-        }
+    fn block(&mut self, block: &'r Block) -> Result<(), KernelFault> {
+        self.memory.begin(self.task, block);
         let mut at = 0;
-        while let Some(&inst) = block.insts.get(at) {
-            at = self.step(inst, at + 1).map_err(|what| KernelFault {
-                kernel: self.code.kernel.name.clone(),
-                task: self.task.checked_sub(1).map(u64::from),
-                statement: self.code.statement(block.stmts[at]),
-                what,
-            })?;
+        while let Some(inst) = block.insts.get(at) {
+            if !SINGLE {
+                self.thread = None;
+            }
+            at = self.step(block, inst, at + 1).map_err(|what| self.fault(block.stmts[at], what))?;
         }
-        Ok(())
+        self.thread = None;
+        match block.wait {
+            Some(number) if self.memory.must_wait => Err(self.fault(number, Misdeed::NoWait)),
+            _ => Ok(()),
+        }
+    }
+
+    fn fault(&self, statement: u32, what: Misdeed) -> KernelFault {
+        let kernel = &self.code.kernel;
+        KernelFault {
+            kernel: kernel.name.clone(),
+            task: self.task.map(u64::from),
+            thread: self.thread.filter(|_| kernel.is_block()).map(|t| t as u32),
+            statement: self.code.statement(statement),
+            what,
+        }
     }
 
     /// Runs one instruction and says which is next.
-    fn step(&mut self, inst: Inst, next: usize) -> Result<usize, Misdeed> {
-        match inst {
-            Inst::Const32 { d, bits } => self.narrow[d][0] = bits,
-            Inst::Const64 { d, bits } => self.wide[d] = bits,
-            Inst::Alloc { d, scratch } => {
-                self.pointers[d] = Pointer { buffer: self.slots.len() + scratch, at: 0, writable: true };
+    ///
+    /// What cannot fail runs for all threads, whether they are here or not: what others compute in a region is never used.
+    fn step(&mut self, block: &Block, inst: &Inst, next: usize) -> Result<usize, Misdeed> {
+        let threads = self.threads();
+        match *inst {
+            Inst::Const32 { d, bits } => self.narrow[d..d + threads].fill(bits),
+            Inst::Const64 { d, bits } => self.wide[d..d + threads].fill(bits),
+            Inst::Own { d, piece } => {
+                let pointer = self.memory.own(piece);
+                self.pointers[d..d + threads].fill(pointer);
             }
-            Inst::Splat32 { d, a, n } => {
-                let x = self.narrow[a][0];
-                self.narrow[d][..n].fill(x);
+            Inst::Partials { d } => {
+                let pointer = self.memory.partials();
+                self.pointers[d..d + threads].fill(pointer);
             }
-            Inst::Splat64 { d, a, n } => {
-                let x = self.wide[a];
-                self.wide[d..d + n].fill(x);
-            }
-            Inst::Extract32 { d, a, lane } => self.narrow[d][0] = self.narrow[a][lane],
+            Inst::Splat32 { d, a, lanes } => splat(&mut self.narrow, d, a, lanes, threads),
+            Inst::Splat64 { d, a, lanes } => splat(&mut self.wide, d, a, lanes, threads),
             Inst::Int32 { op, d, a, b, n } => self.int32(op, d, a, b, n)?,
-            Inst::Int64 { op, d, a, b, n } => {
-                for l in 0..n {
-                    self.wide[d + l] = int64(op, self.wide[a + l], self.wide[b + l])?;
-                }
-            }
+            Inst::Int64 { op, d, a, b, n } => self.int64(op, d, a, b, n)?,
             Inst::Float { op, d, a, b, n } => self.float(op, d, a, b, n),
-            Inst::Fma { d, a, b, c, n } => {
-                let (x, y, z) = (self.narrow[a], self.narrow[b], self.narrow[c]);
-                for (l, out) in self.narrow[d][..n].iter_mut().enumerate() {
-                    *out = f32::from_bits(x[l]).mul_add(f32::from_bits(y[l]), f32::from_bits(z[l])).to_bits();
-                }
-            }
+            Inst::Fma { d, a, b, c, n } => self.three(d, [a, b, c], n, |x, y, z| {
+                f32::from_bits(x).mul_add(f32::from_bits(y), f32::from_bits(z)).to_bits()
+            }),
             Inst::Unary { op, d, a, n } => self.unary(op, d, a, n)?,
             Inst::Cmp { of, pred, d, a, b, n } => self.cmp(of, pred, d, a, b, n),
-            Inst::Select32 { d, c, a, b, n } => {
-                let (c, x, y) = (self.narrow[c], self.narrow[a], self.narrow[b]);
-                for (l, out) in self.narrow[d][..n].iter_mut().enumerate() {
-                    *out = if c[l] != 0 { x[l] } else { y[l] };
-                }
-            }
+            Inst::Select32 { d, c, a, b, n } => self.three(d, [c, a, b], n, |c, x, y| if c != 0 { x } else { y }),
             Inst::Select64 { d, c, a, b, n } => {
-                for l in 0..n {
-                    self.wide[d + l] = self.wide[if self.narrow[c][l] != 0 { a } else { b } + l];
+                let (from, to) = self.wide.split_at_mut(d);
+                let either = from[a..a + n].iter().zip(&from[b..b + n]);
+                for ((out, &c), (&x, &y)) in to[..n].iter_mut().zip(&self.narrow[c..c + n]).zip(either) {
+                    *out = if c != 0 { x } else { y };
                 }
             }
-            Inst::Choose { bank, d, c, a, b, n } => {
-                let from = if self.narrow[c][0] != 0 { a } else { b };
-                self.assign(bank, d, from, n);
-            }
+            Inst::Choose { bank, d, c, a, b, lanes } => self.choose(bank, d, c, (a, b), lanes),
             Inst::Widen { d, a, n } => {
-                for l in 0..n {
-                    self.wide[d + l] = i64::from(self.narrow[a][l].cast_signed());
+                for (out, &x) in self.wide[d..d + n].iter_mut().zip(&self.narrow[a..a + n]) {
+                    *out = i64::from(x.cast_signed());
                 }
             }
             Inst::Narrow { d, a, n } => {
-                for l in 0..n {
-                    self.narrow[d][l] = self.wide[a + l] as u32;
+                for (out, &x) in self.narrow[d..d + n].iter_mut().zip(&self.wide[a..a + n]) {
+                    *out = x as u32;
                 }
             }
             Inst::Move { bank, d, a, n } => self.assign(bank, d, a, n),
-            Inst::ReduceAdd { d, a, n } => self.reduce(d, a, n, |x, y| x + y),
-            Inst::ReduceMax { d, a, n } => self.reduce(d, a, n, |x, y| if x > y { x } else { y }),
-            Inst::Load32 { d, p, i, n } => self.load32(d, p, i, n)?,
-            Inst::Load64 { d, p, i, n } => self.load64(d, p, i, n)?,
-            Inst::Store32 { p, i, v, n } => self.store32(p, i, v, n)?,
-            Inst::Store64 { p, i, v, n } => self.store64(p, i, v, n)?,
+            Inst::ReduceAdd { d, a, lanes } => self.reduce(d, a, lanes, |x, y| x + y),
+            Inst::ReduceMax { d, a, lanes } => self.reduce(d, a, lanes, |x, y| if x > y { x } else { y }),
+            Inst::Load32 { d, p, i, lanes } => self.load32(d, p, i, lanes)?,
+            Inst::Load64 { d, p, i, lanes } => self.load64(d, p, i, lanes)?,
+            Inst::Store32 { p, i, v, lanes } => self.store32(p, i, v, lanes)?,
+            Inst::Store64 { p, i, v, lanes } => self.store64(p, i, v, lanes)?,
             Inst::Offset { d, p, bytes } => {
-                let p = self.pointers[p];
-                self.pointers[d] = Pointer { at: p.at.wrapping_add(self.wide[bytes]), ..p };
-            }
-            Inst::Jump { to } => return Ok(to),
-            Inst::JumpUnless { c, to } => return Ok(if self.narrow[c][0] != 0 { next } else { to }),
-            Inst::CheckStep { step } => {
-                if self.wide[step] <= 0 {
-                    return Err(Misdeed::Step(self.wide[step]));
+                for t in 0..threads {
+                    let p = self.pointers[p + t];
+                    self.pointers[d + t] = Pointer { at: p.at.wrapping_add(self.wide[bytes + t]), ..p };
                 }
             }
-            Inst::LoopHead { i, hi, out } => return Ok(if self.wide[i] < self.wide[hi] { next } else { out }),
-            Inst::LoopNext { i, step, head, out } => {
-                let Some(sum) = self.wide[i].checked_add(self.wide[step]) else { return Ok(out) };
-                self.wide[i] = sum;
-                return Ok(head);
+            Inst::CheckStep { step } => self.each(|m, t| match m.wide[step + t] {
+                ..=0 => Err(Misdeed::Step(m.wide[step + t])),
+                _ => Ok(()),
+            })?,
+            Inst::Loop => {
+                if !SINGLE {
+                    self.masks.open();
+                }
             }
+            Inst::LoopHead { i, hi, out } => {
+                let wide = &self.wide;
+                if SINGLE {
+                    return Ok(if wide[i] < wide[hi] { next } else { out });
+                }
+                return Ok(if self.masks.keep(|t| wide[i + t] < wide[hi + t]) { next } else { out });
+            }
+            Inst::LoopNext { i, step, head, out } => return Ok(if self.advance(i, step) { head } else { out }),
+            Inst::If { c, otherwise } => {
+                let narrow = &self.narrow;
+                if SINGLE {
+                    return Ok(if narrow[c] != 0 { next } else { otherwise });
+                }
+                return Ok(if self.masks.open_for(|t| narrow[c + t] != 0) { next } else { otherwise });
+            }
+            Inst::Else { c, end } => {
+                let narrow = &self.narrow;
+                if SINGLE {
+                    return Ok(if narrow[c] == 0 { next } else { end });
+                }
+                return Ok(if self.masks.choose(|t| narrow[c + t] == 0) { next } else { end });
+            }
+            Inst::End => {
+                if !SINGLE {
+                    self.masks.close();
+                }
+            }
+            Inst::Thread { d } => (0..threads).for_each(|t| self.wide[d + t] = t as i64),
+            Inst::Barrier => {
+                self.masks.whole_block()?;
+                self.memory.barrier();
+            }
+            Inst::Shuffle { d, a, mask } => {
+                self.masks.whole_warps()?;
+                (0..threads).for_each(|t| self.narrow[d + t] = self.narrow[a + (t ^ mask)]);
+            }
+            Inst::AtomicAdd { d, p, i, x } => self.each(|m, t| {
+                m.narrow[d + t] = m.memory.atomic_add(m.pointers[p + t], m.wide[i + t], m.narrow[x + t], t)?;
+                Ok(())
+            })?,
+            Inst::Half { op, d, a, b, c } => self.half(op, d, [a, b, c]),
+            Inst::Mma { number } => {
+                for first in self.masks.whole_warps()? {
+                    half::mma(&block.mmas[number], &mut self.narrow, first, threads);
+                }
+            }
+            Inst::Prefetch { p, at, bytes } => {
+                self.each(|m, t| m.memory.prefetch(m.pointers[p + t], m.wide[at + t], m.wide[bytes + t]))?;
+            }
+            Inst::Wait => {
+                self.masks.whole_block()?;
+                self.memory.must_wait = false;
+            }
+            Inst::Release => self.masks.whole_block()?,
         }
         Ok(next)
     }
 
+    /// What can fail, for each thread that is here.
+    #[inline(always)]
+    fn each(&mut self, mut f: impl FnMut(&mut Self, usize) -> Result<(), Misdeed>) -> Result<(), Misdeed> {
+        if SINGLE {
+            return f(self, 0);
+        }
+        for t in 0..self.threads() {
+            if self.masks.has(t) {
+                self.thread = Some(t);
+                f(self, t)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for each lane of each thread.
+    fn each_lane(&mut self, n: usize, f: impl Fn(&mut Self, usize) -> Result<(), Misdeed>) -> Result<(), Misdeed> {
+        let threads = self.threads();
+        self.each(|m, t| (t..n).step_by(threads).try_for_each(|i| f(m, i)))
+    }
+
+    /// Moves for the threads that are here: a register that others still need stays as it is for them.
     fn assign(&mut self, bank: Bank, d: Reg, a: Reg, n: usize) {
+        let all = SINGLE || self.masks.all();
         match bank {
-            Bank::Narrow => self.narrow[d] = self.narrow[a],
-            Bank::Wide => self.wide.copy_within(a..a + n, d),
-            Bank::Pointer => self.pointers[d] = self.pointers[a],
+            Bank::Narrow if all => self.narrow.copy_within(a..a + n, d),
+            Bank::Wide if all => self.wide.copy_within(a..a + n, d),
+            Bank::Pointer if all => self.pointers.copy_within(a..a + n, d),
+            Bank::Narrow => assign(&mut self.narrow, d, a, n, &self.masks),
+            Bank::Wide => assign(&mut self.wide, d, a, n, &self.masks),
+            Bank::Pointer => assign(&mut self.pointers, d, a, n, &self.masks),
         }
     }
 
+    fn choose(&mut self, bank: Bank, d: Reg, c: Reg, (a, b): (Reg, Reg), lanes: usize) {
+        for t in 0..self.threads() {
+            let from = if self.narrow[c + t] != 0 { a } else { b };
+            for i in (t..lanes * self.threads()).step_by(self.threads()) {
+                match bank {
+                    Bank::Narrow => self.narrow[d + i] = self.narrow[from + i],
+                    Bank::Wide => self.wide[d + i] = self.wide[from + i],
+                    Bank::Pointer => self.pointers[d + i] = self.pointers[from + i],
+                }
+            }
+        }
+    }
+
+    /// The next turn of the threads that loop; false if none does.
+    fn advance(&mut self, i: Reg, step: Reg) -> bool {
+        let wide = &mut self.wide;
+        let mut next = |t: usize| match wide[i + t].checked_add(wide[step + t]) {
+            Some(sum) => {
+                wide[i + t] = sum;
+                true
+            }
+            None => false,
+        };
+        if SINGLE { next(0) } else { self.masks.keep(next) }
+    }
+
     #[inline(always)]
-    fn lanes(&mut self, d: Reg, a: Reg, b: Reg, n: usize, f: impl Fn(u32, u32) -> u32) {
-        let (x, y) = (self.narrow[a], self.narrow[b]);
-        for (out, (&x, &y)) in self.narrow[d][..n].iter_mut().zip(x.iter().zip(&y)) {
+    fn two(&mut self, d: Reg, a: Reg, b: Reg, n: usize, f: impl Fn(u32, u32) -> u32) {
+        let (from, to) = self.narrow.split_at_mut(d);
+        for ((out, &x), &y) in to[..n].iter_mut().zip(&from[a..a + n]).zip(&from[b..b + n]) {
             *out = f(x, y);
         }
     }
 
-    fn int32(&mut self, op: IntOp, d: Reg, a: Reg, b: Reg, n: usize) -> Result<(), Misdeed> {
-        if matches!(op, IntOp::Shl | IntOp::Ushr | IntOp::Sshr) && self.narrow[b][..n].iter().any(|&s| s > 31) {
-            return Err(Misdeed::Shift);
+    #[inline(always)]
+    fn three(&mut self, d: Reg, [a, b, c]: [Reg; 3], n: usize, f: impl Fn(u32, u32, u32) -> u32) {
+        let (from, to) = self.narrow.split_at_mut(d);
+        let operands = from[a..a + n].iter().zip(&from[b..b + n]).zip(&from[c..c + n]);
+        for (out, ((&x, &y), &z)) in to[..n].iter_mut().zip(operands) {
+            *out = f(x, y, z);
         }
+    }
+
+    fn int32(&mut self, op: IntOp, d: Reg, a: Reg, b: Reg, n: usize) -> Result<(), Misdeed> {
         match op {
-            IntOp::Add => self.lanes(d, a, b, n, u32::wrapping_add),
-            IntOp::Sub => self.lanes(d, a, b, n, u32::wrapping_sub),
-            IntOp::Mul => self.lanes(d, a, b, n, u32::wrapping_mul),
-            IntOp::And => self.lanes(d, a, b, n, |x, y| x & y),
-            IntOp::Or => self.lanes(d, a, b, n, |x, y| x | y),
-            IntOp::Xor => self.lanes(d, a, b, n, |x, y| x ^ y),
-            IntOp::Shl => self.lanes(d, a, b, n, |x, y| x << y),
-            IntOp::Ushr => self.lanes(d, a, b, n, |x, y| x >> y),
-            IntOp::Sshr => self.lanes(d, a, b, n, |x, y| (x.cast_signed() >> y).cast_unsigned()),
-            IntOp::Div | IntOp::Rem => {
-                let (x, y) = (self.narrow[a][0].cast_signed(), self.narrow[b][0].cast_signed());
+            IntOp::Add => self.two(d, a, b, n, u32::wrapping_add),
+            IntOp::Sub => self.two(d, a, b, n, u32::wrapping_sub),
+            IntOp::Mul => self.two(d, a, b, n, u32::wrapping_mul),
+            IntOp::And => self.two(d, a, b, n, |x, y| x & y),
+            IntOp::Or => self.two(d, a, b, n, |x, y| x | y),
+            IntOp::Xor => self.two(d, a, b, n, |x, y| x ^ y),
+            IntOp::Shl => self.two(d, a, b, n, u32::wrapping_shl),
+            IntOp::Ushr => self.two(d, a, b, n, u32::wrapping_shr),
+            IntOp::Sshr => self.two(d, a, b, n, |x, y| x.cast_signed().wrapping_shr(y).cast_unsigned()),
+            IntOp::Div | IntOp::Rem => self.each(|m, t| {
+                let (x, y) = (m.narrow[a + t].cast_signed(), m.narrow[b + t].cast_signed());
                 let out = if matches!(op, IntOp::Div) { x.checked_div(y) } else { x.checked_rem(y) };
-                self.narrow[d][0] = out.ok_or(Misdeed::Division)?.cast_unsigned();
+                m.narrow[d + t] = out.ok_or(Misdeed::Division)?.cast_unsigned();
+                Ok(())
+            })?,
+        }
+        if matches!(op, IntOp::Shl | IntOp::Ushr | IntOp::Sshr) && self.narrow[b..b + n].iter().any(|&s| s > 31) {
+            self.each_lane(n, |m, i| if m.narrow[b + i] > 31 { Err(Misdeed::Shift) } else { Ok(()) })?;
+        }
+        Ok(())
+    }
+
+    fn int64(&mut self, op: IntOp, d: Reg, a: Reg, b: Reg, n: usize) -> Result<(), Misdeed> {
+        let mut two = |f: fn(i64, i64) -> i64| {
+            let (from, to) = self.wide.split_at_mut(d);
+            for ((out, &x), &y) in to[..n].iter_mut().zip(&from[a..a + n]).zip(&from[b..b + n]) {
+                *out = f(x, y);
+            }
+        };
+        match op {
+            IntOp::Add => two(i64::wrapping_add),
+            IntOp::Sub => two(i64::wrapping_sub),
+            IntOp::Mul => two(i64::wrapping_mul),
+            IntOp::And => two(|x, y| x & y),
+            IntOp::Or => two(|x, y| x | y),
+            IntOp::Xor => two(|x, y| x ^ y),
+            IntOp::Shl | IntOp::Ushr | IntOp::Sshr | IntOp::Div | IntOp::Rem => {
+                return self.each_lane(n, |m, i| {
+                    m.wide[d + i] = partial(op, m.wide[a + i], m.wide[b + i])?;
+                    Ok(())
+                });
             }
         }
         Ok(())
@@ -264,26 +434,32 @@ impl<'r, 's> Machine<'r, 's> {
 
     fn float(&mut self, op: FloatOp, d: Reg, a: Reg, b: Reg, n: usize) {
         match op {
-            FloatOp::Add => self.lanes(d, a, b, n, on(|x, y| x + y)),
-            FloatOp::Sub => self.lanes(d, a, b, n, on(|x, y| x - y)),
-            FloatOp::Mul => self.lanes(d, a, b, n, on(|x, y| x * y)),
-            FloatOp::Div => self.lanes(d, a, b, n, on(|x, y| x / y)),
-            FloatOp::Min => self.lanes(d, a, b, n, on(|x, y| if x < y { x } else { y })),
-            FloatOp::Max => self.lanes(d, a, b, n, on(|x, y| if x > y { x } else { y })),
+            FloatOp::Add => self.two(d, a, b, n, on(|x, y| x + y)),
+            FloatOp::Sub => self.two(d, a, b, n, on(|x, y| x - y)),
+            FloatOp::Mul => self.two(d, a, b, n, on(|x, y| x * y)),
+            FloatOp::Div => self.two(d, a, b, n, on(|x, y| x / y)),
+            FloatOp::Min => self.two(d, a, b, n, on(|x, y| if x < y { x } else { y })),
+            FloatOp::Max => self.two(d, a, b, n, on(|x, y| if x > y { x } else { y })),
         }
     }
 
     fn unary(&mut self, op: UnaryOp, d: Reg, a: Reg, n: usize) -> Result<(), Misdeed> {
-        let x = self.narrow[a];
-        for (out, &x) in self.narrow[d][..n].iter_mut().zip(&x) {
-            *out = match op {
-                UnaryOp::Neg => x ^ 0x8000_0000,
-                UnaryOp::Abs => x & 0x7fff_ffff,
-                UnaryOp::Sqrt => f32::from_bits(x).sqrt().to_bits(),
-                UnaryOp::Round => f32::from_bits(x).round_ties_even().to_bits(),
-                UnaryOp::ToFloat => (x.cast_signed() as f32).to_bits(),
-                UnaryOp::ToInt => to_int(f32::from_bits(x))?.cast_unsigned(),
-            };
+        let mut one = |f: fn(u32) -> u32| {
+            let (from, to) = self.narrow.split_at_mut(d);
+            to[..n].iter_mut().zip(&from[a..a + n]).for_each(|(out, &x)| *out = f(x));
+        };
+        match op {
+            UnaryOp::Neg => one(|x| x ^ 0x8000_0000),
+            UnaryOp::Abs => one(|x| x & 0x7fff_ffff),
+            UnaryOp::Sqrt => one(|x| f32::from_bits(x).sqrt().to_bits()),
+            UnaryOp::Round => one(|x| f32::from_bits(x).round_ties_even().to_bits()),
+            UnaryOp::ToFloat => one(|x| (x.cast_signed() as f32).to_bits()),
+            UnaryOp::ToInt => {
+                return self.each_lane(n, |m, i| {
+                    m.narrow[d + i] = to_int(f32::from_bits(m.narrow[a + i]))?.cast_unsigned();
+                    Ok(())
+                });
+            }
         }
         Ok(())
     }
@@ -291,117 +467,107 @@ impl<'r, 's> Machine<'r, 's> {
     fn cmp(&mut self, of: CmpOf, pred: Pred, d: Reg, a: Reg, b: Reg, n: usize) {
         match of {
             CmpOf::F32 => {
-                self.lanes(d, a, b, n, |x, y| u32::from(holds(pred, &f32::from_bits(x), &f32::from_bits(y))));
+                self.two(d, a, b, n, |x, y| u32::from(holds(pred, &f32::from_bits(x), &f32::from_bits(y))));
             }
-            CmpOf::I32 => self.lanes(d, a, b, n, |x, y| u32::from(holds(pred, &x.cast_signed(), &y.cast_signed()))),
+            CmpOf::I32 => self.two(d, a, b, n, |x, y| u32::from(holds(pred, &x.cast_signed(), &y.cast_signed()))),
             CmpOf::I64 => {
-                for l in 0..n {
-                    self.narrow[d][l] = u32::from(holds(pred, &self.wide[a + l], &self.wide[b + l]));
+                let operands = self.wide[a..a + n].iter().zip(&self.wide[b..b + n]);
+                for (out, (x, y)) in self.narrow[d..d + n].iter_mut().zip(operands) {
+                    *out = u32::from(holds(pred, x, y));
                 }
             }
         }
     }
 
     #[inline(always)]
-    fn reduce(&mut self, d: Reg, a: Reg, n: usize, f: impl Fn(f32, f32) -> f32) {
-        let mut x = self.narrow[a].map(f32::from_bits);
-        let mut half = n / 2;
-        while half > 0 {
-            for l in 0..half {
-                x[l] = f(x[l], x[l + half]);
+    fn reduce(&mut self, d: Reg, a: Reg, lanes: usize, f: impl Fn(f32, f32) -> f32) {
+        let mut x = [0.0; 16];
+        for t in 0..self.threads() {
+            for (l, x) in x[..lanes].iter_mut().enumerate() {
+                *x = f32::from_bits(self.narrow[a + l * self.threads() + t]);
             }
-            half /= 2;
-        }
-        self.narrow[d][0] = x[0].to_bits();
-    }
-
-    /// The words that an access reads.
-    fn read(&mut self, p: Reg, i: Reg, n: usize, elem_bytes: u64) -> Result<&[u32], Misdeed> {
-        let p = self.pointers[p];
-        let at = address(p.at, self.wide[i], elem_bytes);
-        let buffer = match self.slots.get(p.buffer) {
-            Some(slot) => slot.get(),
-            None => &self.scratch[p.buffer - self.slots.len()],
-        };
-        let range = buffer.range(at, n, elem_bytes)?;
-        let words = buffer.read(range.clone())?;
-        if let Some(Some(shadow)) = self.shadows.get_mut(p.buffer) {
-            shadow.read(range, self.task)?;
-        }
-        Ok(words)
-    }
-
-    /// The words that an access writes.
-    fn written(
-        &mut self,
-        p: Reg,
-        i: Reg,
-        n: usize,
-        elem_bytes: u64,
-    ) -> Result<(usize, std::ops::Range<usize>), Misdeed> {
-        let p = self.pointers[p];
-        if !p.writable {
-            return Err(Misdeed::ReadOnly);
-        }
-        let at = address(p.at, self.wide[i], elem_bytes);
-        let range = self.buffer_mut(p.buffer)?.range(at, n, elem_bytes)?;
-        if let Some(Some(shadow)) = self.shadows.get_mut(p.buffer) {
-            shadow.write(range.clone(), self.task)?;
-        }
-        Ok((p.buffer, range))
-    }
-
-    fn buffer_mut(&mut self, buffer: usize) -> Result<&mut Buffer, Misdeed> {
-        let slots = self.slots.len();
-        match self.slots.get_mut(buffer) {
-            Some(slot) => slot.get_mut(),
-            None => Ok(&mut self.scratch[buffer - slots]),
+            let mut half = lanes / 2;
+            while half > 0 {
+                for l in 0..half {
+                    x[l] = f(x[l], x[l + half]);
+                }
+                half /= 2;
+            }
+            self.narrow[d + t] = x[0].to_bits();
         }
     }
 
-    fn load32(&mut self, d: Reg, p: Reg, i: Reg, n: usize) -> Result<(), Misdeed> {
-        let mut lanes = [0; 16];
-        lanes[..n].copy_from_slice(self.read(p, i, n, 4)?);
-        self.narrow[d] = lanes;
-        Ok(())
+    fn half(&mut self, op: HalfOp, d: Reg, operands: [Reg; 3]) {
+        self.three(d, operands, self.threads(), |x, y, z| half::apply(op, x, y, z));
     }
 
-    fn load64(&mut self, d: Reg, p: Reg, i: Reg, n: usize) -> Result<(), Misdeed> {
-        let mut lanes = [0; 16];
-        for (lane, words) in lanes.iter_mut().zip(self.read(p, i, n, 8)?.chunks(2)) {
-            *lane = (u64::from(words[0]) | u64::from(words[1]) << 32).cast_signed();
-        }
-        self.wide[d..d + n].copy_from_slice(&lanes[..n]);
-        Ok(())
+    fn load32(&mut self, d: Reg, p: Reg, i: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
+        self.each(|m, t| {
+            let words = m.memory.read(m.pointers[p + t], m.wide[i + t], (lanes, 4), t)?;
+            if SINGLE {
+                m.narrow[d..d + lanes].copy_from_slice(words);
+            } else {
+                let out = m.narrow[d + t..].iter_mut().step_by(threads);
+                out.zip(words).for_each(|(out, &word)| *out = word);
+            }
+            Ok(())
+        })
     }
 
-    fn store32(&mut self, p: Reg, i: Reg, v: Reg, n: usize) -> Result<(), Misdeed> {
-        let (buffer, range) = self.written(p, i, n, 4)?;
-        let value = self.narrow[v];
-        self.buffer_mut(buffer)?.write(range).copy_from_slice(&value[..n]);
-        Ok(())
+    fn load64(&mut self, d: Reg, p: Reg, i: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
+        self.each(|m, t| {
+            let words = m.memory.read(m.pointers[p + t], m.wide[i + t], (lanes, 8), t)?;
+            let out = m.wide[d + t..].iter_mut().step_by(threads);
+            for (out, words) in out.zip(words.chunks(2)) {
+                *out = (u64::from(words[0]) | u64::from(words[1]) << 32).cast_signed();
+            }
+            Ok(())
+        })
     }
 
-    fn store64(&mut self, p: Reg, i: Reg, v: Reg, n: usize) -> Result<(), Misdeed> {
-        let (buffer, range) = self.written(p, i, n, 8)?;
-        let mut value = [0; 16];
-        value[..n].copy_from_slice(&self.wide[v..v + n]);
-        let words = self.buffer_mut(buffer)?.write(range);
-        for (words, x) in words.chunks_mut(2).zip(value) {
-            words.copy_from_slice(&[x as u32, (x >> 32) as u32]);
-        }
-        Ok(())
+    fn store32(&mut self, p: Reg, i: Reg, v: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
+        self.each(|m, t| {
+            let words = m.memory.write(m.pointers[p + t], m.wide[i + t], (lanes, 4), t)?;
+            if SINGLE {
+                words.copy_from_slice(&m.narrow[v..v + lanes]);
+            } else {
+                let value = m.narrow[v + t..].iter().step_by(threads);
+                words.iter_mut().zip(value).for_each(|(word, &x)| *word = x);
+            }
+            Ok(())
+        })
+    }
+
+    fn store64(&mut self, p: Reg, i: Reg, v: Reg, lanes: usize) -> Result<(), Misdeed> {
+        let threads = self.threads();
+        self.each(|m, t| {
+            let words = m.memory.write(m.pointers[p + t], m.wide[i + t], (lanes, 8), t)?;
+            let value = m.wide[v + t..].iter().step_by(threads);
+            for (words, &x) in words.chunks_mut(2).zip(value) {
+                words.copy_from_slice(&[x as u32, (x >> 32) as u32]);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A scalar of each thread in all lanes.
+fn splat<T: Copy>(bank: &mut [T], d: Reg, a: Reg, lanes: usize, threads: usize) {
+    (0..lanes).for_each(|l| bank.copy_within(a..a + threads, d + l * threads));
+}
+
+fn assign<T: Copy>(bank: &mut [T], d: Reg, a: Reg, n: usize, masks: &Masks) {
+    for t in masks.active() {
+        (t..n).step_by(masks.threads()).for_each(|i| bank[d + i] = bank[a + i]);
     }
 }
 
 /// A function of floats as one of their bits.
 fn on(f: impl Fn(f32, f32) -> f32) -> impl Fn(u32, u32) -> u32 {
     move |x, y| f(f32::from_bits(x), f32::from_bits(y)).to_bits()
-}
-
-/// Where an element lies; what does not fit is outside every buffer.
-fn address(at: i64, index: i64, elem_bytes: u64) -> i64 {
-    index.saturating_mul(elem_bytes as i64).saturating_add(at)
 }
 
 fn holds<T: PartialOrd>(pred: Pred, x: &T, y: &T) -> bool {
@@ -420,19 +586,17 @@ fn to_int(x: f32) -> Result<i32, Misdeed> {
     if (-2_147_483_648.0..2_147_483_648.0).contains(&x) { Ok(x as i32) } else { Err(Misdeed::ToInt(x)) }
 }
 
-fn int64(op: IntOp, x: i64, y: i64) -> Result<i64, Misdeed> {
+/// The ops that not all numbers have a result of.
+fn partial(op: IntOp, x: i64, y: i64) -> Result<i64, Misdeed> {
     let shift = || u32::try_from(y).ok().filter(|&y| y < 64).ok_or(Misdeed::Shift);
     Ok(match op {
-        IntOp::Add => x.wrapping_add(y),
-        IntOp::Sub => x.wrapping_sub(y),
-        IntOp::Mul => x.wrapping_mul(y),
         IntOp::Div => x.checked_div(y).ok_or(Misdeed::Division)?,
         IntOp::Rem => x.checked_rem(y).ok_or(Misdeed::Division)?,
-        IntOp::And => x & y,
-        IntOp::Or => x | y,
-        IntOp::Xor => x ^ y,
         IntOp::Shl => x << shift()?,
         IntOp::Ushr => (x.cast_unsigned() >> shift()?).cast_signed(),
         IntOp::Sshr => x >> shift()?,
+        IntOp::Add | IntOp::Sub | IntOp::Mul | IntOp::And | IntOp::Or | IntOp::Xor => {
+            unreachable!("they always have one")
+        }
     })
 }

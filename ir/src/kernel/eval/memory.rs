@@ -29,6 +29,8 @@ impl Place {
 /// A buffer lent to a run.
 #[derive(Debug)]
 pub enum Slot<'a> {
+    /// For reading, and the same before and after every launch.
+    Weight(&'a Buffer),
     /// For reading.
     Shared(&'a Buffer),
     /// For reading and writing.
@@ -154,7 +156,7 @@ impl Slot<'_> {
     /// The buffer, to read.
     pub fn get(&self) -> &Buffer {
         match self {
-            Self::Shared(b) => b,
+            Self::Weight(b) | Self::Shared(b) => b,
             Self::Own(b) => b,
         }
     }
@@ -162,56 +164,8 @@ impl Slot<'_> {
     /// The buffer, to write, if it may be.
     pub(super) fn get_mut(&mut self) -> Result<&mut Buffer, Misdeed> {
         match self {
-            Self::Shared(_) => Err(Misdeed::ReadOnly),
+            Self::Weight(_) | Self::Shared(_) => Err(Misdeed::ReadOnly),
             Self::Own(b) => Ok(b),
         }
     }
-}
-
-/// Who touched each word of a buffer in the current launch. Tasks are marked by their number plus one.
-#[derive(Clone, Debug)]
-pub(super) struct Shadow {
-    writers: Vec<u32>,
-    readers: Vec<u32>,
-}
-
-/// A word that several tasks read.
-const MANY: u32 = u32::MAX;
-
-impl Shadow {
-    pub(super) fn new(buffer: &Buffer) -> Self {
-        let words = buffer.words.len();
-        Self { writers: vec![0; words], readers: vec![0; words] }
-    }
-
-    pub(super) fn read(&mut self, range: std::ops::Range<usize>, task: u32) -> Result<(), Misdeed> {
-        for i in range {
-            let writer = self.writers[i];
-            if writer != 0 && writer != task {
-                return Err(race(i, writer));
-            }
-            let reader = &mut self.readers[i];
-            *reader = if *reader == 0 || *reader == task { task } else { MANY };
-        }
-        Ok(())
-    }
-
-    pub(super) fn write(&mut self, range: std::ops::Range<usize>, task: u32) -> Result<(), Misdeed> {
-        for i in range {
-            let (writer, reader) = (self.writers[i], self.readers[i]);
-            if writer != 0 && writer != task {
-                return Err(race(i, writer));
-            }
-            if reader != 0 && reader != task {
-                return Err(race(i, reader));
-            }
-            self.writers[i] = task;
-        }
-        Ok(())
-    }
-}
-
-/// With several readers the other task is not known; the message then names the largest number.
-fn race(word: usize, mark: u32) -> Misdeed {
-    Misdeed::Race { at: word as u64 * 4, other: u64::from(mark) - 1 }
 }

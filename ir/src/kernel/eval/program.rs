@@ -60,7 +60,7 @@ impl<'m> Interpreter<'m> {
         let mut arena = Buffer::uninit(self.module.arena.bytes(&syms));
         let mut slots = vec![Slot::Own(&mut arena)];
         slots.extend(inputs.iter().map(|(_, b)| Slot::Shared(b)));
-        slots.extend(weights.iter().map(Slot::Shared));
+        slots.extend(weights.iter().map(Slot::Weight));
         slots.extend(states.iter_mut().map(Slot::Own));
         let places = Places { module: self.module, syms, inputs, weights: weights.len() };
         for (i, launch) in program.launches.iter().enumerate() {

@@ -11,7 +11,7 @@ use crate::kernel::{KOp, KType, Space};
 /// # Errors
 /// What is wrong with the operands or the op's constants.
 pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
-    let i64_scalar = KType::scalar(DType::I64);
+    let (i64_scalar, i32_scalar) = (KType::scalar(DType::I64), KType::scalar(DType::I32));
     let like_first = |want: &str, ok: bool| if ok { Ok(Some(args[0])) } else { Err(operand(args, 0, want)) };
     count("operands", args.len(), arity(op))?;
     Ok(match op {
@@ -99,6 +99,57 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             exact(args, 1, i64_scalar)?;
             Some(args[0])
         }
+        KOp::Thread => Some(i64_scalar),
+        KOp::Shared { dtype, elems } => {
+            in_memory(dtype)?;
+            range("elements", elems, (1..=1 << 18).contains(&elems), "1 to 2^18")?;
+            Some(KType::Ptr(Space::Shared))
+        }
+        KOp::Partials { dtype, elems } => {
+            in_memory(dtype)?;
+            range("elements", elems, (1..=1 << 24).contains(&elems), "1 to 2^24")?;
+            Some(KType::Ptr(Space::Scratch))
+        }
+        KOp::Barrier | KOp::Wait | KOp::Release => None,
+        KOp::ShuffleXor { mask } => {
+            range("mask", mask.into(), (1..32).contains(&mask), "1 to 31")?;
+            like_first("an f32 or i32 scalar", is_lane(args[0]))?
+        }
+        KOp::AtomicAdd => {
+            exact(args, 0, KType::Ptr(Space::Global))?;
+            exact(args, 1, i64_scalar)?;
+            exact(args, 2, i32_scalar)?;
+            Some(i32_scalar)
+        }
+        KOp::Pack { dtype } => {
+            half(dtype)?;
+            (0..2).try_for_each(|i| exact(args, i, KType::scalar(DType::F32)))?;
+            Some(i32_scalar)
+        }
+        KOp::HalfFma { dtype } => {
+            half(dtype)?;
+            (0..3).try_for_each(|i| exact(args, i, i32_scalar))?;
+            Some(i32_scalar)
+        }
+        KOp::HalfToFloat => {
+            exact(args, 0, i32_scalar)?;
+            Some(KType::scalar(DType::F32))
+        }
+        KOp::Fp8ToF16 => {
+            exact(args, 0, i32_scalar)?;
+            Some(i32_scalar)
+        }
+        KOp::Mma { dtype } => {
+            half(dtype)?;
+            (0..6).try_for_each(|i| exact(args, i, i32_scalar))?;
+            exact(args, 6, KType::vector(DType::F32, 4))?;
+            Some(args[6])
+        }
+        KOp::Prefetch => {
+            exact(args, 0, KType::Ptr(Space::Global))?;
+            (1..3).try_for_each(|i| exact(args, i, i64_scalar))?;
+            None
+        }
         // checked with their regions
         KOp::For | KOp::If => None,
     })
@@ -108,10 +159,12 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
 const fn arity(op: KOp) -> usize {
     match op {
         KOp::Splat { .. } | KOp::Extract { .. } | KOp::If => 1,
-        KOp::Load { .. } | KOp::Offset => 2,
-        KOp::Store | KOp::For => 3,
+        KOp::ShuffleXor { .. } | KOp::HalfToFloat | KOp::Fp8ToF16 => 1,
+        KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
+        KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
+        KOp::Mma { .. } => 7,
         _ => match op.sig() {
-            Sig::Leaf | Sig::Special => 0,
+            Sig::Leaf | Sig::Special | Sig::Block => 0,
             Sig::Unary | Sig::FloatUnary | Sig::Convert | Sig::Reduce => 1,
             Sig::IntBinary | Sig::FloatBinary | Sig::Compare => 2,
             Sig::FloatTernary | Sig::Select => 3,
@@ -180,6 +233,19 @@ fn in_memory(dtype: DType) -> Result<(), Broken> {
     }
     let expected = "f32, i32 or i64".to_owned();
     Err(Broken::Operand { index: 0, found: dtype.name().to_owned(), expected })
+}
+
+fn half(dtype: DType) -> Result<(), Broken> {
+    if matches!(dtype, DType::F16 | DType::BF16) {
+        return Ok(());
+    }
+    let expected = "f16 or bf16".to_owned();
+    Err(Broken::Operand { index: 0, found: dtype.name().to_owned(), expected })
+}
+
+/// True for what a register of 32 bits holds.
+fn is_lane(ty: KType) -> bool {
+    ty.lanes() == 1 && (is(ty, DType::F32) || is(ty, DType::I32))
 }
 
 fn is(ty: KType, dtype: DType) -> bool {

@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashSet};
 use super::infer::{count, exact, infer, lanes_exist};
 use super::{Broken, KernelError, RESERVED, error, is_name};
 use crate::dtype::DType;
+use crate::kernel::op::Sig;
 use crate::kernel::print;
 use crate::kernel::{KOp, KType, Kernel, Region, Space, Stmt, Val};
 use crate::schedule::Extent;
@@ -73,7 +74,18 @@ impl<'k> Checker<'k> {
                 self.fail("types", Broken::NoSuchType { value: Val(i as u32), ty });
             }
         }
-        if divides_by_zero(&k.grid) {
+        let warps = k.threads.is_multiple_of(Kernel::WARP) && k.threads <= Kernel::MAX_THREADS;
+        if k.threads != 1 && (k.threads == 0 || !warps) {
+            let found = k.threads.into();
+            self.fail(
+                "threads",
+                Broken::Constant { what: "threads", found, expected: "1, or a multiple of 32 up to 1024" },
+            );
+        }
+        if !k.is_block() && k.tail_grid != Extent::Const(1) {
+            self.fail("tail", Broken::Threads(k.threads));
+        }
+        if divides_by_zero(&k.grid) || divides_by_zero(&k.tail_grid) {
             self.fail("grid", Broken::Constant { what: "divisor", found: 0, expected: "positive" });
         }
     }
@@ -86,7 +98,7 @@ impl<'k> Checker<'k> {
         self.top(&k.body, "body");
         self.visible.fill(false);
         self.visible[..implied].fill(true);
-        self.visible[Kernel::TASK.0 as usize] = false;
+        self.visible[Kernel::TASK.0 as usize] = k.is_block();
         if let Some(tail) = &k.tail {
             self.top(tail, "tail");
         }
@@ -118,8 +130,14 @@ impl<'k> Checker<'k> {
         if let Err(broken) = count("regions", stmt.regions.len(), regions) {
             self.fail(&text, broken);
         }
-        if matches!(stmt.op, KOp::Alloc { .. }) && self.depth > 0 {
+        let allocates = matches!(stmt.op, KOp::Alloc { .. } | KOp::Shared { .. } | KOp::Partials { .. });
+        if allocates && self.depth > 0 {
             self.fail(&text, Broken::NestedAlloc);
+        }
+        let misplaced =
+            if self.kernel.is_block() { matches!(stmt.op, KOp::Alloc { .. }) } else { stmt.op.sig() == Sig::Block };
+        if misplaced {
+            self.fail(&text, Broken::Threads(self.kernel.threads));
         }
         if self.errors.len() == before {
             match stmt.op {
@@ -268,7 +286,7 @@ fn collect<'k>(region: &'k Region, flows: &mut Vec<(Val, Val)>, stores: &mut Vec
             KOp::If => {
                 flows.extend(s.regions.iter().flat_map(|r| r.yields.iter().copied().zip(s.results.iter().copied())));
             }
-            KOp::Store => stores.push(s),
+            KOp::Store | KOp::AtomicAdd => stores.push(s),
             _ => {}
         }
         s.regions.iter().for_each(|r| collect(r, flows, stores));

@@ -92,7 +92,9 @@ fn logprobs_are_the_models_own() {
     near(&prompt[2]["logprob"], -total(2.0));
     assert_eq!((&prompt[2]["token"], &prompt[2]["top"][0]["token"]), (&json!(2), &json!(7)));
     assert_eq!(model.steps, [[2], [1], [1]]);
-    let plain = generate_json("-n 2", "[5, 6, 2]", &mut Counter::new(10, 100));
+    let mut model = Counter::new(10, 100);
+    let plain = generate_json("-n 2", "[5, 6, 2]", &mut model);
+    assert!(!model.keeps_logits, "nobody asks for logits");
     assert!(plain.get("logprobs").is_none() && plain.get("prompt_logprobs").is_none());
 }
 
@@ -134,15 +136,17 @@ fn characters_and_stop_texts_that_are_split_over_tokens_come_whole() {
         fn end(&mut self, sequence: Sequence) {
             self.0.end(sequence);
         }
-        fn forward(&mut self, runs: &[(Sequence, &[u32])]) -> Result<&[f32], ModelError> {
+        fn forward(&mut self, runs: &[Run<'_>]) -> Result<Vec<u32>, ModelError> {
             self.0.forward(runs)?;
-            let said = self.0.history(runs[0].0)?.len() - 1;
-            self.0.logits = vec![0.0; self.0.vocab_size];
-            self.0.logits[self.1[said] as usize] = 1.0;
-            Ok(&self.0.logits)
+            let said = self.0.history(runs[0].sequence)?.len() - 1;
+            Ok(vec![self.1[said]])
         }
-        fn forward_all(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<&[f32], ModelError> {
-            self.0.forward_all(sequence, tokens)
+        fn forward_all(&mut self, run: Run<'_>) -> Result<Option<u32>, ModelError> {
+            self.0.forward_all(run)
+        }
+        fn keep_logits(&mut self) {}
+        fn logits(&self, row: usize) -> &[f32] {
+            self.0.logits(row)
         }
     }
     let dir = tempfile::tempdir().unwrap();

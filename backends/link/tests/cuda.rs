@@ -1,0 +1,153 @@
+//! Executables for a GPU, on a machine without one: what they say there, and with a stand-in for the driver (`stand_in/driver.c`) that
+//! runs the kernels' code for the processor, that memory, copies, launches and their order are right.
+
+mod sample;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use sample::{How, WIDTH, link};
+use tempfile::TempDir;
+
+/// A linked toy model for a GPU beside a stand-in for the driver.
+struct Exe {
+    dir: TempDir,
+}
+
+impl Exe {
+    fn new(config_only: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        link(&dir.path().join("toy"), How { stand_in: true, config_only, ..How::default() }).unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stand_in/driver.c");
+        fs::create_dir(dir.path().join("driver")).unwrap();
+        sample::compile_c(&source, &dir.path().join("driver/libcuda.so.1"));
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, settings: &[(&str, &str)], args: &[&str]) -> Output {
+        let mut command = Command::new(self.path("toy"));
+        command.args(args).current_dir(self.dir.path()).env("LD_LIBRARY_PATH", self.path("driver"));
+        command.envs(settings.iter().copied());
+        loop {
+            // another test's child may hold the file open for a moment
+            match command.output() {
+                Err(e) if e.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+                output => return output.unwrap(),
+            }
+        }
+    }
+
+    fn stdout(&self, settings: &[(&str, &str)], args: &[&str]) -> String {
+        let output = self.run(settings, args);
+        assert!(output.status.success(), "{args:?} {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The message of a run that fails with status 1.
+    fn error(&self, settings: &[(&str, &str)], args: &[&str]) -> String {
+        let output = self.run(settings, args);
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "{args:?} {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// The rows of a tensor that `eval` writes for the ids `text`.
+    fn eval(&self, settings: &[(&str, &str)], text: &str, args: &[&str], tensor: &str) -> Vec<Vec<f32>> {
+        fs::write(self.path("ids.json"), text).unwrap();
+        self.stdout(settings, &[&["eval", "--tokens", "ids.json", "--out", "out.safetensors"], args].concat());
+        let bytes = fs::read(self.path("out.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let data = tensors.tensor(tensor).unwrap();
+        let values: Vec<f32> = data.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        values.chunks(WIDTH).map(<[f32]>::to_vec).collect()
+    }
+}
+
+const IDS: [u32; 13] = [3, 0, 15, 7, 7, 2, 9, 4, 11, 1, 5, 6, 8];
+
+#[test]
+fn steps_of_all_sizes_give_what_the_kernels_compute() {
+    let exe = Exe::new(false);
+    let text = format!("{IDS:?}");
+    for settings in [&[][..], &[("NEXTC_LAUNCH", "stream")], &[("NEXTC_LAUNCH", "trace")]] {
+        for args in [&[][..], &["--mode", "decode"], &["--step-tokens", "5"]] {
+            assert_eq!(exe.eval(settings, &text, args, "logits"), sample::logits(&IDS), "{settings:?} {args:?}");
+        }
+        let batch = "[[3, 4, 5, 6, 7, 8], [9], [10, 11, 12]]";
+        for args in [&[][..], &["--mode", "decode"], &["--step-tokens", "2"]] {
+            let sequence = exe.eval(settings, batch, args, "logits.0");
+            assert_eq!(sequence, sample::logits(&[3, 4, 5, 6, 7, 8]), "{settings:?} {args:?}");
+            assert_eq!(
+                exe.eval(settings, batch, args, "logits.2"),
+                sample::logits(&[10, 11, 12]),
+                "{settings:?} {args:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn drafts_get_the_hidden_rows_of_the_step() {
+    let exe = Exe::new(false);
+    let rows = exe.eval(&[], "[3, 0, 15, 7]", &["--mtp", "1"], "mtp_logits");
+    assert_eq!(rows[..3], sample::logits(&[3, 0, 15, 7])[1..]);
+}
+
+#[test]
+fn bench_makes_weights_up_and_times_kernels() {
+    let exe = Exe::new(true);
+    let args = ["bench", "--random-weights", "--json", "--profile", "--prefill", "8", "--decode", "4", "--depth", "6"];
+    let report: serde_json::Value = serde_json::from_str(exe.stdout(&[], &args).lines().last().unwrap()).unwrap();
+    assert_eq!(report["device"], "stand-in");
+    assert!(report["read_bytes_per_s"].as_f64().unwrap() > 0.0);
+    for row in report["rows"].as_array().unwrap() {
+        assert!(row["tokens_per_s"].as_f64().unwrap() > 0.0, "{row}");
+        let kernels = row["kernels"].as_array().unwrap();
+        assert_eq!(kernels.len(), 5, "{row}");
+        assert!(kernels.iter().all(|k| k["us_per_run"].as_f64().unwrap() > 0.0), "{row}");
+    }
+}
+
+#[test]
+fn what_is_missing_is_said() {
+    let exe = Exe::new(false);
+    fs::write(exe.path("ids.json"), "[1, 2]").unwrap();
+    let eval = ["eval", "--tokens", "ids.json"];
+    let check = |settings: &[(&str, &str)], expected: &str| {
+        let error = exe.error(settings, &eval);
+        assert!(error.contains(expected), "expected `{expected}`: {error}");
+    };
+    check(&[("STAND_IN_CAPABILITY", "80")], "stand-in has compute capability 8.0, which cannot run code for `sm_90a`");
+    check(&[("STAND_IN_CAPABILITY", "0")], "the NVIDIA driver shows no GPU");
+    check(&[("STAND_IN_VERSION", "12040")], "the NVIDIA driver supports CUDA 12.4, expected 12.8 or newer");
+    check(&[("STAND_IN_MEMORY", "5000000")], "stand-in: states need 2097152 B of its memory, ");
+    check(&[("NEXTC_LAUNCH", "fast")], "`NEXTC_LAUNCH` is `fast`");
+    let nothing = tempfile::tempdir().unwrap();
+    // the last one stands, and has no driver in it
+    let none = nothing.path().to_str().unwrap();
+    check(&[("LD_LIBRARY_PATH", none)], "no NVIDIA driver on this machine (`libcuda.so.1` cannot be loaded)");
+    fs::remove_file(exe.path("toy.so")).unwrap();
+    check(&[], "kernel `embed`: the NVIDIA driver cannot compile it: CUDA_ERROR_INVALID_PTX (an error)\nptxas: line 1");
+    exe.stdout(&[("LD_LIBRARY_PATH", none)], &["info", "--verify"]);
+}
+
+#[test]
+fn a_fault_of_a_kernel_is_an_error_that_tracing_puts_in_its_place() {
+    let exe = Exe::new(false);
+    fs::write(exe.path("ids.json"), "[1, 2]").unwrap();
+    let fault = ("STAND_IN_FAULT", "nextc_kernel_3");
+    let error = exe.error(&[fault], &["eval", "--tokens", "ids.json"]);
+    assert!(error.contains("program `step`") && error.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
+    let error = exe.error(&[fault, ("NEXTC_LAUNCH", "trace")], &["eval", "--tokens", "ids.json"]);
+    assert!(error.contains("program `step`, kernel `read` (kernel 3)"), "{error}");
+}

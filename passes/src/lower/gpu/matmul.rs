@@ -1,0 +1,398 @@
+//! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
+//!
+//! task     some tiles of 16 weight rows ([`tile`](super::tile)), over all rows of the step in groups of eight
+//! ahead    the warps' first codes into registers, the rest of the tiles towards L2
+//! prologue the rows as they are, or `x · rms_scale · (1 + gain)`, in registers
+//! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
+//! traffic  each weight once for eight rows: bound by memory
+
+use nextc_ir::graph::Value;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::shape::{LANES, Sym, pad};
+use nextc_ir::{DType, Op};
+
+use super::super::LowerError;
+use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, row_ptr};
+use super::super::ports::{Lowered, Port, Ports, Site};
+use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
+use super::{Place, begin};
+
+/// The row of x that a thread reads, after the prologue. Threads `4n .. 4n + 4` read the same row together: `q` is the thread's part of it.
+pub fn load_row(k: &mut KernelBuilder, rows: &Rows, row: Val, q: Val) -> Row {
+    let x = rows.source();
+    let base = k.param(x);
+    let x = row_ptr(k, base, row, rows.stride());
+    let Rows::Normed(n) = rows else { return Row { x, norm: None } };
+    let (ssq, gain) = (k.param(n.ssq), k.param(n.gain));
+    let parts = pad(n.width.div_ceil(LANES));
+    let ssq = row_ptr(k, ssq, row, parts);
+    let own = k.mul_const(q, 4);
+    let (zeros, end) = (k.splat_f32(4, 0.0), k.index(parts));
+    let sum = k.for_carry((own, end, 16), &[zeros], |k, i, sum| {
+        let x = k.load(DType::F32, 4, ssq, i);
+        vec![k.fadd(sum[0], x)]
+    });
+    let sum = k.reduce_add(sum[0]);
+    let sum = [1, 2].into_iter().fold(sum, |sum, mask| {
+        let other = k.shuffle_xor(sum, mask);
+        k.fadd(sum, other)
+    });
+    Row { x, norm: Some((mean_rsqrt(k, sum, n.width, n.eps), gain)) }
+}
+
+/// One number of a product: of one tile (by its number in the block), token and row.
+pub struct Sum {
+    /// The token among the eight.
+    pub token: Val,
+    /// The row of the tile.
+    pub row: Val,
+    /// Of each tile of the block that is asked for.
+    pub values: Vec<Val>,
+}
+
+/// Runs the products of a block: the first eight rows with the codes that were asked for ahead, then the others. `row_of` gives the row of x of token `i`
+/// of the step's `count`; `epilogue` gets each sum with the number of its token, and whether there is such a token.
+pub fn products(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    count: Val,
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &Block, &Sum),
+) {
+    let zero = k.const_i64(0);
+    let mut group = |k: &mut KernelBuilder, first: Val, ahead| {
+        let token = k.add(first, product.token());
+        let (one, all) = (k.const_i64(1), count);
+        let last = k.sub(all, one);
+        let token = k.min_i64(token, last);
+        let row = row_of(k, token);
+        let x = load_row(k, rows, row, product.q());
+        let sums = product.run(k, x, ahead);
+        for (i, sums) in sums.into_iter().enumerate() {
+            let at = k.mul_const(product.warp(), split.tiles);
+            let at = k.add_const(at, i as u64);
+            product.store(k, shared, at, sums);
+        }
+        k.barrier();
+        each_sum(k, split, shared, product.thread(), |k, sum| {
+            let token = k.add(first, sum.token);
+            let exists = k.cmp(Pred::Lt, token, count);
+            epilogue(k, &Block { token, exists }, sum);
+        });
+    };
+    group(k, zero, ahead);
+    let eight = k.index(TOKENS);
+    k.for_each((eight, count, TOKENS), |k, first| {
+        k.barrier();
+        group(k, first, None);
+    });
+}
+
+/// The token of a sum.
+pub struct Block {
+    /// Its number among those of the product.
+    pub token: Val,
+    /// Whether there is such a token.
+    pub exists: Val,
+}
+
+/// Runs `body` for each token and row of a tile, in half warps of 16 rows; all threads of a warp come along.
+fn each_sum(
+    k: &mut KernelBuilder,
+    split: Split,
+    shared: Val,
+    thread: Val,
+    mut body: impl FnMut(&mut KernelBuilder, &Sum),
+) {
+    let (threads, items) = (u64::from(split.threads()), TOKENS * LANES);
+    let mut some = |k: &mut KernelBuilder, item: Val| {
+        let (token, row) = (k.div_const(item, LANES), k.rem_const(item, LANES));
+        let values = (0..split.tiles).map(|tile| sum_of(k, split, shared, (tile, token, row))).collect();
+        body(k, &Sum { token, row, values });
+    };
+    if threads <= items {
+        for first in (0..items).step_by(threads as usize) {
+            let item = k.add_const(thread, first);
+            some(k, item);
+        }
+        return;
+    }
+    let end = k.index(items);
+    let works = k.cmp(Pred::Lt, thread, end);
+    k.if_then(works, |k| some(k, thread));
+}
+
+/// Some weights of one format and width, and where their products go.
+struct Segment {
+    fragments: Fragments,
+    weight: Port,
+    out: Port,
+    stride: u64,
+}
+
+/// What a block found out about its segment.
+#[derive(Clone, Copy)]
+struct Chosen {
+    weight: Val,
+    scales_at: Val,
+    out: Val,
+    stride: Val,
+    /// Its first tile, and the segment's last.
+    first: Val,
+    last: Val,
+}
+
+/// `linear`, `linears`, `norm_linears`: tasks are groups of tiles of one weight after the other. Weights of one format share their code.
+pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let x = site.named("x");
+    let rows = match site.op() {
+        Op::NormLinears => Rows::Normed(Normed::ports(site, &mut ports)?),
+        _ => Rows::Plain { x: ports.read("x", x), stride: site.stride(x) },
+    };
+    let weights = match site.op() {
+        Op::Linear => vec![site.named("w")],
+        _ => site.bundle(site.named("ws"))?,
+    };
+    let in_rank = site.tensor(x).shape.rank() - 1;
+    let segments = weights.iter().enumerate().map(|(i, &w)| segment(site, &mut ports, in_rank, i, w));
+    let groups = by_format(segments.collect::<Result<Vec<_>, _>>()?);
+    let sym = site.rows(x)?;
+    let all: u64 = groups.iter().flatten().map(|s| s.fragments.planes.tiles()).sum();
+    let splits: Vec<Split> =
+        groups.iter().map(|g| Split::of(site.target, all.min(tiles_of(g)), &g[0].fragments.planes)).collect();
+    let warps = splits.iter().map(|s| s.warps).max().unwrap_or(1);
+    let splits: Vec<Split> = splits.into_iter().map(|s| Split { warps, ..s }).collect();
+    let tasks = |i: usize| groups[i].iter().map(|s| s.fragments.planes.tiles().div_ceil(splits[i].tiles)).sum::<u64>();
+    let mut k = ports.builder(site, (0..groups.len()).map(tasks).sum::<u64>().into());
+    k.threads(warps as u32 * 32);
+    let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
+    let shared = widest.shared(&mut k);
+    let place = Place::here(&mut k);
+    let count = k.dim(sym);
+    let mut first_task = 0;
+    for (i, group) in groups.iter().enumerate() {
+        let end_task = first_task + tasks(i);
+        super::super::matmul::in_range(&mut k, first_task, end_task, |k, task| {
+            linears_block(k, (group, splits[i]), task, (&rows, count), (place, shared));
+        });
+        first_task = end_task;
+    }
+    Ok(ports.finish(k.finish()))
+}
+
+fn tiles_of(group: &[Segment]) -> u64 {
+    group.iter().map(|s| s.fragments.planes.tiles()).sum()
+}
+
+fn segment(site: &Site<'_>, ports: &mut Ports, in_rank: usize, i: usize, w: Value) -> Result<Segment, LowerError> {
+    let out = site.result(i as u32);
+    Ok(Segment {
+        fragments: Fragments::of(site, w, in_rank)?,
+        weight: ports.read(&format!("w{i}"), w),
+        out: ports.write(&format!("out{i}"), out),
+        stride: site.stride(out),
+    })
+}
+
+/// Segments of one format together, in the order of their first.
+fn by_format(segments: Vec<Segment>) -> Vec<Vec<Segment>> {
+    let mut groups: Vec<Vec<Segment>> = Vec::new();
+    for s in segments {
+        match groups.iter_mut().find(|g| g[0].fragments.planes.format == s.fragments.planes.format) {
+            Some(group) => group.push(s),
+            None => groups.push(vec![s]),
+        }
+    }
+    groups
+}
+
+fn linears_block(
+    k: &mut KernelBuilder,
+    (group, split): (&[Segment], Split),
+    task: Val,
+    (rows, count): (&Rows, Val),
+    (place, shared): (Place, Val),
+) {
+    let chosen = choose(k, group, split, task);
+    let fragments = group[0].fragments;
+    let numbers: Vec<Val> = (0..split.tiles).map(|i| k.add_const(chosen.first, i)).collect();
+    let tiles: Vec<Tile> = numbers
+        .iter()
+        .map(|&n| {
+            let n = k.min_i64(n, chosen.last);
+            fragments.tile(k, chosen.weight, chosen.scales_at, n)
+        })
+        .collect();
+    let product = Product::new(k, &fragments, tiles, place, split.warps);
+    let ahead = ask_ahead(k, &product);
+    begin(k);
+    products(k, split, (&product, ahead, shared), rows, count, &mut |_, token| token, &mut |k, at, sum| {
+        let row = k.mul(at.token, chosen.stride);
+        let row = row_ptr(k, chosen.out, row, 1);
+        for (&tile, &value) in numbers.iter().zip(&sum.values) {
+            let exists = k.cmp(Pred::Le, tile, chosen.last);
+            let exists = k.and(exists, at.exists);
+            k.if_then(exists, |k| {
+                let column = k.mul_const(tile, LANES);
+                let column = k.add(column, sum.row);
+                k.store(row, column, value);
+            });
+        }
+    });
+}
+
+/// The first codes into registers; the rest, if there is one, towards L2.
+pub fn ask_ahead(k: &mut KernelBuilder, product: &Product<'_>) -> Option<super::tile::Ahead> {
+    let ahead = product.ahead(k);
+    let zero = k.const_i64(0);
+    let leads = k.cmp(Pred::Eq, product.thread(), zero);
+    k.if_then(leads, |k| product.tiles.iter().for_each(|&tile| product.fragments.prefetch(k, tile)));
+    ahead
+}
+
+/// Finds the segment of a task.
+fn choose(k: &mut KernelBuilder, group: &[Segment], split: Split, task: Val) -> Chosen {
+    let of = |k: &mut KernelBuilder, s: &Segment, begin: u64| {
+        let begin = k.index(begin);
+        let number = k.sub(task, begin);
+        Chosen {
+            weight: k.param(s.weight),
+            scales_at: k.index(s.fragments.planes.scales_at()),
+            out: k.param(s.out),
+            stride: k.index(s.stride),
+            first: k.mul_const(number, split.tiles),
+            last: k.index(s.fragments.planes.tiles() - 1),
+        }
+    };
+    let mut chosen = of(k, &group[0], 0);
+    let mut begin = 0;
+    for pair in group.windows(2) {
+        begin += pair[0].fragments.planes.tiles().div_ceil(split.tiles);
+        let next = of(k, &pair[1], begin);
+        let at = k.index(begin);
+        let further = k.cmp(Pred::Ge, task, at);
+        let mut pick = |a: Val, b: Val| k.select(further, a, b);
+        chosen = Chosen {
+            weight: pick(next.weight, chosen.weight),
+            scales_at: pick(next.scales_at, chosen.scales_at),
+            out: pick(next.out, chosen.out),
+            stride: pick(next.stride, chosen.stride),
+            first: pick(next.first, chosen.first),
+            last: pick(next.last, chosen.last),
+        };
+    }
+    chosen
+}
+
+/// Tiles `task · n ..` of a matrix, the last again beyond its end.
+fn own_tiles(k: &mut KernelBuilder, fragments: &Fragments, weight: Val, task: Val, n: u64) -> (Vec<Val>, Vec<Tile>) {
+    let first = k.mul_const(task, n);
+    let last = k.index(fragments.planes.tiles() - 1);
+    let numbers: Vec<Val> = (0..n).map(|i| k.add_const(first, i)).collect();
+    let tiles = numbers.iter().map(|&number| {
+        let number = k.min_i64(number, last);
+        fragments.own_tile(k, weight, number)
+    });
+    let tiles = tiles.collect();
+    (numbers, tiles)
+}
+
+/// `linear_residual`.
+pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let (x, w) = (site.named("x"), site.named("w"));
+    let rows = Rows::Plain { x: ports.read("x", x), stride: site.stride(x) };
+    let fragments = Fragments::of(site, w, site.tensor(x).shape.rank() - 1)?;
+    let weight = ports.read("w", w);
+    let residual = Residual::ports(site, &mut ports)?;
+    let sym = site.rows(x)?;
+    let tiles = fragments.planes.tiles();
+    let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
+    let mut k = ports.builder(site, tiles.into());
+    k.threads(split.threads());
+    let shared = split.shared(&mut k);
+    let place = Place::here(&mut k);
+    let (weight, task) = (k.param(weight), k.task());
+    let (numbers, tiles) = own_tiles(&mut k, &fragments, weight, task, 1);
+    let product = Product::new(&mut k, &fragments, tiles, place, split.warps);
+    let ahead = ask_ahead(&mut k, &product);
+    begin(&mut k);
+    let count = k.dim(sym);
+    products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+        store_residual(k, &residual, numbers[0], at, sum.row, sum.values[0]);
+    });
+    Ok(ports.finish(k.finish()))
+}
+
+/// `out = residual + value`, and the sum of squares of the tile's 16 rows, which 16 neighbouring threads hold. All threads of a warp come along.
+pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &Block, row: Val, value: Val) {
+    let column = k.mul_const(tile, LANES);
+    let column = k.add(column, row);
+    let zero = k.const_f32(0.0);
+    let new = k.if_else(at.exists, |k| vec![residual.add_one(k, at.token, column, value)], |_| vec![zero])[0];
+    let square = k.fmul(new, new);
+    let sum = [8, 4, 2, 1].into_iter().fold(square, |sum, mask| {
+        let other = k.shuffle_xor(sum, mask);
+        k.fadd(sum, other)
+    });
+    let first = k.const_i64(0);
+    let leads = k.cmp(Pred::Eq, row, first);
+    let leads = k.and(leads, at.exists);
+    k.if_then(leads, |k| residual.store_sum(k, tile, at.token, sum));
+}
+
+/// `norm_swiglu`: the front of a dense FFN.
+pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let rows = Rows::Normed(Normed::ports(site, &mut ports)?);
+    let (gate, up) = (site.named("w_gate"), site.named("w_up"));
+    let fragments = Fragments::of(site, gate, 1)?;
+    if Fragments::of(site, up, 1)?.planes.format != fragments.planes.format {
+        return Err(site.error("`w_gate` and `w_up` in different formats"));
+    }
+    let weights = [ports.read("w_gate", gate), ports.read("w_up", up)];
+    let result = site.result(0);
+    let out = ports.write("out", result);
+    let (sym, stride): (Sym, u64) = (site.rows(result)?, site.stride(result));
+    let split = pair_split(site, &fragments);
+    let mut k = ports.builder(site, fragments.planes.tiles().into());
+    k.threads(split.threads());
+    let shared = split.shared(&mut k);
+    let place = Place::here(&mut k);
+    let (task, out) = (k.task(), k.param(out));
+    let tiles = weights.map(|w| {
+        let base = k.param(w);
+        fragments.own_tile(&mut k, base, task)
+    });
+    let product = Product::new(&mut k, &fragments, tiles.to_vec(), place, split.warps);
+    let ahead = ask_ahead(&mut k, &product);
+    begin(&mut k);
+    let count = k.dim(sym);
+    products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+        let value = swiglu(k, sum);
+        k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, task, sum.row, value));
+    });
+    Ok(ports.finish(k.finish()))
+}
+
+/// How a block computes a gate and an up tile.
+pub fn pair_split(site: &Site<'_>, fragments: &Fragments) -> Split {
+    Split { tiles: 2, ..Split::of(site.target, fragments.planes.tiles(), &fragments.planes) }
+}
+
+/// `silu(gate) · up` of the block's two tiles.
+pub fn swiglu(k: &mut KernelBuilder, sum: &Sum) -> Val {
+    let gate = k.silu(sum.values[0]);
+    k.fmul(gate, sum.values[1])
+}
+
+/// `out[token][tile * 16 + row] = value`.
+pub fn store_one(k: &mut KernelBuilder, (out, stride): (Val, u64), token: Val, tile: Val, row: Val, value: Val) {
+    let out = row_ptr(k, out, token, stride);
+    let column = k.mul_const(tile, LANES);
+    let column = k.add(column, row);
+    k.store(out, column, value);
+}

@@ -1,0 +1,159 @@
+//! Skeletons for GPUs: each task is a block of threads.
+//!
+//! A kernel first does what depends on nothing (addresses, asking for its weights), then waits for the launches before it ([`begin`]), then
+//! works. Kernels that have no skeleton here are those of CPUs, run by single threads.
+
+pub mod attention;
+pub mod delta_rule;
+pub mod experts;
+pub mod matmul;
+pub mod rows;
+pub mod tile;
+
+use nextc_ir::Op;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+
+use super::LowerError;
+use super::ports::{Lowered, Site};
+
+/// The kernel of one node, if there is a skeleton of blocks for it.
+/// # Errors
+/// [`LowerError::Unsupported`] if the skeleton does not cover it.
+pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
+    match site.op() {
+        Op::Embed => Some(rows::lower_embed(site)),
+        Op::GatherRows => Some(rows::lower_gather_rows(site)),
+        Op::SumSquares => Some(rows::lower_sum_squares(site)),
+        Op::Argmax => Some(rows::lower_argmax(site)),
+        Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
+        Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
+        Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
+        Op::NormSwiglu => Some(matmul::lower_norm_swiglu(site)),
+        Op::NormRouter => Some(experts::lower_norm_router(site)),
+        Op::ExpertsGateUp => Some(experts::lower_experts_gate_up(site)),
+        Op::ExpertsDown => Some(experts::lower_experts_down(site)),
+        Op::NormRopeAppend => Some(attention::lower_norm_rope_append(site)),
+        Op::GatedAttention => attention::lower_gated_attention(site),
+        Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),
+        _ => None,
+    }
+}
+
+/// The place of a thread in its block.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Its number in the block.
+    pub thread: Val,
+    /// Its warp.
+    pub warp: Val,
+    /// Its number in the warp.
+    pub lane: Val,
+}
+
+impl Place {
+    /// The place of this thread.
+    pub fn here(k: &mut KernelBuilder) -> Self {
+        let thread = k.thread();
+        Self { thread, warp: k.div_const(thread, 32), lane: k.rem_const(thread, 32) }
+    }
+}
+
+/// One of some elements that a warp shares out: number `lane`, `lane + 32`, ..
+#[derive(Clone, Copy, Debug)]
+pub struct Element {
+    /// Its number.
+    pub at: Val,
+    /// Whether it is this thread's, where it need not be.
+    exists: Option<Val>,
+}
+
+impl Place {
+    /// This thread's share of `elems` elements.
+    pub fn places(&self, k: &mut KernelBuilder, elems: u64) -> Vec<Element> {
+        let of = |first: u64| {
+            let at = k.add_const(self.lane, first);
+            if first + 32 <= elems {
+                return Element { at, exists: None };
+            }
+            let end = k.index(elems);
+            let exists = k.cmp(Pred::Lt, at, end);
+            Element { at, exists: Some(exists) }
+        };
+        (0..elems).step_by(32).map(of).collect()
+    }
+}
+
+impl Element {
+    /// The element of an array of f32; 0 if it is not this thread's.
+    pub fn load(&self, k: &mut KernelBuilder, from: Val) -> Val {
+        let zero = k.const_f32(0.0);
+        match self.exists {
+            None => k.load_f32(from, self.at),
+            Some(exists) => k.if_else(exists, |k| vec![k.load_f32(from, self.at)], |_| vec![zero])[0],
+        }
+    }
+
+    /// Stores it, if it is this thread's.
+    pub fn store(&self, k: &mut KernelBuilder, to: Val, x: Val) {
+        match self.exists {
+            None => k.store(to, self.at, x),
+            Some(exists) => k.if_then(exists, |k| k.store(to, self.at, x)),
+        }
+    }
+}
+
+/// The lanes of a vector.
+pub fn lanes_of(k: &mut KernelBuilder, x: Val) -> Vec<Val> {
+    match k.ty(x).lanes() {
+        1 => vec![x],
+        n => (0..n).map(|lane| k.extract(x, lane)).collect(),
+    }
+}
+
+/// Ends what depends on nothing: lets the next kernel begin, and waits for those before.
+pub fn begin(k: &mut KernelBuilder) {
+    k.release();
+    k.wait();
+}
+
+/// Sum over the threads of a warp, in all of them, as a fixed tree.
+pub fn warp_sum(k: &mut KernelBuilder, x: Val) -> Val {
+    [16, 8, 4, 2, 1].into_iter().fold(x, |sum, mask| {
+        let other = k.shuffle_xor(sum, mask);
+        k.fadd(sum, other)
+    })
+}
+
+/// Largest number of the threads of a warp, in all of them.
+pub fn warp_max(k: &mut KernelBuilder, x: Val) -> Val {
+    [16, 8, 4, 2, 1].into_iter().fold(x, |max, mask| {
+        let other = k.shuffle_xor(max, mask);
+        k.fmax(max, other)
+    })
+}
+
+/// Sums of several numbers (a power of two, at most 32) over the threads of a warp: thread `lane` gets that of number `lane / (32 / n)`. The tree of each is that of
+/// [`warp_sum`].
+pub fn warp_sums(k: &mut KernelBuilder, lane: Val, mut x: Vec<Val>) -> Val {
+    let (lane, zero) = (k.narrow(lane), k.const_i32(0));
+    for mask in [16, 8, 4, 2, 1] {
+        if x.len() == 1 {
+            let other = k.shuffle_xor(x[0], mask);
+            x[0] = k.fadd(x[0], other);
+            continue;
+        }
+        let bit = k.const_i32(mask as i32);
+        let bit = k.and(lane, bit);
+        let is_upper = k.cmp(Pred::Ne, bit, zero);
+        let (low, high) = x.split_at(x.len() / 2);
+        let pairs = low.iter().zip(high);
+        x = pairs
+            .map(|(&low, &high)| {
+                let (own, given) = (k.select(is_upper, high, low), k.select(is_upper, low, high));
+                let other = k.shuffle_xor(given, mask);
+                k.fadd(own, other)
+            })
+            .collect();
+    }
+    x[0]
+}

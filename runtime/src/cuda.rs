@@ -1,0 +1,250 @@
+//! NVIDIA GPUs as a device, through the driver alone: no toolkit, and no library but `libcuda.so.1`, which is loaded when an
+//! executable for a GPU runs. GPU 0 of those that `CUDA_VISIBLE_DEVICES` shows is taken.
+//!
+//! Weights are copied to the device once. States, arena and scratch are ranges of addresses that get memory by use and never move, so
+//! what was worked out for a step stays right. A step is one copy of its inputs and its launches, in one stream; the launches of a
+//! program and dimensions that come again are a graph.
+//!
+//! The variable `NEXTC_LAUNCH` says how kernels are launched: `graph` (the default), `stream` (one after the other, without graphs), or
+//! `trace`, which waits after each one, so that an error names its kernel.
+
+mod driver;
+mod error;
+mod graph;
+mod launch;
+mod limits;
+mod memory;
+mod module;
+pub(crate) mod plan;
+mod profile;
+mod recent;
+mod upload;
+
+use std::sync::Arc;
+
+use nextc_abi::Metadata;
+
+use self::driver::{Context, Event, Stream};
+pub use self::error::CudaError;
+use self::launch::{How, Launcher, Plan};
+use self::memory::{Growing, Pinned, copy_in, copy_out};
+use self::module::Modules;
+use self::profile::Profile;
+use self::recent::Recent;
+use crate::artifact::Artifact;
+use crate::device::{Device, Span};
+use crate::engine::EngineOptions;
+use crate::error::Error;
+use crate::info::human_bytes;
+use crate::limits::Limits;
+use crate::state::States;
+use crate::step::{Addresses, INPUTS, KernelTime, SLACK_BYTES, StepInputs, resolve};
+use crate::weights::Weights;
+
+/// Programs with dimensions whose plans and graphs are kept.
+const MAX_PLANS: usize = 32;
+
+/// From so many bytes of weights on it is said what memory will be needed.
+const STATED_BYTES: u64 = 1 << 30;
+
+/// A GPU with all that an executable keeps on it.
+pub(crate) struct Cuda {
+    // in this order: what is dropped first needs what is dropped last
+    plans: Recent<(usize, [u64; 4]), Plan>,
+    launcher: Launcher,
+    outputs: Pinned,
+    memory: Memory,
+    stream: Stream,
+    /// The program that ran last.
+    last: usize,
+    artifact: Arc<Artifact>,
+    context: Context,
+}
+
+/// The device's memory, by use.
+struct Memory {
+    inputs: Inputs,
+    arena: Growing,
+    scratch: Growing,
+    states: Vec<Growing>,
+    weights: Growing,
+}
+
+/// Where a step's inputs lie: on the host, from where they are copied, and on the device.
+struct Inputs {
+    host: Pinned,
+    device: Growing,
+    /// Reached when the host's may be written again.
+    copied: Event,
+}
+
+impl Cuda {
+    /// Opens the GPU, compiles the kernels and copies the weights.
+    /// # Errors
+    /// [`CudaError`] if there is no GPU, or it cannot run this, or has too little memory; [`Error`] for bad weights.
+    pub fn open(artifact: Arc<Artifact>, options: &EngineOptions, states: &States) -> Result<Self, Error> {
+        let metadata = artifact.metadata();
+        let how = How::chosen()?;
+        let context = Context::open(&metadata.target.cpu)?;
+        let stream = Stream::new()?;
+        let mut memory = Memory::reserve(&context, metadata, states)?;
+        // before memory is taken: a missing file is the better message
+        let host = if options.random_weights { None } else { Some(Weights::map(&artifact)?) };
+        check_memory(&context, metadata, options)?;
+        memory.weights.grow(&context, &stream, metadata.weights.bytes)?;
+        stream.wait(|| "clearing the weights".to_owned())?;
+        let to = memory.weights.address();
+        match host {
+            Some(host) => upload::upload(&context, &host.bytes()[..metadata.weights.bytes as usize], to)?,
+            None => upload::make_up(&metadata.weights.entries, to, &stream)?,
+        }
+        let modules = Modules::load(&context, &artifact)?;
+        let launcher = Launcher { how, modules, profile: None };
+        let (plans, outputs) = (Recent::new(MAX_PLANS), Pinned::new(1)?);
+        Ok(Self { plans, launcher, outputs, memory, stream, last: 0, artifact, context })
+    }
+}
+
+/// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps. It is stated
+/// first where it is much.
+fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions) -> Result<(), CudaError> {
+    let (sequences, tokens) = (options.sequences as u64, options.step_tokens as u64);
+    let page = metadata.kv_bytes_per_token().saturating_mul(metadata.page_tokens);
+    let states = metadata.state_bytes_per_sequence().saturating_add(page).saturating_mul(sequences);
+    let steps = plan::step_bytes(metadata, &[tokens, sequences, 1, sequences]);
+    let (weights, (free, _)) = (metadata.weights.bytes, context.memory()?);
+    let needed = weights.saturating_add(states).saturating_add(steps);
+    let human = |bytes: u64| human_bytes(bytes as f64);
+    if weights >= STATED_BYTES {
+        let parts = [weights, states, steps, free].map(human);
+        let [weights, states, steps, free] = parts;
+        eprintln!("{}: {weights} of weights, {states} of states, {steps} for steps; {free} free", context.name());
+    }
+    match needed > free {
+        true => {
+            let what = "weights, states and the largest steps";
+            Err(CudaError::Memory { device: context.name().to_owned(), what, needed, free })
+        }
+        false => Ok(()),
+    }
+}
+
+impl Memory {
+    fn reserve(context: &Context, metadata: &Metadata, states: &States) -> Result<Self, CudaError> {
+        let (_, total) = context.memory()?;
+        let reserve = |what, bytes| Growing::reserve(context, what, bytes);
+        Ok(Self {
+            inputs: Inputs { host: Pinned::new(1)?, device: reserve("inputs", total)?, copied: Event::new(false)? },
+            arena: reserve("arena", total)?,
+            scratch: reserve("scratch", total)?,
+            states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
+            weights: reserve("weights", metadata.weights.bytes)?,
+        })
+    }
+
+    /// Works out the launches of a program for steps of `dims`, and makes room for them.
+    fn plan(
+        &mut self,
+        context: &Context,
+        stream: &Stream,
+        metadata: &Metadata,
+        (program, dims): (usize, [u64; 4]),
+        inputs: [u64; INPUTS],
+    ) -> Result<Plan, CudaError> {
+        let states: Vec<u64> = self.states.iter().map(Growing::address).collect();
+        let (arena, weights) = (self.arena.address(), self.weights.address());
+        let addresses = Addresses { inputs, arena, weights, states: &states };
+        let resolved = resolve(metadata, &metadata.programs[program], dims, &addresses);
+        let arena_bytes = metadata.arena.bytes_of(&metadata.programs[program], &dims);
+        self.arena.grow(context, stream, arena_bytes + SLACK_BYTES)?;
+        self.scratch.grow(context, stream, plan::scratch_bytes(metadata, &metadata.programs[program], &dims))?;
+        let launches = plan::plan(metadata, &metadata.programs[program], &resolved, self.scratch.address())?;
+        Ok(Plan::new(program, dims, launches))
+    }
+}
+
+impl Inputs {
+    /// Copies the inputs to the device, and gives their addresses, which depend on their lengths alone.
+    fn copy(&mut self, context: &Context, stream: &Stream, inputs: &StepInputs) -> Result<[u64; INPUTS], CudaError> {
+        let bytes = inputs.placed_bytes();
+        self.copied.wait()?;
+        if self.host.bytes() < bytes {
+            self.host = Pinned::new(bytes.next_power_of_two())?;
+        }
+        self.device.grow(context, stream, bytes)?;
+        let offsets = inputs.write(self.host.as_mut_slice());
+        copy_in("inputs", self.device.address(), &self.host.as_slice()[..bytes as usize], stream)?;
+        self.copied.record(stream)?;
+        Ok(offsets.map(|offset| self.device.address() + offset))
+    }
+}
+
+impl Device for Cuda {
+    fn describe(&self) -> String {
+        self.context.name().to_owned()
+    }
+
+    fn limits(&mut self) -> Result<Limits, Error> {
+        self.context.make_current()?;
+        Ok(limits::measure(&self.context, &self.stream)?)
+    }
+
+    /// Few widths, since each needs a plan and a graph of its own.
+    fn page_width(&self, pages: usize) -> usize {
+        pages.next_power_of_two()
+    }
+
+    fn grow_state(&mut self, state: usize, bytes: u64) -> Result<(), Error> {
+        self.context.make_current()?;
+        Ok(self.memory.states[state].grow(&self.context, &self.stream, bytes)?)
+    }
+
+    fn read_state(&self, state: usize, at: u64, out: &mut [u8]) -> Result<(), Error> {
+        self.context.make_current()?;
+        let from = self.memory.states[state].check_range(at, out.len() as u64)?;
+        copy_out("states", out, from, &self.stream)?;
+        Ok(self.stream.wait(|| "reading states".to_owned())?)
+    }
+
+    fn write_state(&mut self, state: usize, at: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.context.make_current()?;
+        let to = self.memory.states[state].check_range(at, bytes.len() as u64)?;
+        copy_in("states", to, bytes, &self.stream)?;
+        Ok(self.stream.wait(|| "writing states".to_owned())?)
+    }
+
+    fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
+        let Self { plans, launcher, memory, stream, artifact, context, .. } = self;
+        context.make_current()?;
+        let (metadata, key) = (artifact.metadata(), (program, inputs.dims()));
+        let places = memory.inputs.copy(context, stream, inputs)?;
+        let plan = plans.get_or_make(key, || memory.plan(context, stream, metadata, key, places))?;
+        self.last = program;
+        Ok(launcher.run(metadata, stream, plan)?)
+    }
+
+    fn fetch(&mut self, spans: &[Span]) -> Result<Vec<&[u8]>, Error> {
+        self.context.make_current()?;
+        let total: u64 = spans.iter().map(|s| s.bytes).sum();
+        if self.outputs.bytes() < total {
+            self.outputs = Pinned::new(total.next_power_of_two())?;
+        }
+        let mut rest = self.outputs.as_mut_slice();
+        for span in spans {
+            let (part, after) = rest.split_at_mut(span.bytes as usize);
+            copy_out("outputs", part, self.memory.arena.check_range(span.at, span.bytes)?, &self.stream)?;
+            rest = after;
+        }
+        self.stream.wait(|| launch::describe(&self.artifact.metadata().programs[self.last]))?;
+        let ends = spans.iter().scan(0, |end, span| {
+            *end += span.bytes as usize;
+            Some(*end)
+        });
+        Ok(spans.iter().zip(ends).map(|(span, end)| &self.outputs.as_slice()[end - span.bytes as usize..end]).collect())
+    }
+
+    fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
+        let begin = go_on.then(|| Profile::new(self.artifact.metadata().kernels.len()));
+        std::mem::replace(&mut self.launcher.profile, begin).map(Profile::times).unwrap_or_default()
+    }
+}

@@ -1,0 +1,178 @@
+//! The processor as a device: kernels run on a team of threads, in memory of this process.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use nextc_abi::KernelFn;
+
+use crate::artifact::Artifact;
+use crate::cpu;
+use crate::device::{Device, Span};
+use crate::engine::{EngineOptions, check_available};
+use crate::error::Error;
+use crate::limits::Limits;
+use crate::memory::Region;
+use crate::pool::Pool;
+use crate::state::States;
+use crate::step::{Addresses, KernelTime, Resolved, SLACK_BYTES, StepInputs, resolve};
+use crate::weights::Weights;
+
+/// Threads, and the memory that steps work in.
+pub(crate) struct Host {
+    artifact: Arc<Artifact>,
+    weights: Weights,
+    states: Vec<Region>,
+    pool: Pool,
+    arena: Region,
+    /// Bytes of it that the last program has used.
+    used_bytes: u64,
+    inputs: Region,
+    scratch: Region,
+    scratch_bytes: u64,
+    /// The machine code of each kernel and of its tail.
+    entries: Vec<(KernelFn, Option<KernelFn>)>,
+    /// One for each program.
+    resolved: Vec<Option<Resolved>>,
+    /// Runs and time of each kernel, while that is asked for.
+    profile: Option<Vec<KernelTime>>,
+}
+
+impl Host {
+    /// Maps the weights, reserves states and starts threads.
+    /// # Errors
+    /// [`Error`] if the processor, the weights or the memory will not do.
+    pub fn open(artifact: Arc<Artifact>, options: &EngineOptions, states: &States) -> Result<Self, Error> {
+        artifact.check_cpu()?;
+        let metadata = artifact.metadata();
+        let threads = options.threads.max(1);
+        let scratch_bytes = metadata.kernels.iter().map(|k| k.scratch_bytes).max().unwrap_or(0);
+        // a page between threads keeps their lines apart
+        let scratch_bytes = nextc_abi::align_up(scratch_bytes + SLACK_BYTES, nextc_abi::PAGE_BYTES);
+        let entry = |k: &nextc_abi::Kernel| (artifact.entry(k.entry), k.tail.map(|t| artifact.entry(t)));
+        Ok(Self {
+            weights: match options.random_weights {
+                true => Weights::random(&artifact)?,
+                false => Weights::map(&artifact)?,
+            },
+            states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
+            pool: Pool::new(threads).map_err(|error| Error::Threads { threads, error })?,
+            arena: reserve("arena", 0)?,
+            used_bytes: 0,
+            inputs: reserve("inputs", 0)?,
+            scratch: reserve("scratch", scratch_bytes * threads as u64)?,
+            scratch_bytes,
+            entries: metadata.kernels.iter().map(entry).collect(),
+            resolved: metadata.programs.iter().map(|_| None).collect(),
+            profile: None,
+            artifact,
+        })
+    }
+
+    /// Makes arena and inputs large enough. What samples rows goes on from the results of the step before it: they are kept. Addresses
+    /// resolved before are void if one has moved.
+    fn make_room(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
+        let metadata = self.artifact.metadata();
+        let arena = metadata.arena.bytes_of(&metadata.programs[program], &inputs.dims()) + SLACK_BYTES;
+        let keep = if inputs.sampling.is_some() { self.used_bytes as usize } else { 0 };
+        self.used_bytes = arena - SLACK_BYTES;
+        let regions = [(&mut self.arena, arena, "arena", keep), (&mut self.inputs, inputs.placed_bytes(), "inputs", 0)];
+        for (region, bytes, what, keep) in regions {
+            if region.bytes() < bytes {
+                check_available(what, bytes)?;
+                let mut larger = reserve(what, bytes.next_power_of_two())?;
+                larger.advise_huge();
+                larger.as_mut_slice()[..keep].copy_from_slice(&region.as_slice()[..keep]);
+                *region = larger;
+                self.resolved.iter_mut().for_each(|r| *r = None);
+            }
+        }
+        Ok(())
+    }
+
+    fn run_launches(&mut self, program: usize) {
+        let Some(resolved) = &self.resolved[program] else { return };
+        let (scratch, scratch_bytes) = (self.scratch.address(), self.scratch_bytes);
+        for launch in &resolved.launches {
+            let begun = self.profile.is_some().then(Instant::now);
+            let args = SharedArgs(resolved.args[launch.args.start..].as_ptr());
+            let own_scratch = |thread: usize| (scratch + thread as u64 * scratch_bytes) as *mut u8;
+            let (entry, tail) = self.entries[launch.kernel];
+            self.pool.run(i64::try_from(launch.tasks).unwrap_or(i64::MAX), &|thread, first, last| {
+                let args = &args;
+                // SAFETY: the arguments are the kernel's own (`check_entries`): addresses of inputs, arena, weights and states that
+                // live through the step and are as large as the linker planned for these dimensions. Ranges are disjoint and within
+                // the grid, each thread has scratch of its own, and nobody else touches this memory while the engine is borrowed.
+                unsafe { entry(args.0, own_scratch(thread), first, last) }
+            });
+            if let Some(tail) = tail {
+                // SAFETY: as above; all tasks are done, so the tail runs alone.
+                unsafe { tail(args.0, own_scratch(0), 0, 0) }
+            }
+            if let (Some(times), Some(begun)) = (&mut self.profile, begun) {
+                times[launch.kernel].runs += 1;
+                times[launch.kernel].seconds += begun.elapsed().as_secs_f64();
+            }
+        }
+    }
+}
+
+impl Device for Host {
+    fn describe(&self) -> String {
+        format!("{}, {} threads", cpu::name(), self.pool.threads())
+    }
+
+    fn limits(&mut self) -> Result<Limits, Error> {
+        Limits::measure(&mut self.pool, self.artifact.metadata().weights.bytes)
+    }
+
+    /// Address space is there, and takes memory when it is touched.
+    fn grow_state(&mut self, _state: usize, _bytes: u64) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_state(&self, state: usize, at: u64, out: &mut [u8]) -> Result<(), Error> {
+        out.copy_from_slice(&self.states[state].as_slice()[at as usize..at as usize + out.len()]);
+        Ok(())
+    }
+
+    fn write_state(&mut self, state: usize, at: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.states[state].as_mut_slice()[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
+        self.make_room(program, inputs)?;
+        let dims = inputs.dims();
+        let base = self.inputs.address();
+        let places = inputs.write(self.inputs.as_mut_slice()).map(|offset| base + offset);
+        if self.resolved[program].as_ref().is_none_or(|r| r.dims != dims) {
+            let states: Vec<u64> = self.states.iter().map(Region::address).collect();
+            let (arena, weights) = (self.arena.address(), self.weights.address());
+            let addresses = Addresses { inputs: places, arena, weights, states: &states };
+            let metadata = self.artifact.metadata();
+            self.resolved[program] = Some(resolve(metadata, &metadata.programs[program], dims, &addresses));
+        }
+        self.run_launches(program);
+        Ok(())
+    }
+
+    fn fetch(&mut self, spans: &[Span]) -> Result<Vec<&[u8]>, Error> {
+        let arena = self.arena.as_slice();
+        Ok(spans.iter().map(|s| &arena[s.at as usize..(s.at + s.bytes) as usize]).collect())
+    }
+
+    fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
+        let begin = go_on.then(|| vec![KernelTime::default(); self.entries.len()]);
+        std::mem::replace(&mut self.profile, begin).unwrap_or_default()
+    }
+}
+
+fn reserve(what: &'static str, bytes: u64) -> Result<Region, Error> {
+    Region::reserve(bytes).map_err(|error| Error::Memory { what, bytes, error })
+}
+
+/// Arguments that several threads read.
+struct SharedArgs(*const u64);
+
+// SAFETY: the arguments are not written while a step runs.
+unsafe impl Sync for SharedArgs {}

@@ -1,0 +1,153 @@
+//! Executables for an NVIDIA GPU against the published implementation's outputs, and against themselves: in pieces, in batches, with drafts.
+//!
+//! Where there is no GPU each test says so and passes. `scripts/pack-gpu-tests.sh` packs this program with executables and golden files for a machine
+//! that has a GPU and no compiler: there `NEXTC_GPU_TESTS` names the folder.
+
+#![cfg(feature = "llvm")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use support::exe::Exe;
+use support::golden::{Golden, fixture, root};
+use support::{Feed, Subject, argmax};
+
+/// Fixtures that are stored in bf16, and the demo model.
+const FIXTURES: [&str; 4] = ["tiny", "odd", "dense-mix", "yarn"];
+
+/// Relative L2 error of a tensor of logits against float32: rows of products are 16-bit floats.
+const REL_L2: f64 = 0.02;
+
+/// The folder that `scripts/pack-gpu-tests.sh` has packed, if this runs from there.
+fn packed() -> Option<PathBuf> {
+    std::env::var_os("NEXTC_GPU_TESTS").map(PathBuf::from)
+}
+
+/// True, with a word, if there is no GPU.
+fn skipped() -> bool {
+    let missing = !Path::new("/dev/nvidiactl").exists();
+    if missing {
+        println!("skipped: no CUDA device");
+    }
+    missing
+}
+
+fn model(name: &str) -> PathBuf {
+    if name == "demo-model" { root().join("examples/demo-model") } else { fixture(name) }
+}
+
+/// The executable of a model: packed, or built now.
+fn exe(name: &str) -> Option<Exe> {
+    match packed() {
+        Some(dir) => Exe::packed(&dir.join(name).join("exe")),
+        None => Some(Exe::build(&model(name), "llvm", &["--target", "cuda", "--activations", "auto"])),
+    }
+}
+
+/// A file beside a model.
+fn beside(name: &str, file: &str) -> PathBuf {
+    packed().map_or_else(|| model(name).join(file), |dir| dir.join(name).join(file))
+}
+
+fn golden(name: &str) -> Golden {
+    Golden::read(&beside(name, "golden.safetensors"))
+}
+
+/// Runs `check` on each fixture that there is an executable of.
+fn each_fixture(check: impl Fn(&str, &Exe, &Golden)) {
+    if skipped() {
+        return;
+    }
+    let mut some = false;
+    for name in FIXTURES {
+        if let Some(exe) = exe(name) {
+            check(name, &exe, &golden(name));
+            some = true;
+        }
+    }
+    assert!(some, "no fixture is packed");
+}
+
+fn rel_l2(found: &[f32], wanted: &[f32]) -> f64 {
+    assert_eq!(found.len(), wanted.len());
+    let square = |x: f64| x * x;
+    let error: f64 = found.iter().zip(wanted).map(|(&a, &b)| square(f64::from(a) - f64::from(b))).sum();
+    let norm: f64 = wanted.iter().map(|&b| square(f64::from(b))).sum();
+    (error / norm).sqrt()
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits())
+}
+
+#[test]
+fn logits_are_near_those_in_float32() {
+    each_fixture(|name, exe, g| {
+        let (want, vocab) = g.floats("prefill_logits");
+        let prompt = g.ints("input_ids").to_vec();
+        for feed in [Feed::Prefill, Feed::Decode, Feed::Pieces(23)] {
+            let logits = &exe.logits(std::slice::from_ref(&prompt), feed, 0)[0].logits;
+            let error = rel_l2(logits, want);
+            let agree = logits.chunks(vocab).zip(want.chunks(vocab)).filter(|(a, b)| argmax(a) == argmax(b)).count();
+            println!("{name}, {feed:?}: relative L2 {error:.2e}, top-1 {agree} of {}", want.len() / vocab);
+            assert!(error <= REL_L2, "{name}, {feed:?}: relative L2 {error:e}");
+        }
+    });
+}
+
+/// A token's logits have the same bits alone and in a batch, whole and in pieces.
+#[test]
+fn bits_do_not_depend_on_the_step() {
+    each_fixture(|name, exe, g| {
+        let one = g.ints("input_ids").to_vec();
+        let other: Vec<i32> = one.iter().rev().copied().collect();
+        let alone = &exe.logits(std::slice::from_ref(&one), Feed::Prefill, 0)[0].logits;
+        for feed in [Feed::Decode, Feed::Pieces(7)] {
+            let again = &exe.logits(std::slice::from_ref(&one), feed, 0)[0].logits;
+            assert!(same_bits(alone, again), "{name}: {feed:?}");
+        }
+        let batch = exe.logits(&[other, one], Feed::Prefill, 0);
+        assert!(same_bits(alone, &batch[1].logits), "{name}: in a batch");
+    });
+}
+
+/// Greedy and sampled tokens with drafts are those without.
+#[test]
+fn drafts_never_change_a_token() {
+    each_fixture(|name, exe, g| {
+        let prompt = g.ints("input_ids").to_vec();
+        let short = prompt[..prompt.len() / 2].to_vec();
+        for temperature in ["0", "0.9"] {
+            let run = |drafts: &str| {
+                let args = ["--max-new-tokens", "40", "--temperature", temperature, "--seed", "5"];
+                exe.tokens(&[prompt.clone(), short.clone()], &[&args[..], &["--draft-tokens", drafts]].concat())
+            };
+            let plain = run("0");
+            for drafts in ["1", "3"] {
+                assert_eq!(run(drafts), plain, "{name}: {drafts} drafts, temperature {temperature}");
+            }
+        }
+    });
+}
+
+/// The demo model predicts its text as well as in float32, and chooses the published greedy tokens.
+#[test]
+fn demo_model_predicts_as_well() {
+    if skipped() {
+        return;
+    }
+    let Some(exe) = exe("demo-model") else { return println!("skipped: the demo model is not packed") };
+    let read = |file: &str| {
+        let text = std::fs::read_to_string(beside("demo-model", file)).expect("the demo model has its golden files");
+        serde_json::from_str::<serde_json::Value>(&text).expect("JSON")
+    };
+    let golden = read("golden_nll.json");
+    let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
+    let ids = exe.ids(std::slice::from_ref(&tokens));
+    let out = exe.json("eval", &["--tokens", ids.to_str().expect("UTF-8"), "--window", &golden["window"].to_string()]);
+    let (got, want) = (out["nats_per_token"].as_f64(), golden["nats_per_token"].as_f64());
+    let (got, want) = (got.expect("a number"), want.expect("a number"));
+    println!("{got} nats per token, golden {want}");
+    assert!((got - want).abs() <= 1e-3, "{got} nats per token, expected {want}");
+}
