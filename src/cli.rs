@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nextc_frontend::RopeScaling;
 
 /// Compiles a Qwen3-Next model to one native executable.
 #[derive(Debug, Parser)]
@@ -49,6 +50,7 @@ const BUILD_EXAMPLES: &str = "\
 Examples:
   nextc build ~/models/Qwen3-Next-80B-A3B-Instruct -o qwen
   nextc build demo-model --cpu x86-64-v3 --embed-weights     one file for any CPU since 2013
+  nextc build qwen --rope-scaling yarn,factor=4              four times the context
   nextc build config.json                                    no weights: `info`, and `bench --random-weights`";
 
 const RUN_EXAMPLES: &str = "\
@@ -90,6 +92,13 @@ pub struct ModelArgs {
     /// The most tokens a sequence may hold [default: the model's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_context: Option<u64>,
+    /// Reach further than the model was trained for: `yarn,factor=4`, or `default` for no scaling [default: the model's].
+    ///
+    /// Takes the keys of `rope_scaling` in config.json, and their values, in place of those there, for instance
+    /// `yarn,factor=4,original_max_position_embeddings=262144`. Without an original context that is `max_position_embeddings`. The
+    /// context becomes the original times the factor, unless --max-context says less. Short texts are affected too.
+    #[arg(long, value_name = "yarn,KEY=X,...")]
+    pub rope_scaling: Option<RopeScaling>,
     /// Put the weights into the executable instead of a file beside it.
     #[arg(long)]
     pub embed_weights: bool,
@@ -272,7 +281,7 @@ mod tests {
 
     #[test]
     fn every_option_of_build_is_one_of_dump_and_explain() {
-        let options = "m --target cpu+cuda --backend cranelift --quant q4 --activations f32 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --embed-weights";
+        let options = "m --target cpu+cuda --backend cranelift --quant q4 --activations f32 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
         for command in ["build", "run", "dump", "explain"] {
             assert!(parses(&format!("{command} {options}")), "{command}");
         }
@@ -285,6 +294,7 @@ mod tests {
             "build",
             "build m --quant q3",
             "build m --max-context 0",
+            "build m --rope-scaling linear,factor=2",
             "dump m --stage x",
             "explain m --tokens 0",
             "dump m --stage kernels --after rewrite",

@@ -89,7 +89,7 @@ fn options(args: &ModelArgs) -> Options {
         Quant::Q8 => Some(nextc_frontend::Quant::Q8),
         Quant::Q4 => Some(nextc_frontend::Quant::Q4),
     };
-    Options { max_context: args.max_context, quant }
+    Options { max_context: args.max_context, quant, rope_scaling: args.rope_scaling.clone() }
 }
 
 /// Reads and checks a model, and shows what its user should know.

@@ -142,32 +142,68 @@ fn speculative_decoding_gives_the_published_tokens() {
     }
 }
 
+/// Pseudo-random numbers below `n`: xorshift.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// Another model of a fixture's sizes: signs of weights are flipped at random, and tokens go to another number of experts.
+fn random_model(name: &str, random: &mut Random) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let read = |file: &str| std::fs::read(fixture(name).join(file)).expect("the fixture is there");
+    let mut config: serde_json::Value = serde_json::from_slice(&read("config.json")).expect("a configuration is JSON");
+    if let Some(experts) = config["num_experts"].as_u64().filter(|&n| n > 0) {
+        config["num_experts_per_tok"] = (1 + random.below(experts)).into();
+        config["norm_topk_prob"] = (random.below(2) == 0).into();
+    }
+    let mut weights = read("model.safetensors");
+    let header = u64::from_le_bytes(weights[..8].try_into().expect("eight bytes")) as usize;
+    // the second byte of a number in bf16 begins with its sign
+    weights[8 + header..].iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= (random.below(2) as u8) << 7);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).expect("the file is written");
+    std::fs::write(dir.path().join("model.safetensors"), weights).expect("the file is written");
+    dir
+}
+
+/// Random prompts, alone and in batches, numbers of drafts and ways of choosing.
+fn check_drafts_change_nothing(exe: &Exe, vocab: u64, random: &mut Random, what: &str) {
+    for _ in 0..6 {
+        let prompts: Vec<Vec<i32>> = (0..1 + random.below(4))
+            .map(|_| (0..1 + random.below(70)).map(|_| random.below(vocab) as i32).collect())
+            .collect();
+        let (k, seed) = ((1 + random.below(7)).to_string(), random.below(1000).to_string());
+        let temperature = ["0", "0.8", "1.3"][random.below(3) as usize];
+        let args = ["--max-new-tokens", "40", "--temperature", temperature, "--seed", &seed];
+        let (plain, _) = generate(exe, &prompts, &[&args[..], &["--draft-tokens", "0"]].concat());
+        for drafts in [k.as_str(), "auto"] {
+            let (checked, _) = generate(exe, &prompts, &[&args[..], &["--draft-tokens", drafts]].concat());
+            assert_eq!(checked, plain, "{what}: {drafts} drafts, {args:?}");
+        }
+    }
+}
+
 /// Whatever the model, the prompts, the number of drafts, the batch and the way of choosing: with drafts the tokens are those without.
 #[test]
 fn drafts_never_change_a_token() {
-    let mut seed = 0x2545_f491_4f6c_dd1du64;
-    let mut random = |n: u64| {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed % n
-    };
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
     for backend in backends() {
         for (name, vocab) in [("tiny", 512), ("odd", 515), ("dense-mix", 768), ("long", 320)] {
-            let exe = Exe::build(&fixture(name), backend, &[]);
-            for _ in 0..6 {
-                let prompts: Vec<Vec<i32>> =
-                    (0..1 + random(4)).map(|_| (0..1 + random(70)).map(|_| random(vocab) as i32).collect()).collect();
-                let (k, chance) = ((1 + random(7)).to_string(), random(1000).to_string());
-                let temperature = ["0", "0.8", "1.3"][random(3) as usize];
-                let args = ["--max-new-tokens", "40", "--temperature", temperature, "--seed", &chance];
-                let (plain, _) = generate(&exe, &prompts, &[&args[..], &["--draft-tokens", "0"]].concat());
-                for drafts in [k.as_str(), "auto"] {
-                    let (checked, _) = generate(&exe, &prompts, &[&args[..], &["--draft-tokens", drafts]].concat());
-                    assert_eq!(checked, plain, "{name} on {backend}: {drafts} drafts, {args:?}");
-                }
+            let model = random_model(name, &mut random);
+            for (model, what) in [(fixture(name), name.to_owned()), (model.path().to_owned(), format!("like {name}"))] {
+                let exe = Exe::build(&model, backend, &[]);
+                check_drafts_change_nothing(&exe, vocab, &mut random, &format!("{what} on {backend}"));
             }
         }
+        // its vocabulary is large enough for drafts from a shortlist
+        let demo = Exe::build(&support::golden::root().join("examples/demo-model"), backend, &[]);
+        check_drafts_change_nothing(&demo, 8192, &mut random, &format!("demo model on {backend}"));
     }
 }
 
@@ -205,6 +241,26 @@ fn executables() {
         for name in FIXTURES {
             check_all(&Exe::build(&fixture(name), backend, &[]), name, backend);
         }
+    }
+}
+
+/// The fixture's numbers, with its scaling taken from the configuration and asked for instead.
+#[test]
+fn a_rope_scaling_that_is_asked_for_gives_the_published_logits() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture("yarn").join(file), dir.path().join(file)).expect("the fixture is there");
+    }
+    let path = dir.path().join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("a configuration is JSON");
+    let scaling = config.as_object_mut().and_then(|c| c.remove("rope_scaling")).expect("the fixture scales");
+    let original = &scaling["original_max_position_embeddings"];
+    config["max_position_embeddings"] = original.clone();
+    std::fs::write(&path, config.to_string()).expect("the file is written");
+    let scaling = format!("yarn,factor={}", scaling["factor"]);
+    for backend in backends() {
+        check_all(&Exe::build(dir.path(), backend, &["--rope-scaling", &scaling]), "yarn", backend);
     }
 }
 

@@ -13,7 +13,7 @@ use nextc_ir::Format;
 use serde_json::Value;
 
 pub use self::quantization::{Grouped, Quantization};
-pub use self::rope::{Rope, Yarn};
+pub use self::rope::{Rope, RopeScaling, Yarn};
 
 use self::keys::CONFIG_KEYS;
 use self::reader::Reader;
@@ -105,6 +105,13 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// The same model with another rotary scaling.
+    #[must_use]
+    pub fn with_rope_scaling(mut self, scaling: &RopeScaling) -> Self {
+        scaling.apply(&mut self.rope, self.max_position_embeddings);
+        self
+    }
+
     /// The longest context: `max_position_embeddings`, or what YaRN extends the original context to.
     pub fn max_context(&self) -> u64 {
         let extended = |y: &Yarn| (y.original_max_position_embeddings as f64 * y.factor) as u64;

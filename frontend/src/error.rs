@@ -42,7 +42,9 @@ pub enum Error {
         problems: Vec<ConfigProblem>,
     },
     /// `--max-context` asks for more than the model can do.
-    #[error("`--max-context` is {asked} tokens, expected at most {limit} (`max_position_embeddings` of {file})")]
+    #[error(
+        "`--max-context` is {asked} tokens, expected at most {limit}, as far as {file} reaches; `--rope-scaling` can reach further"
+    )]
     MaxContext {
         /// What was asked for.
         asked: u64,

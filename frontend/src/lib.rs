@@ -18,7 +18,7 @@ pub mod layers;
 pub mod tokenizer_files;
 pub mod weights;
 
-pub use config::ModelConfig;
+pub use config::{ModelConfig, RopeScaling};
 pub use error::{ConfigProblem, Error, SafetensorsProblem, WeightProblem};
 pub use tokenizer_files::Asset;
 pub use weights::{Checkpoint, Quant};
@@ -33,6 +33,8 @@ pub struct Options {
     pub max_context: Option<u64>,
     /// What weights are quantised to; `None`: they are as the checkpoint has them.
     pub quant: Option<Quant>,
+    /// A rotary scaling in place of the configuration's.
+    pub rope_scaling: Option<RopeScaling>,
 }
 
 /// A model, ready to be compiled.
@@ -64,7 +66,10 @@ pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
         file: config_path.display().to_string(),
         reason: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"),
     })?;
-    let (config, mut warnings) = config::parse(&file, &bytes)?;
+    let (mut config, mut warnings) = config::parse(&file, &bytes)?;
+    if let Some(scaling) = &options.rope_scaling {
+        config = config.with_rope_scaling(scaling);
+    }
     let max_context = check_max_context(&config, options, file)?;
     let (source, assets) = match alone {
         true => (None, Vec::new()),

@@ -1,7 +1,7 @@
 //! What `config.json` may say, and what is said about one that may not.
 
-use nextc_frontend::ModelConfig;
 use nextc_frontend::config::{Mixer, parse};
+use nextc_frontend::{ModelConfig, RopeScaling};
 use serde_json::{Value, json};
 
 fn tiny() -> Value {
@@ -236,6 +236,33 @@ fn rope_that_is_not_supported_is_refused() {
         scaling(json!({"type": "yarn"})),
         &["`rope_parameters.factor` is missing, expected a number of at least 1 (YaRN needs it)"],
     );
+}
+
+#[test]
+fn a_rope_scaling_that_cannot_be_is_refused() {
+    let check = |text: &str, expected: &str| {
+        let error = text.parse::<RopeScaling>().expect_err(text);
+        assert!(error.contains(expected), "{text}: {error}");
+    };
+    check("", "no rotary scaling is called ``; expected `yarn,factor=X`");
+    check("linear,factor=2", "no rotary scaling is called `linear`; expected `yarn,factor=X`");
+    check("yarn", "`factor` is missing, expected a number of at least 1");
+    check("yarn,4", "`4` is no KEY=VALUE; expected `yarn,factor=X`");
+    check("yarn,factor=four", "`factor` is `four`, expected a number");
+    check("yarn,factor=0.5", "`factor` is 0.5, expected a number from 1 to 1000000");
+    check("yarn,factor=2,factor=4", "`factor` stands twice");
+    check(
+        "yarn,factor=2,original=64",
+        "`original` is no key of YaRN, expected one of factor, original_max_position_embeddings,",
+    );
+    check("yarn,factor=2,rope_theta=5", "`rope_theta` is no key of YaRN");
+    check("yarn,factor=2,original_max_position_embeddings=0", "is 0, expected an integer from 1 to");
+    check("yarn,factor=2,beta_fast=0.5", "`beta_fast` is 0.5, expected at least `beta_slow` (1)");
+    check(
+        "yarn,factor=0,truncate=1",
+        "`factor` is 0, expected a number from 1 to 1000000; `truncate` is 1, expected true or false",
+    );
+    check("default,factor=2", "`default` takes no keys");
 }
 
 /// Values of the published reference, computed in f32.

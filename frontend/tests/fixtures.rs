@@ -6,7 +6,7 @@ use std::time::Instant;
 use nextc_frontend::{Error, Model, Options, load};
 use nextc_ir::graph::{Origin, RowRun};
 use nextc_ir::verify::verify;
-use nextc_ir::{Op, WeightSource};
+use nextc_ir::{Op, WeightSource, print};
 
 fn repository(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(path)
@@ -188,7 +188,7 @@ fn max_context_is_checked_against_the_config() {
     assert!(matches!(error, Error::MaxContext { asked: 5000, limit: 4096, .. }));
     assert_eq!(
         error.to_string(),
-        "`--max-context` is 5000 tokens, expected at most 4096 (`max_position_embeddings` of config.json)"
+        "`--max-context` is 5000 tokens, expected at most 4096, as far as config.json reaches; `--rope-scaling` can reach further"
     );
     assert_eq!(
         load(&path, &Options { max_context: Some(128), ..Options::default() })
@@ -198,6 +198,37 @@ fn max_context_is_checked_against_the_config() {
             .max_context,
         128
     );
+}
+
+#[test]
+fn a_rope_scaling_that_is_asked_for_makes_the_same_graph_as_one_in_the_config() {
+    let path = repository("tests/oracle/yarn/config.json");
+    let whole: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("JSON");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let dir = dir.path().join("yarn");
+    std::fs::create_dir(&dir).expect("an empty folder");
+    let scaled = |original: u64, max_context: Option<u64>, option: &str| {
+        let mut config = whole.clone();
+        config.as_object_mut().expect("an object").remove("rope_scaling");
+        config["max_position_embeddings"] = original.into();
+        std::fs::write(dir.join("config.json"), config.to_string()).expect("written");
+        let rope_scaling = Some(option.parse().unwrap_or_else(|e| panic!("{option}: {e}")));
+        load(&dir.join("config.json"), &Options { max_context, rope_scaling, ..Options::default() })
+            .expect(option)
+            .module
+    };
+    let config = print::module(&load_fixture("tests/oracle/yarn/config.json").module);
+    assert_eq!(print::module(&scaled(64, None, "yarn,factor=4")), config);
+    let option = "yarn,factor=4.0,original_max_position_embeddings=64";
+    assert_eq!(print::module(&scaled(256, None, option)), config);
+    assert_eq!(scaled(64, Some(100), "yarn,factor=4").info.max_context, 100);
+    assert_ne!(print::module(&scaled(64, None, "default")), config);
+    // in place of the config's own: what stands beside the factor is not taken over, but for the original context
+    let options = |text: &str| Options { rope_scaling: Some(text.parse().expect(text)), ..Options::default() };
+    let asked = |text: &str| load(&path, &options(text)).expect(text).module;
+    assert_eq!(print::module(&asked("yarn,factor=4")), config);
+    assert_eq!(asked("yarn,factor=8").info.max_context, 512);
+    assert_eq!(asked("default").info.max_context, 256);
 }
 
 /// The reader agrees with another implementation of the format, on every tensor and at any offset.

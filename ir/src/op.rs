@@ -170,6 +170,9 @@ ops! {
     // ---- matmul
     /// `x · wᵀ`: `x` is `[T, in...]`, `w` is `[out..., in...]`, the result `[T, out...]`.
     Linear = "linear" ("x", "w"; ) Kernel => math::shape_linear, cost::weights, math::eval_linear;
+    /// `linear` with some rows of `w` `[out, in]`: of each 16 neighbours those for which `wanted` `i32[ceil(out / 16)]` is not 0. The others give
+    /// minus infinity.
+    LinearWanted = "linear_wanted" ("x", "w", "wanted"; ) Kernel => math::shape_linear_wanted, cost::weights, math::eval_linear_wanted;
     /// Several projections of one input in one kernel, each weight in its own format: one result a weight of the bundle.
     Linears = "linears" ("x", "ws"; ) Kernel => math::shape_linears, cost::weights, math::eval_linears;
     /// `residual + x · wᵀ`, and the sum of squares of the result.

@@ -119,11 +119,13 @@ pub enum Input {
     EditCounts,
     /// `edit_biases[P]`, f32: what is added to each one's logit.
     EditBiases,
+    /// `wanted[ceil(vocab_size / 16)]`: 1 where the logits of 16 tokens are wanted of `@guess`.
+    Wanted,
 }
 
 impl Input {
     /// Every input.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Tokens,
         Self::Positions,
         Self::CuSeqlens,
@@ -138,6 +140,7 @@ impl Input {
         Self::EditTokens,
         Self::EditCounts,
         Self::EditBiases,
+        Self::Wanted,
     ];
 
     /// The parameter's name in the entry functions.
@@ -157,6 +160,7 @@ impl Input {
             Self::EditTokens => "edit_tokens",
             Self::EditCounts => "edit_counts",
             Self::EditBiases => "edit_biases",
+            Self::Wanted => "wanted",
         }
     }
 }
@@ -213,9 +217,10 @@ pub struct Entry {
 }
 
 /// Every entry point that a module can have.
-pub const ENTRIES: [Entry; 4] = [
+pub const ENTRIES: [Entry; 5] = [
     Entry { name: "step", results: &["logits", "hidden", "best"], after: None },
     Entry { name: "draft", results: &["logits", "hidden", "best"], after: None },
+    Entry { name: "guess", results: &["logits", "hidden", "best"], after: None },
     Entry { name: "sample", results: &["tokens"], after: Some("step") },
     Entry { name: "verify", results: &["tokens", "accepted"], after: Some("step") },
 ];

@@ -54,6 +54,18 @@ fn norms_divide_by_the_root_of_the_mean_or_of_the_sum() {
 }
 
 #[test]
+fn rows_that_are_not_wanted_give_minus_infinity() {
+    let types = "%x: tensor<T x 1 x f32>, %w: weight<18 x 1 x f32>, %wanted: tensor<2 x i32>";
+    let w: Vec<f64> = (0..18).map(f64::from).collect();
+    let args = |wanted: &[i32]| vec![floats(&[1, 1], &[2.0]), floats(&[18, 1], &w), ints(&[2], wanted)];
+    let least = f64::NEG_INFINITY;
+    let line = "%0 = linear_wanted %x, %w, %wanted";
+    check(types, line, args(&[0, 1]), &[&[[least; 16].as_slice(), &[32.0, 34.0]].concat()]);
+    let first: Vec<f64> = (0..16).map(|i| 2.0 * f64::from(i)).collect();
+    check(types, line, args(&[3, 0]), &[&[first.as_slice(), &[least; 2]].concat()]);
+}
+
+#[test]
 fn sums_of_squares_are_of_16_neighbours() {
     let x = floats(&[1, 17], &[1.0; 17]);
     check("%x: tensor<T x 17 x f32>", "%0 = sum_squares %x", vec![x], &[&[16.0, 1.0]]);
@@ -237,6 +249,7 @@ fn sequences_of_a_batch_do_not_see_each_other() {
         pages_per_sequence: 2,
         logit_rows: vec![1, 4, 3, 2],
         hidden: None,
+        wanted: Vec::new(),
     };
     let outputs = session.step("step", &batch).unwrap();
     assert!(outputs.logits[..4].iter().all(|&x| x == 0.0), "a row without a slot gives zeros");

@@ -82,25 +82,30 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
 const EVERY_BLOCK_OP: &str = "\
 kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads = 64 {
   %0 = shared f32 256
-  %1 = thread
-  %2 = const i64 0
-  prefetch %x[%2], %2
+  %1 = partials f32 64
+  %2 = thread
+  %3 = const i64 0
+  prefetch %x[%3], %3
   wait
-  %3 = load f32 %x[%1]
-  store %0[%1], %3
+  %4 = load f32 %x[%2]
+  store %0[%2], %4
+  store %1[%2], %4
   barrier
-  %4 = shuffle_xor %3 16
-  %5 = pack f16 %3, %4
-  %6 = pack bf16 %3, %4
-  %7 = half_fma f16 %5, %5, %5
-  %8 = half_fma bf16 %6, %6, %6
-  %9 = half_to_float %7
-  %10 = fp8_to_f16 %8
-  %11 = splat x4 %9
-  %12 = mma f16 %5, %5, %7, %7, %10, %10, %11
-  %13 = mma bf16 %6, %6, %8, %8, %6, %6, %12
-  %14 = atomic_add %out[%2], %10
+  %5 = shuffle_xor %4 16
+  %6 = pack f16 %4, %5
+  %7 = pack bf16 %4, %5
+  %8 = half_fma f16 %6, %6, %6
+  %9 = half_fma bf16 %7, %7, %7
+  %10 = half_to_float %8
+  %11 = fp8_to_f16 %9
+  %12 = splat x4 %10
+  %13 = mma f16 %6, %6, %8, %8, %11, %11, %12
+  %14 = mma bf16 %7, %7, %9, %9, %7, %7, %13
+  %15 = atomic_add %out[%3], %11
   release
+} tail grid = ceil(T / 2) {
+  %16 = partials f32 64
+  %17 = load f32 %16[%task]
 }
 ";
 

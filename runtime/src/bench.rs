@@ -3,15 +3,16 @@
 use std::time::Instant;
 
 use clap::Args;
-use nextc_abi::Cost;
+use nextc_abi::{Cost, Model};
 use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
-use crate::engine::{Engine, LogitRows};
+use crate::engine::{DraftInput, Engine, LogitRows};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::random::Random;
+use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
 use crate::step::KernelTime;
 
@@ -27,6 +28,9 @@ pub struct BenchArgs {
     /// Tokens of steps that check drafts: a known token and the drafts after it
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
     verify: Vec<u64>,
+    /// Tokens that are drafted one after the other, each from the one before it
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    draft: Vec<u64>,
     /// Tokens already in the state
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
     depth: Vec<u64>,
@@ -61,6 +65,8 @@ enum Kind {
     Decode,
     /// Tentative steps of a few tokens, none of which is accepted.
     Verify,
+    /// Chains of drafts.
+    Draft,
 }
 
 impl Kind {
@@ -69,12 +75,24 @@ impl Kind {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Verify => "verify",
+            Self::Draft => "draft",
         }
     }
-}
 
-/// Steps of a row that verifies.
-const VERIFY_STEPS: u64 = 16;
+    /// How often one measurement does it.
+    const fn rounds(self) -> u64 {
+        match self {
+            Self::Prefill | Self::Decode => 1,
+            Self::Verify | Self::Draft => 16,
+        }
+    }
+
+    /// The entry point that it measures.
+    fn cost(self, engine: &Engine) -> Cost {
+        let names: &[&str] = if self == Self::Draft { &["guess", "draft"] } else { &["step"] };
+        names.iter().find_map(|name| engine.metadata().program(name)).map(|p| p.cost).unwrap_or_default()
+    }
+}
 
 /// One row of the table.
 #[derive(Clone, Copy, Debug)]
@@ -90,7 +108,7 @@ struct Row {
 /// [`Error`] says what cannot be measured.
 pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     let rows = rows(args);
-    check_rows(&rows, artifact.metadata().model.max_context)?;
+    check_rows(&rows, &artifact.metadata().model)?;
     let sequences = args.batch.iter().copied().max().unwrap_or(1) as usize;
     let mut options = args.machine.engine(sequences);
     (options.random_weights, options.step_tokens) = (args.random_weights, args.step_tokens as usize);
@@ -129,7 +147,12 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
 
 fn rows(args: &BenchArgs) -> Vec<Row> {
     let mut rows = Vec::new();
-    let kinds = [(Kind::Prefill, &args.prefill), (Kind::Decode, &args.decode), (Kind::Verify, &args.verify)];
+    let kinds = [
+        (Kind::Prefill, &args.prefill),
+        (Kind::Decode, &args.decode),
+        (Kind::Verify, &args.verify),
+        (Kind::Draft, &args.draft),
+    ];
     for (kind, lengths) in kinds {
         for &batch in &args.batch {
             for &depth in &args.depth {
@@ -140,12 +163,21 @@ fn rows(args: &BenchArgs) -> Vec<Row> {
     rows
 }
 
-fn check_rows(rows: &[Row], max_context: u64) -> Result<(), Error> {
+fn check_rows(rows: &[Row], model: &Model) -> Result<(), Error> {
+    if !model.mtp && rows.iter().any(|r| r.kind == Kind::Draft) {
+        return Err(Error::NoMtp { model: model.name.clone(), option: "--draft" });
+    }
+    let max_context = model.max_context;
     match rows.iter().find(|r| r.tokens.saturating_add(r.depth) > max_context) {
         None => Ok(()),
         Some(r) => Err(Error::Option {
             option: "--depth",
-            reason: format!("{} + {} tokens are more than the context of {max_context}", r.depth, r.tokens),
+            reason: format!(
+                "{} + {} tokens are {} more than the context of {max_context}",
+                r.depth,
+                r.tokens,
+                r.tokens.saturating_add(r.depth) - max_context
+            ),
         }),
     }
 }
@@ -160,8 +192,7 @@ fn measure(engine: &mut Engine, row: &Row, repeats: u32) -> Result<Vec<f64>, Err
         }
         let seconds = run_row(engine, row, &ids, u64::from(repeat))?;
         if repeat > 0 {
-            let steps = if row.kind == Kind::Verify { VERIFY_STEPS } else { 1 };
-            rates.push((row.tokens * row.batch * steps) as f64 / seconds);
+            rates.push((row.tokens * row.batch * row.kind.rounds()) as f64 / seconds);
         }
         ids.into_iter().for_each(|id| engine.end_sequence(id));
     }
@@ -179,26 +210,48 @@ fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Res
         ids.iter().zip(&tokens).map(|(&id, t)| (id, &t[range.clone()])).collect()
     };
     let count = row.tokens as usize;
-    if row.kind == Kind::Prefill {
-        let batch = batch_of(0..count);
-        let begun = Instant::now();
-        engine.forward(&batch, LogitRows::Last)?;
-        engine.best()?;
-        return Ok(begun.elapsed().as_secs_f64());
-    }
+    let width = engine.metadata().model.hidden_size as usize;
+    let hidden: Vec<f32> = (0..width * ids.len()).map(|_| random.between(-1.0, 1.0)).collect();
     let begun = Instant::now();
-    if row.kind == Kind::Verify {
-        for _ in 0..VERIFY_STEPS {
-            engine.forward_tentative(&batch_of(0..count))?;
-            engine.best()?;
+    for _ in 0..row.kind.rounds() {
+        match row.kind {
+            Kind::Prefill => engine.forward(&batch_of(0..count), LogitRows::Last)?,
+            Kind::Verify => engine.forward_tentative(&batch_of(0..count))?,
+            Kind::Decode => {
+                for i in 0..count {
+                    engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
+                    engine.best()?;
+                }
+            }
+            Kind::Draft => draft_chain(engine, ids, &tokens, row.depth, &hidden)?,
         }
-        return Ok(begun.elapsed().as_secs_f64());
-    }
-    for i in 0..count {
-        engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
+        // the host waits for the tokens, as it does when it generates
         engine.best()?;
     }
     Ok(begun.elapsed().as_secs_f64())
+}
+
+/// Drafts after hidden rows, one for each sequence, which give the hidden rows for the next.
+fn draft_chain(
+    engine: &mut Engine,
+    ids: &[SequenceId],
+    tokens: &[Vec<u32>],
+    depth: u64,
+    hidden: &[f32],
+) -> Result<(), Error> {
+    let width = engine.metadata().model.hidden_size as usize;
+    let shortlist = Shortlist::new(engine.metadata().model.vocab_size as usize);
+    let mut hidden = hidden.to_vec();
+    for i in 0..tokens[0].len() {
+        let input = |((&sequence, tokens), hidden)| {
+            let position = depth + i as u64;
+            DraftInput { sequence, position, tokens: &Vec::as_slice(tokens)[i..=i], hidden }
+        };
+        let inputs: Vec<_> = ids.iter().zip(tokens).zip(hidden.chunks_exact(width)).map(input).collect();
+        engine.guess(&inputs, shortlist.flags())?;
+        hidden = engine.hidden()?.iter().flatten().copied().collect();
+    }
+    Ok(())
 }
 
 /// Bytes and FLOPs a token, of steps as the engine makes them.
@@ -207,21 +260,21 @@ fn work_per_token(cost: &Cost, row: &Row, step_tokens: u64) -> (f64, f64) {
     let total = tokens * batch;
     let context = row.depth as f64 + tokens / 2.0;
     let steps = match row.kind {
-        Kind::Decode => tokens,
+        Kind::Decode | Kind::Draft => tokens,
         Kind::Verify => 1.0,
         Kind::Prefill => (total / step_tokens as f64).ceil().max(1.0),
     };
     // a prompt's own keys and values count once a step, not once a token
     let bytes = steps * cost.bytes(total / steps, batch, context);
     let rows = match row.kind {
-        Kind::Decode | Kind::Verify => total,
+        Kind::Decode | Kind::Verify | Kind::Draft => total,
         Kind::Prefill => batch,
     };
     (bytes / total, cost.token_flops + context * cost.context_flops + rows / total * cost.row_flops)
 }
 
 fn result(row: &Row, rates: &[f64], engine: &Engine, limits: &Limits, step_tokens: u64) -> Value {
-    let cost = engine.metadata().program("step").map(|p| p.cost).unwrap_or_default();
+    let cost = row.kind.cost(engine);
     let (bytes, flops) = work_per_token(&cost, row, step_tokens);
     let roofline = 1.0 / (bytes / limits.read_bytes_per_s).max(flops / limits.flops_per_s);
     let median = median(rates);
@@ -249,7 +302,13 @@ fn kernels(engine: &mut Engine) -> Value {
     let total: f64 = named.iter().map(|(_, t)| t.seconds).sum();
     let each = |(name, t): &(&str, KernelTime)| {
         let microseconds = t.seconds / t.runs as f64 * 1e6;
-        json!({"kernel": name, "runs": t.runs, "us_per_run": microseconds, "share": t.seconds / total})
+        json!({
+            "kernel": name,
+            "runs": t.runs,
+            "us_per_run": microseconds,
+            "least_us": t.least_s * 1e6,
+            "share": t.seconds / total,
+        })
     };
     named.iter().map(each).collect()
 }
@@ -291,7 +350,12 @@ fn print_row(row: &Value) {
         let number = |key: &str| k[key].as_f64().unwrap_or(0.0);
         let bar = "█".repeat((number("share") * 40.0).round() as usize);
         let name = k["kernel"].as_str().unwrap_or_default();
-        println!("    {name:34} {:>10.1} us {:>5.1}%  {bar}", number("us_per_run"), number("share") * 100.0);
+        println!(
+            "    {name:34} {:>10.1} us, least {:>10.1} us {:>5.1}%  {bar}",
+            number("us_per_run"),
+            number("least_us"),
+            number("share") * 100.0
+        );
     }
 }
 
@@ -306,6 +370,17 @@ mod tests {
         assert_eq!(work_per_token(&cost, &row(Kind::Prefill, 100, 1), 50), (20.0, 2001.0));
         assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 1), 50), (1000.0, 2100.0));
         assert_eq!(work_per_token(&cost, &row(Kind::Decode, 100, 4), 50), (250.0, 2100.0));
+    }
+
+    #[test]
+    fn rows_that_cannot_be_measured_are_named_before_anything_runs() {
+        let row = |kind| Row { kind, tokens: 30, depth: 5, batch: 1 };
+        let model = Model { name: "tiny".to_owned(), max_context: 35, ..Model::default() };
+        assert!(check_rows(&[row(Kind::Decode)], &model).is_ok());
+        let error = check_rows(&[row(Kind::Draft)], &model).unwrap_err().to_string();
+        assert!(error.contains("no multi-token prediction (MTP); leave out `--draft`"), "{error}");
+        let error = check_rows(&[row(Kind::Decode)], &Model { max_context: 20, ..model }).unwrap_err().to_string();
+        assert!(error.contains("5 + 30 tokens are 15 more than the context of 20"), "{error}");
     }
 
     #[test]

@@ -78,6 +78,7 @@ pub struct Engine {
     draft: Option<usize>,
     sample: usize,
     verify: Option<usize>,
+    guess: Option<usize>,
     step_tokens: usize,
     /// Pages and slots that the device's states have room for.
     reach: (u32, u32),
@@ -103,14 +104,14 @@ impl Engine {
         let metadata = artifact.metadata();
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
-        let (draft, verify) = (entry("draft"), entry("verify"));
+        let (draft, guess, verify) = (entry("draft"), entry("guess"), entry("verify"));
         let sample = entry("sample").ok_or(Error::Step("the executable has no entry point `sample`"))?;
         check_outputs(metadata)?;
         let states = States::new(metadata, options.sequences)?;
         let device = device::open(&artifact, options, &states)?;
         let (step_tokens, last, ran) = (options.step_tokens.max(1), StepInputs::default(), (step, [0; 4]));
         let reach = (0, 0);
-        Ok(Self { states, device, step, draft, sample, verify, step_tokens, reach, last, ran, artifact })
+        Ok(Self { states, device, step, draft, guess, sample, verify, step_tokens, reach, last, ran, artifact })
     }
 
     /// The executable.
@@ -254,7 +255,30 @@ impl Engine {
     /// As [`Engine::forward`], and [`Error::NoMtp`].
     pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<(), Error> {
         let program =
-            self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "mtp" })?;
+            self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "--mtp" })?;
+        self.run_draft(program, batch, rows, &[])
+    }
+
+    /// As [`Engine::draft`], for drafts that are only to be checked: with the logits after the last token of each sequence, and where the
+    /// executable can, only of the tokens that are `wanted`: a flag for each 16; those of others are minus infinity.
+    /// # Errors
+    /// As [`Engine::draft`], and [`Error::Step`] for flags of another number or without any that is set.
+    pub fn guess(&mut self, batch: &[DraftInput<'_>], wanted: &[i32]) -> Result<(), Error> {
+        let Some(program) = self.guess else { return self.draft(batch, LogitRows::Last) };
+        if wanted.len() as u64 != self.metadata().model.vocab_size.div_ceil(16) || wanted.iter().all(|&flag| flag == 0)
+        {
+            return Err(Error::Step("a guess needs a flag for each 16 tokens, and some of them wanted"));
+        }
+        self.run_draft(program, batch, LogitRows::Last, wanted)
+    }
+
+    fn run_draft(
+        &mut self,
+        program: usize,
+        batch: &[DraftInput<'_>],
+        rows: LogitRows,
+        wanted: &[i32],
+    ) -> Result<(), Error> {
         let width = self.metadata().model.hidden_size as usize;
         let mut parts = Vec::with_capacity(batch.len());
         for (number, d) in batch.iter().enumerate() {
@@ -267,6 +291,7 @@ impl Engine {
         }
         let mut inputs = self.inputs(&parts)?;
         inputs.logit_rows = rows.of(&inputs.cu_seqlens);
+        inputs.wanted.extend_from_slice(wanted);
         let padded = width.next_multiple_of(16);
         for row in batch.iter().flat_map(|d| d.hidden.chunks_exact(width)) {
             inputs.hidden.extend_from_slice(row);

@@ -13,9 +13,13 @@ use crate::error::Error;
 use crate::limits::Limits;
 use crate::memory::Region;
 use crate::pool::Pool;
+use crate::recent::Recent;
 use crate::state::States;
 use crate::step::{Addresses, KernelTime, Resolved, SLACK_BYTES, StepInputs, resolve};
 use crate::weights::Weights;
+
+/// Dimensions of a program that are kept resolved.
+const KEPT_DIMS: usize = 8;
 
 /// Threads, and the memory that steps work in.
 pub(crate) struct Host {
@@ -31,8 +35,8 @@ pub(crate) struct Host {
     scratch_bytes: u64,
     /// The machine code of each kernel and of its tail.
     entries: Vec<(KernelFn, Option<KernelFn>)>,
-    /// One for each program.
-    resolved: Vec<Option<Resolved>>,
+    /// By program and dimensions: those of the steps that check 1 to 8 tokens come again and again.
+    resolved: Recent<(usize, [u64; 4]), Resolved>,
     /// Runs and time of each kernel, while that is asked for.
     profile: Option<Vec<KernelTime>>,
 }
@@ -62,7 +66,7 @@ impl Host {
             scratch: reserve("scratch", scratch_bytes * threads as u64)?,
             scratch_bytes,
             entries: metadata.kernels.iter().map(entry).collect(),
-            resolved: metadata.programs.iter().map(|_| None).collect(),
+            resolved: Recent::new(KEPT_DIMS * metadata.programs.len()),
             profile: None,
             artifact,
         })
@@ -83,15 +87,25 @@ impl Host {
                 larger.advise_huge();
                 larger.as_mut_slice()[..keep].copy_from_slice(&region.as_slice()[..keep]);
                 *region = larger;
-                self.resolved.iter_mut().for_each(|r| *r = None);
+                self.resolved.clear();
             }
         }
         Ok(())
     }
+}
 
-    fn run_launches(&mut self, program: usize) {
-        let Some(resolved) = &self.resolved[program] else { return };
-        let (scratch, scratch_bytes) = (self.scratch.address(), self.scratch_bytes);
+/// What runs the launches of a step.
+struct Runner<'a> {
+    pool: &'a mut Pool,
+    entries: &'a [(KernelFn, Option<KernelFn>)],
+    profile: Option<&'a mut [KernelTime]>,
+    /// Where scratch begins, and how much a thread has.
+    scratch: (u64, u64),
+}
+
+impl Runner<'_> {
+    fn run(&mut self, resolved: &Resolved) {
+        let (scratch, scratch_bytes) = self.scratch;
         for launch in &resolved.launches {
             let begun = self.profile.is_some().then(Instant::now);
             let args = SharedArgs(resolved.args[launch.args.start..].as_ptr());
@@ -109,8 +123,7 @@ impl Host {
                 unsafe { tail(args.0, own_scratch(0), 0, 0) }
             }
             if let (Some(times), Some(begun)) = (&mut self.profile, begun) {
-                times[launch.kernel].runs += 1;
-                times[launch.kernel].seconds += begun.elapsed().as_secs_f64();
+                times[launch.kernel].add(begun.elapsed().as_secs_f64());
             }
         }
     }
@@ -145,14 +158,17 @@ impl Device for Host {
         let dims = inputs.dims();
         let base = self.inputs.address();
         let places = inputs.write(self.inputs.as_mut_slice()).map(|offset| base + offset);
-        if self.resolved[program].as_ref().is_none_or(|r| r.dims != dims) {
-            let states: Vec<u64> = self.states.iter().map(Region::address).collect();
-            let (arena, weights) = (self.arena.address(), self.weights.address());
+        let (arena, weights, metadata) = (self.arena.address(), self.weights.address(), self.artifact.metadata());
+        let states = &self.states;
+        let make = || {
+            let states: Vec<u64> = states.iter().map(Region::address).collect();
             let addresses = Addresses { inputs: places, arena, weights, states: &states };
-            let metadata = self.artifact.metadata();
-            self.resolved[program] = Some(resolve(metadata, &metadata.programs[program], dims, &addresses));
-        }
-        self.run_launches(program);
+            Ok::<_, Error>(resolve(metadata, &metadata.programs[program], dims, &addresses))
+        };
+        let resolved = self.resolved.get_or_make((program, dims), make)?;
+        let scratch = (self.scratch.address(), self.scratch_bytes);
+        let profile = self.profile.as_deref_mut();
+        Runner { pool: &mut self.pool, entries: &self.entries, profile, scratch }.run(resolved);
         Ok(())
     }
 

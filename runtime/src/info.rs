@@ -95,6 +95,7 @@ fn facts(artifact: &Artifact, args: &InfoArgs) -> Value {
         "weights_bytes": m.weights.bytes,
         "weights_count": m.weights.entries.len(),
         "state_bytes_per_sequence": m.state_bytes_per_sequence(),
+        "rollback_bytes_per_sequence": m.rollback_bytes_per_sequence(),
         "kv_bytes_per_token": m.kv_bytes_per_token(),
         "page_tokens": m.page_tokens,
         "step_tokens": args.step_tokens,

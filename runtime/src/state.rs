@@ -197,7 +197,8 @@ mod tests {
     use super::*;
 
     fn metadata() -> Metadata {
-        let state = |name: &str, kind, bytes| nextc_abi::State { name: name.to_owned(), kind, bytes };
+        let state =
+            |name: &str, kind, bytes| nextc_abi::State { name: name.to_owned(), kind, bytes, rollback_bytes: 0 };
         let mut m = crate::sample_metadata();
         m.states = vec![state("layers.0.kv", StateKind::Kv, 512), state("layers.1.delta", StateKind::Delta, 4096)];
         m.page_tokens = 16;

@@ -10,7 +10,7 @@ use crate::device::Span;
 pub(crate) const SLACK_BYTES: u64 = 64;
 
 /// Number of inputs an entry point can have.
-pub(crate) const INPUTS: usize = 14;
+pub(crate) const INPUTS: usize = 15;
 
 /// The inputs of a step, as its kernels read them.
 #[derive(Debug, Default)]
@@ -28,6 +28,8 @@ pub(crate) struct StepInputs {
     pub logit_rows: Vec<i32>,
     /// `[T, pad(hidden_size)]`; empty but for drafts.
     pub hidden: Vec<f32>,
+    /// `[ceil(vocab_size / 16)]`; empty but for guesses.
+    pub wanted: Vec<i32>,
     /// How rows are sampled, for the entry points that do that.
     pub sampling: Option<SamplingInputs>,
 }
@@ -102,6 +104,7 @@ impl StepInputs {
             bytes(&sampling.edit_tokens),
             bytes(&sampling.edit_counts),
             bytes(&sampling.edit_biases),
+            bytes(&self.wanted),
         ]
     }
 }
@@ -122,6 +125,7 @@ const fn input_index(input: Input) -> usize {
         Input::EditTokens => 11,
         Input::EditCounts => 12,
         Input::EditBiases => 13,
+        Input::Wanted => 14,
     }
 }
 
@@ -192,7 +196,6 @@ pub(crate) struct ResolvedLaunch {
 /// An entry point resolved for steps of certain dimensions.
 #[derive(Debug)]
 pub(crate) struct Resolved {
-    pub dims: [u64; 4],
     pub args: Vec<u64>,
     pub launches: Vec<ResolvedLaunch>,
 }
@@ -208,7 +211,7 @@ pub(crate) struct Addresses<'a> {
 
 /// The launches of a program in steps of dimensions `dims`, with their arguments.
 pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at: &Addresses<'_>) -> Resolved {
-    let mut resolved = Resolved { dims, args: Vec::new(), launches: Vec::with_capacity(program.launches.len()) };
+    let mut resolved = Resolved { args: Vec::new(), launches: Vec::with_capacity(program.launches.len()) };
     for launch in &program.launches {
         let first = resolved.args.len();
         resolved.args.extend_from_slice(&dims);
@@ -233,6 +236,16 @@ pub struct KernelTime {
     pub runs: u64,
     /// Seconds of all of them.
     pub seconds: f64,
+    /// Seconds of the fastest: what it takes where nothing else runs.
+    pub least_s: f64,
+}
+
+impl KernelTime {
+    pub(crate) fn add(&mut self, seconds: f64) {
+        self.least_s = if self.runs == 0 { seconds } else { self.least_s.min(seconds) };
+        self.runs += 1;
+        self.seconds += seconds;
+    }
 }
 
 /// The widest dimension that addresses and `i32` inputs can hold.
@@ -255,6 +268,7 @@ mod tests {
             logit_rows: vec![2],
             hidden: Vec::new(),
             sampling: None,
+            wanted: Vec::new(),
         };
         assert_eq!(inputs.dims(), [3, 2, 3, 1]);
         assert_eq!(inputs.dims()[nextc_abi::Sym::P as usize], 3);

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::generate::{self, Checked, Drafter, Forward, GenerateArgs, ModelError, Run, Sequence, TextFiles};
 use crate::sample::rows::Row;
 use crate::sample::{Choosing, SampleError};
+use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
 use crate::step::Rows;
 
@@ -21,6 +22,7 @@ pub(crate) struct Model {
     /// What the draft of each sequence has not been fed yet; empty unless drafts are wanted.
     pub(crate) lags: HashMap<Sequence, Lag>,
     drafts_wanted: bool,
+    shortlist: Shortlist,
 }
 
 impl Model {
@@ -30,7 +32,15 @@ impl Model {
         let step_tokens = args.step_tokens as usize;
         let options = EngineOptions { threads, sequences, step_tokens, random_weights: false };
         let engine = Engine::new(artifact, &options)?;
-        Ok(Self { engine, logits: Vec::new(), logits_wanted: false, lags: HashMap::new(), drafts_wanted: false })
+        let shortlist = Shortlist::new(engine.metadata().model.vocab_size as usize);
+        Ok(Self {
+            engine,
+            logits: Vec::new(),
+            logits_wanted: false,
+            lags: HashMap::new(),
+            drafts_wanted: false,
+            shortlist,
+        })
     }
 
     fn batch<'a>(runs: &[Run<'a>]) -> Vec<(SequenceId, &'a [u32])> {
@@ -52,6 +62,7 @@ impl Model {
         }
         self.keep_rows(rows == LogitRows::All)?;
         if self.drafts_wanted {
+            runs.iter().for_each(|run| self.shortlist.feed(run.tokens));
             extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
             self.catch_up(runs)?;
         }
@@ -209,6 +220,7 @@ impl Drafter for Model {
         for (s, next) in runs {
             let lag = self.lags.get_mut(s).ok_or(Error::Step("drafts were not prepared for this sequence"))?;
             lag.next.push(*next);
+            self.shortlist.feed(&[*next]);
         }
         let mut drafts = vec![Vec::with_capacity(count); runs.len()];
         let mut position: Vec<u64> = Vec::new();
@@ -227,7 +239,7 @@ impl Drafter for Model {
                 Some(*end)
             })
             .collect();
-        self.engine.draft(&inputs, LogitRows::Last)?;
+        self.engine.guess(&inputs, self.shortlist.flags())?;
         let rows = self.engine.hidden()?;
         let mut hidden: Vec<f32> = ends.iter().flat_map(|end| rows.row(end - 1)).copied().collect();
         take_drafts(&mut self.engine, &mut drafts)?;
@@ -246,7 +258,7 @@ impl Drafter for Model {
                     hidden: &hidden[i * width..(i + 1) * width],
                 })
                 .collect();
-            self.engine.draft(&inputs, LogitRows::Last)?;
+            self.engine.guess(&inputs, self.shortlist.flags())?;
             hidden = self.engine.hidden()?.iter().flatten().copied().collect();
             take_drafts(&mut self.engine, &mut drafts)?;
             position.iter_mut().for_each(|p| *p += 1);

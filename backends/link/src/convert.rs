@@ -141,6 +141,7 @@ fn input(i: Input) -> abi::Input {
         Input::EditTokens => abi::Input::EditTokens,
         Input::EditCounts => abi::Input::EditCounts,
         Input::EditBiases => abi::Input::EditBiases,
+        Input::Wanted => abi::Input::Wanted,
     }
 }
 
@@ -278,7 +279,8 @@ fn state(s: &nextc_ir::schedule::StateDecl) -> abi::State {
         StateKind::Conv => abi::StateKind::Conv,
         StateKind::Delta => abi::StateKind::Delta,
     };
-    abi::State { name: s.name.clone(), kind, bytes: s.ty.bytes() }
+    let bytes = s.ty.bytes();
+    abi::State { name: s.name.clone(), kind, bytes, rollback_bytes: bytes - s.ty.step_bytes() }
 }
 
 fn assets(files: &[(String, Vec<u8>)]) -> Vec<abi::Asset> {

@@ -162,12 +162,11 @@ pub const CONFIG_KEYS: &[Key] = &[
     ignored("use_bfloat16"),
 ];
 
-/// The keys of `rope_parameters` (transformers 5) and `rope_scaling` (transformers 4).
-pub const ROPE_KEYS: &[Key] = &[
-    read("rope_type"),
-    read("type"),
-    read("rope_theta"),
-    read("partial_rotary_factor"),
+/// The keys of `rope_parameters` (transformers 5) and `rope_scaling` (transformers 4), but for those of YaRN.
+pub const ROPE_KEYS: &[Key] = &[read("rope_type"), read("type"), read("rope_theta"), read("partial_rotary_factor")];
+
+/// The keys beside them that say how YaRN scales; `--rope-scaling` takes the same.
+pub const YARN_KEYS: &[Key] = &[
     read("factor"),
     read("original_max_position_embeddings"),
     read("attention_factor"),
@@ -184,7 +183,7 @@ mod tests {
 
     #[test]
     fn each_key_stands_once() {
-        for table in [CONFIG_KEYS, ROPE_KEYS] {
+        for table in [CONFIG_KEYS, ROPE_KEYS, YARN_KEYS] {
             for (i, key) in table.iter().enumerate() {
                 assert!(table[..i].iter().all(|k| k.name != key.name), "`{}` stands twice", key.name);
             }

@@ -4,10 +4,11 @@
 //! models were run (`modeling_rope_utils`, transformers). Frequencies are rounded to f32 where the reference rounds.
 
 use std::f64::consts::PI;
+use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
-use super::keys::ROPE_KEYS;
+use super::keys::{ROPE_KEYS, YARN_KEYS};
 use super::reader::Reader;
 
 /// Rotary embedding of a model.
@@ -81,11 +82,60 @@ impl Yarn {
     }
 }
 
+/// A scaling that is asked for in place of the configuration's: `yarn,KEY=VALUE,...` with the keys and values that `rope_scaling` has in
+/// `config.json`, or `default` for none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RopeScaling {
+    /// The keys of YaRN, checked; none for no scaling.
+    yarn: Option<Map<String, Value>>,
+}
+
+impl RopeScaling {
+    /// Replaces the scaling of `rope`. Without an original context of its own it takes that of the scaling which it replaces, or
+    /// `max_position_embeddings`.
+    pub(crate) fn apply(&self, rope: &mut Rope, max_position_embeddings: u64) {
+        let original = rope.yarn.as_ref().map_or(max_position_embeddings, |y| y.original_max_position_embeddings);
+        rope.yarn = self.yarn.as_ref().map(|keys| read_yarn(&mut Reader::new(keys, YARN_KEYS, ""), original));
+    }
+}
+
+impl FromStr for RopeScaling {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const EXPECTED: &str =
+            "expected `yarn,factor=X`, with further keys as in `rope_scaling` of config.json, or `default`";
+        let mut parts = text.split(',');
+        match parts.next().unwrap_or_default() {
+            "default" if parts.next().is_none() => return Ok(Self { yarn: None }),
+            "default" => return Err(format!("`default` takes no keys; {EXPECTED}")),
+            "yarn" => {}
+            other => return Err(format!("no rotary scaling is called `{other}`; {EXPECTED}")),
+        }
+        let mut keys = Map::new();
+        for part in parts {
+            let (key, value) = part.split_once('=').ok_or_else(|| format!("`{part}` is no KEY=VALUE; {EXPECTED}"))?;
+            let value = serde_json::from_str(value).map_err(|_| format!("`{key}` is `{value}`, expected a number"))?;
+            if keys.insert(key.to_owned(), value).is_some() {
+                return Err(format!("`{key}` stands twice"));
+            }
+        }
+        let mut reader = Reader::new(&keys, YARN_KEYS, "");
+        if let Some((key, _)) = reader.unknown().next() {
+            let known: Vec<&str> = YARN_KEYS.iter().map(|k| k.name).collect();
+            return Err(format!("`{key}` is no key of YaRN, expected one of {}", known.join(", ")));
+        }
+        read_yarn(&mut reader, super::MAX_CONTEXT);
+        let problems: Vec<String> = reader.problems.iter().map(ToString::to_string).collect();
+        if problems.is_empty() { Ok(Self { yarn: Some(keys) }) } else { Err(problems.join("; ")) }
+    }
+}
+
 /// Reads the rotary parameters of `config.json`; problems and warnings go to `top`.
 pub(crate) fn read_rope(top: &mut Reader<'_>, head_dim: u64, max_position_embeddings: u64) -> Rope {
     let object = merged(top);
-    let mut keys = Reader::new(&object, ROPE_KEYS, "rope_parameters.");
-    for (key, value) in keys.unknown() {
+    let [mut keys, mut yarn_keys] = [ROPE_KEYS, YARN_KEYS].map(|table| Reader::new(&object, table, "rope_parameters."));
+    for (key, value) in keys.unknown().filter(|(name, _)| yarn_keys.unknown().any(|(other, _)| other == *name)) {
         keys.reject(key, value, "no such key: its effect on the frequencies is not known");
     }
     let rope_theta = either(top, &mut keys, "rope_theta", 1.0, 1e12).unwrap_or(10_000.0);
@@ -96,11 +146,13 @@ pub(crate) fn read_rope(top: &mut Reader<'_>, head_dim: u64, max_position_embedd
         top.reject_as("partial_rotary_factor", format!("{partial}"), expected);
     }
     let yarn = match rope_type(&mut keys) {
-        "yarn" => Some(read_yarn(&mut keys, max_position_embeddings)),
+        "yarn" => Some(read_yarn(&mut yarn_keys, max_position_embeddings)),
         _ => None,
     };
-    top.problems.append(&mut keys.problems);
-    top.warnings.append(&mut keys.warnings);
+    for mut keys in [keys, yarn_keys] {
+        top.problems.append(&mut keys.problems);
+        top.warnings.append(&mut keys.warnings);
+    }
     Rope { rope_theta, rotary_dim: rotary_dim.max(2), yarn }
 }
 

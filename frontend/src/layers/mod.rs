@@ -5,6 +5,7 @@
 //!
 //! - `@step(tokens, positions, cu_seqlens, slot, replay, tentative, page_table, logit_rows, states...) -> (logits, hidden, best, states...)`
 //! - `@draft(the same eight, hidden, mtp.kv) -> (logits, hidden, best, mtp.kv)`, where there is an MTP module
+//! - `@guess(the same, wanted, mtp.kv)`, which is `@draft` with the logits of the tokens that are wanted, where the vocabulary is large
 //! - `@sample(logits, best, tokens, factors, choices, edit_tokens, edit_counts, edit_biases) -> (tokens)` after `@step`, whose `logits` and `best`
 //!   it takes
 //! - `@verify(the same, logit_rows, cu_seqlens) -> (tokens, accepted)`, where there is an MTP module
@@ -39,7 +40,7 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
     for (i, layer) in config.layers.iter().enumerate() {
         parts.extend(layer_parts(weights, config, *layer, &i.to_string(), &format!("layers.{i}."))?);
     }
-    parts.push(ends::head(weights, config, "head", "final_norm", head)?);
+    parts.push(ends::head(weights, config, ("head", "final_norm", head), false)?);
     let mut functions = vec![step(&parts)?];
     let choose = sample::choose(weights, config)?;
     let accept = sample::accept(weights)?;
@@ -47,8 +48,14 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
         let kind = LayerKind { mixer: Mixer::FullAttention, ffn };
         let mut draft_parts = vec![mtp::fuse(weights, config)?];
         draft_parts.extend(layer_parts(weights, config, kind, "mtp", "mtp.")?);
-        draft_parts.push(ends::head(weights, config, "head.mtp", "mtp.norm", head)?);
-        functions.push(draft(&draft_parts, config.hidden_size)?);
+        let front = draft_parts.clone();
+        draft_parts.push(ends::head(weights, config, ("head.mtp", "mtp.norm", head), false)?);
+        functions.push(draft("draft", &draft_parts, config, false)?);
+        if config.vocab_size >= LARGE_VOCABULARY {
+            let head = ends::head(weights, config, ("head.guess", "mtp.norm", head), true)?;
+            functions.push(draft("guess", &[front, vec![head.clone()]].concat(), config, true)?);
+            draft_parts.push(head);
+        }
         parts.append(&mut draft_parts);
     }
     functions.push(sample::entry("sample", config.vocab_size, &choose, None));
@@ -61,6 +68,9 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
     let functions = parts.into_iter().map(|p| p.function).chain(functions).collect();
     Ok(Module { info, functions, weights: table.weights })
 }
+
+/// Smallest vocabulary of which a draft chooses from a part: most of its time goes into the head.
+const LARGE_VOCABULARY: u64 = 4096;
 
 /// The mixer and the FFN of a layer; `id` is what its functions' names end in.
 fn layer_parts(w: &Weights, c: &ModelConfig, kind: LayerKind, id: &str, prefix: &str) -> Result<[Part; 2], BuildError> {
@@ -102,6 +112,7 @@ struct Entry {
 struct StepInputs {
     tokens: Value,
     logit_rows: Value,
+    wanted: Option<Value>,
     seqs: [Value; 6],
 }
 
@@ -118,7 +129,7 @@ impl StepInputs {
             input("page_table", vec![Sym::B.into(), Sym::P.into()]),
         ];
         let logit_rows = input("logit_rows", vec![Sym::R.into()]);
-        Self { tokens, logit_rows, seqs }
+        Self { tokens, logit_rows, wanted: None, seqs }
     }
 }
 
@@ -168,6 +179,7 @@ impl Entry {
             stream = self.call(part, &args);
         }
         stream.push(inputs.logit_rows);
+        stream.extend(inputs.wanted);
         let mut results = self.call(head, &stream);
         results.extend(self.states.values());
         Ok(self.f.finish(results))
@@ -184,12 +196,13 @@ fn step(parts: &[Part]) -> Result<Function, BuildError> {
     entry.finish(&inputs, layers, head, stream)
 }
 
-/// `@draft`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
-fn draft(parts: &[Part], hidden_size: u64) -> Result<Function, BuildError> {
+/// `@draft` or `@guess`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
+fn draft(name: &str, parts: &[Part], config: &ModelConfig, some: bool) -> Result<Function, BuildError> {
     let [fuse, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
-    let mut entry = Entry::empty("draft");
-    let inputs = StepInputs::of(&mut entry.f);
-    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[hidden_size])));
+    let mut entry = Entry::empty(name);
+    let mut inputs = StepInputs::of(&mut entry.f);
+    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[config.hidden_size])));
+    inputs.wanted = some.then(|| entry.f.param("wanted", ends::wanted_type(config)));
     entry.add_states(parts);
     let stream = entry.call(fuse, &[inputs.tokens, hidden]);
     entry.finish(&inputs, layers, head, stream)

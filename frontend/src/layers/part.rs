@@ -8,6 +8,7 @@ use nextc_ir::{Attrs, Op, Type, Value};
 use super::Weights;
 
 /// A function and its arguments after the inputs: states, then weights.
+#[derive(Clone)]
 pub(super) struct Part {
     pub function: Function,
     /// States by the entry function's name for them; the function returns them last, in this order.

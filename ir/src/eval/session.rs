@@ -32,8 +32,10 @@ pub struct StepInputs<F> {
     pub pages_per_sequence: usize,
     /// Rows for which logits are wanted, `[R]`.
     pub logit_rows: Vec<i32>,
-    /// Hidden rows of the main model, `[T, hidden_size]`: only for `@draft`.
+    /// Hidden rows of the main model, `[T, hidden_size]`: only for `@draft` and `@guess`.
     pub hidden: Option<Vec<F>>,
+    /// 1 for each 16 tokens of the vocabulary whose logits are wanted, `[ceil(vocab_size / 16)]`: only for `@guess`.
+    pub wanted: Vec<i32>,
 }
 
 impl<F> StepInputs<F> {
@@ -51,6 +53,7 @@ impl<F> StepInputs<F> {
             pages_per_sequence,
             logit_rows: (0..count).collect(),
             hidden: None,
+            wanted: Vec::new(),
         }
     }
 }
@@ -144,6 +147,7 @@ impl<'m, F: Real> Session<'m, F> {
                 if given.is_empty() { vector(&vec![0; inputs.slot.len()]) } else { vector(given) }
             }
             "logit_rows" => vector(&inputs.logit_rows),
+            "wanted" => vector(&inputs.wanted),
             "page_table" => {
                 let dims = [inputs.slot.len(), inputs.pages_per_sequence];
                 Array::new(&dims, inputs.page_table.clone()).map(Datum::Int)

@@ -93,6 +93,9 @@ pub enum Broken {
     /// An op that tasks of so many threads do not have: scratch is a single thread's, what a block does together needs several.
     #[error("not in a kernel whose tasks have {0} threads")]
     Threads(u32),
+    /// A second `partials` in a region, or one in the tail that is not the body's.
+    #[error("body and tail have one `partials` each at most, and the same")]
+    Partials,
     /// A store through a parameter that is not marked as written.
     #[error("stores through parameter `{0}`, which is not marked `mut`")]
     ReadOnly(String),

@@ -5,7 +5,7 @@ use super::norm::{blocks, sum_squares};
 use crate::attr::Attrs;
 use crate::eval::{self, Array, Cx, Datum, EvalError, Real, attr_float};
 use crate::op::ShapeError;
-use crate::shape::{Dim, Shape};
+use crate::shape::{Dim, LANES, Shape};
 use crate::types::Type;
 
 /// The result has the operand's shape; of a weight, a tensor of constants.
@@ -65,6 +65,20 @@ pub fn broadcast_shapes(a: &Shape, b: &Shape) -> Option<Shape> {
 pub fn shape_linear(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeError> {
     let [x, w] = operands(["x", "w"], types)?;
     Ok(vec![linear(x, w)?])
+}
+
+/// `x` `[T, in...]`, `w` `[out, in...]`, `wanted` `i32[ceil(out / 16)]`: `[T, out]`.
+/// # Errors
+/// [`ShapeError`] naming the operand that does not fit.
+pub fn shape_linear_wanted(types: &[&Type], _: &Attrs) -> Result<Vec<Type>, ShapeError> {
+    let [x, w, wanted] = operands(["x", "w", "wanted"], types)?;
+    let out = linear(x, w)?;
+    let (_, [rows]) = out
+        .as_tensor()
+        .and_then(|t| Some((t.shape.0[0], <[u64; 1]>::try_from(t.shape.inner()?).ok()?)))
+        .ok_or_else(|| w.wrong("a weight of one output dimension"))?;
+    wanted.is(&Type::i32(Shape::new([blocks(rows)])))?;
+    Ok(vec![out])
 }
 
 /// One result a weight of the bundle.
@@ -269,6 +283,18 @@ pub fn products<F: Real>(x: &Array<F>, ws: &Datum<F>) -> Result<Vec<Datum<F>>, E
 pub fn eval_linear<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
     let [x, w] = eval::operands(args)?;
     Ok(vec![product(x.float()?, w.float()?)?.into()])
+}
+
+/// `x · wᵀ`, minus infinity where a row of `w` is not wanted.
+/// # Errors
+/// [`EvalError`] if the operands do not fit.
+pub fn eval_linear_wanted<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [x, w, wanted] = eval::operands(args)?;
+    let (all, wanted) = (product(x.float()?, w.float()?)?, wanted.int()?.data());
+    let is_wanted = |row: usize| wanted.get(row / LANES as usize).is_some_and(|&flag| flag != 0);
+    let width = all.width();
+    let pick = |(i, &y): (usize, &F)| if is_wanted(i % width.max(1)) { y } else { F::of(f64::NEG_INFINITY) };
+    Ok(vec![Array::new(all.dims(), all.data().iter().enumerate().map(pick).collect())?.into()])
 }
 
 /// `x · wᵀ` for each weight of the bundle.

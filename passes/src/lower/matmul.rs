@@ -1,6 +1,6 @@
 //! `matmul`: rows of activations by tiles of 16 weight rows, the skeleton of every projection.
 //!
-//! task     a group of row tiles of one weight, over all rows of the step; rows in blocks, then one by one
+//! task     a group of row tiles of one weight, over all rows of the step; rows in blocks, the last one smaller
 //! prologue the rows as they are, or normalised into scratch
 //! dot      per 16 weight rows and row of x: `even += w[2j] x[2j]`, `odd += w[2j+1] x[2j+1]` over j, then `even + odd`;
 //!          of scaled formats so for each block of columns, and `sum += scale · (even + odd)` over the blocks
@@ -401,7 +401,8 @@ fn normalise(k: &mut KernelBuilder, n: &Normed, row: Val, out: Val) {
     });
 }
 
-/// Runs `body` for every row in `lo..hi`: in blocks of `tile.tokens`, then one by one. `body` gets the rows of a block.
+/// Runs `body` for every row in `lo..hi`: in blocks of `block`, and what is left as one smaller block, so that two or three rows cost one
+/// sweep over the weights as well. `body` gets the rows of a block.
 pub fn for_rows(
     k: &mut KernelBuilder,
     (lo, hi): (Val, Val),
@@ -418,7 +419,14 @@ pub fn for_rows(
         let rows: Vec<Val> = (0..block).map(|i| k.add_const(first, i)).collect();
         body(k, &rows);
     });
-    k.for_each((split, hi, 1), |k, row| body(k, &[row]));
+    for size in 1..block {
+        let expected = k.index(size);
+        let is_left = k.cmp(Pred::Eq, rest, expected);
+        k.if_then(is_left, |k| {
+            let rows: Vec<Val> = (0..size).map(|i| k.add_const(split, i)).collect();
+            body(k, &rows);
+        });
+    }
 }
 
 /// Runs `body` for every tile in `lo..hi` of a matrix of `tiles`, `step` at a time; one by one at the end where `step` leaves a rest.
@@ -515,6 +523,46 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
         begin += tasks;
     }
+    Ok(ports.finish(k.finish()))
+}
+
+/// `linear_wanted`: tasks are groups of tiles; of a tile that is not wanted only minus infinity is written.
+pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let (x, w, out) = (site.named("x"), site.named("w"), site.result(0));
+    let rows = Rows::Plain { x: ports.read("x", x), stride: site.stride(x) };
+    let matrix = Matrix::of(site, w, site.tensor(x).shape.rank() - 1);
+    let (weight, wanted) = (ports.read("w", w), ports.read("wanted", site.named("wanted")));
+    let (out, stride) = (ports.write("out", out), site.stride(out));
+    let (sym, tiles, block) = (site.rows(x)?, matrix.tiles(), site.target.matmul_tile().tokens);
+    let mut k = ports.builder(site, tiles.div_ceil(GROUP_TILES).into());
+    let task = k.task();
+    let (lo, hi) = tile_range(&mut k, task, GROUP_TILES, tiles);
+    let (weight, wanted, out) = (k.param(weight), k.param(wanted), k.param(out));
+    k.for_each((lo, hi, 1), |k, tile| {
+        let (first, last, zero) = (k.const_i64(0), k.dim(sym), k.const_i64(0));
+        let flag = k.load_index(wanted, tile);
+        let is_wanted = k.cmp(Pred::Ne, flag, zero);
+        k.if_else(
+            is_wanted,
+            |k| {
+                let pointer = matrix.tile(k, weight, tile);
+                for_rows(k, (first, last), block, |k, block| {
+                    let x = rows.load(k, None, block);
+                    let products = dot(k, &[pointer], &x);
+                    for (&row, &value) in block.iter().zip(&products[0]) {
+                        store_tile(k, out, stride, tile, row, value);
+                    }
+                });
+                Vec::new()
+            },
+            |k| {
+                let least = k.splat_f32(16, f32::NEG_INFINITY);
+                k.for_each((first, last, 1), |k, row| store_tile(k, out, stride, tile, row, least));
+                Vec::new()
+            },
+        );
+    });
     Ok(ports.finish(k.finish()))
 }
 

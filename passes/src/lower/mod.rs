@@ -174,6 +174,7 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
         Op::RmsScale => elementwise::lower_rms_scale(&site),
         Op::RmsNorm | Op::RmsNormPlusOne => elementwise::lower_rms_norm(&site),
         Op::Linear | Op::Linears | Op::NormLinears => matmul::lower_linears(&site),
+        Op::LinearWanted => matmul::lower_linear_wanted(&site),
         Op::LinearResidual => matmul::lower_linear_residual(&site),
         Op::NormSwiglu => matmul::lower_norm_swiglu(&site),
         Op::NormRopeAppend => attention::lower_norm_rope_append(&site),

@@ -49,6 +49,11 @@ impl Metadata {
         self.states.iter().filter(|s| s.kind != StateKind::Kv).map(|s| s.bytes).sum()
     }
 
+    /// How many of them are there so that tokens can be taken back: the inputs and updates of a tentative step.
+    pub fn rollback_bytes_per_sequence(&self) -> u64 {
+        self.states.iter().map(|s| s.rollback_bytes).sum()
+    }
+
     /// Bytes of KV a token, over all layers.
     pub fn kv_bytes_per_token(&self) -> u64 {
         self.states.iter().filter(|s| s.kind == StateKind::Kv).map(|s| s.bytes).sum()
@@ -194,6 +199,8 @@ pub enum Input {
     EditCounts,
     /// `edit_biases[P]`, f32: what is added to each one's logit.
     EditBiases,
+    /// `wanted[ceil(vocab_size / 16)]`: 1 where the logits of 16 tokens are wanted.
+    Wanted,
 }
 
 /// A place in the arena: `at_bytes` a unit of `unit`, inside the region of that unit; a fixed place if there is none.
@@ -413,6 +420,8 @@ pub struct State {
     pub kind: StateKind,
     /// Bytes of a token for KV, of a slot for the others.
     pub bytes: u64,
+    /// How many of them keep what tentative tokens would have done.
+    pub rollback_bytes: u64,
 }
 
 /// Bytes of the arena. The regions follow one another: fixed, then `T`, `B`, `P`, `R`.

@@ -353,41 +353,42 @@ impl Decoder {
         jobs: &mut [Job<'_>],
         told: &mut Told<'_>,
     ) -> Result<usize, GenerateError> {
-        let drafts = self.drafts.next(jobs.len()).min(useful_drafts(jobs, model.max_context()));
+        let drafts = self.drafts.next_drafts().min(useful_drafts(jobs, model.max_context()));
         let begun = Instant::now();
         let gained = match drafts {
             0 => self.plain_step(model, jobs, told)?,
             _ => self.checked_step(model, jobs, drafts, told)?,
         };
-        self.drafts.observe(drafts, jobs.len(), gained, begun.elapsed());
-        Ok(gained)
+        self.drafts.observe(drafts, &gained, begun.elapsed());
+        Ok(gained.iter().sum())
     }
 
-    /// One token of each sequence.
+    /// One token of each sequence: gives how many each gained.
     fn plain_step(
         &self,
         model: &mut dyn Forward,
         jobs: &mut [Job<'_>],
         told: &mut Told<'_>,
-    ) -> Result<usize, GenerateError> {
+    ) -> Result<Vec<usize>, GenerateError> {
         let newest: Vec<u32> = jobs.iter().map(Job::newest).collect();
         let runs: Vec<Run<'_>> = jobs.iter().zip(newest.chunks(1)).map(|(job, tokens)| job.run(tokens)).collect();
         let tokens = model.forward(&runs).map_err(GenerateError::Model)?;
         for (row, (job, token)) in jobs.iter_mut().zip(tokens).enumerate() {
             self.take(job, Some(token), self.note(model, row, Some(token)), told)?;
         }
-        Ok(jobs.len())
+        Ok(vec![1; jobs.len()])
     }
 
     /// Drafts tokens of each sequence and checks them in one step. A token is chosen from the model's own logits as ever; a draft
-    /// only decides whether the token after it is of use. So tokens, and their distribution, are those without drafts.
+    /// only decides whether the token after it is of use. So tokens, and their distribution, are those without drafts. Gives how many
+    /// each sequence gained.
     fn checked_step(
         &self,
         model: &mut dyn Forward,
         jobs: &mut [Job<'_>],
         drafts: usize,
         told: &mut Told<'_>,
-    ) -> Result<usize, GenerateError> {
+    ) -> Result<Vec<usize>, GenerateError> {
         let known: Vec<_> = jobs.iter().map(|job| (job.sequence, job.newest())).collect();
         let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
         let drafted = drafter.draft(&known, drafts).map_err(GenerateError::Model)?;
@@ -401,12 +402,11 @@ impl Decoder {
             own.push(self.take_checked(model, job, &checked, first_row, told)?);
             first_row += fed.len();
         }
-        let gained = own.iter().sum();
         let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
-        for (&(sequence, _), tokens) in known.iter().zip(own) {
+        for (&(sequence, _), &tokens) in known.iter().zip(&own) {
             drafter.accept(sequence, tokens).map_err(GenerateError::Model)?;
         }
-        Ok(gained)
+        Ok(own)
     }
 
     /// Takes the tokens after a job's newest token and each draft, until a draft is wrong or the sequence ends; `first_row` is that of

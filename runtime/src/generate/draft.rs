@@ -1,8 +1,8 @@
 //! How many tokens to draft: a fixed number, or as many as pay.
 //!
 //! A step with `k` drafts costs `c_k` seconds and gives `1 + a_1 + a_1 a_2 + ...` tokens, where `a_i` is the share of drafts number
-//! `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second. What is
-//! not known yet is tried, seldom enough that trying costs little.
+//! `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second. What a
+//! number that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -46,36 +46,57 @@ impl DraftTokens {
 
 /// Most drafts that `auto` makes.
 const AUTO_MOST: usize = 4;
-/// Steps between two trials of another number of drafts.
+/// Least steps between two trials of another number of drafts.
 const TRIAL_STEPS: usize = 48;
-/// Weight of the newest measurement.
+/// Share of the time that trials may cost.
+const TRIAL_SHARE: f64 = 0.01;
+/// Least weight of the newest cost.
 const NEWEST: f64 = 0.2;
-/// How much better another number must be.
-const MARGIN: f64 = 1.02;
+/// A cost counts as no more than so many times what it was before: a step in which the machine did something else says little.
+const OUTLIER: f64 = 2.0;
+/// What the older observations of drafts weigh after another one.
+const OLDER: f64 = 0.98;
+/// What is expected of a draft before any was seen: so many of two are right.
+const PRIOR: (f64, f64) = (1.2, 2.0);
+/// What a draft is expected to add to a step's cost before that was measured.
+const PRIOR_COST: f64 = 0.25;
+/// How much better than no draft another number must be.
+const MARGIN: f64 = 1.03;
 
 /// Decides how many tokens to draft in each step.
 #[derive(Clone, Debug)]
 pub struct Planner {
-    /// Speeds measured with 0, 1, ... drafts: tokens of one sequence a second; none where not tried yet.
-    speeds: Vec<Option<f64>>,
-    /// The number in use, unless it is fixed.
-    best: usize,
     /// A fixed number.
     fixed: Option<usize>,
-    steps: usize,
-    /// Sequences of the steps that were measured.
+    /// Seconds of a step with 0, 1, ... drafts, and how often that was measured.
+    costs: Vec<(f64, usize)>,
+    /// Of the first, second, ... draft, where those before it were right: how many were right, and how many there were; older ones
+    /// count less.
+    drafts: Vec<(f64, f64)>,
+    /// Steps until the next trial.
+    until_trial: usize,
+    /// The next trial is of more drafts, not of fewer.
+    upwards: bool,
+    /// Sequences of the newest step.
     sequences: usize,
 }
 
 impl Planner {
     /// Always `drafts`.
     pub fn fixed(drafts: usize) -> Self {
-        Self { speeds: Vec::new(), best: drafts, fixed: Some(drafts), steps: 0, sequences: 0 }
+        Self { fixed: Some(drafts), ..Self::auto(0) }
     }
 
     /// As many as pay, at most `most`.
     pub fn auto(most: usize) -> Self {
-        Self { speeds: vec![None; most + 1], best: 0, fixed: None, steps: 0, sequences: 0 }
+        Self {
+            fixed: None,
+            costs: vec![(0.0, 0); most + 1],
+            drafts: vec![PRIOR; most],
+            until_trial: TRIAL_STEPS,
+            upwards: true,
+            sequences: 0,
+        }
     }
 
     /// False if it never drafts.
@@ -83,37 +104,82 @@ impl Planner {
         self.fixed != Some(0)
     }
 
-    /// Drafts for the next step of `sequences` sequences.
-    pub fn next(&mut self, sequences: usize) -> usize {
+    /// Drafts for the next step.
+    pub fn next_drafts(&mut self) -> usize {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
-        if self.sequences != sequences {
-            self.speeds.fill(None);
-            self.sequences = sequences;
+        if self.costs[0].1 == 0 {
+            return 0;
         }
-        if let Some(untried) = self.speeds.iter().position(Option::is_none) {
-            return untried;
+        let best = self.best();
+        self.until_trial -= 1;
+        if self.until_trial > 0 {
+            return best;
         }
-        self.steps += 1;
-        let neighbour =
-            if (self.steps / TRIAL_STEPS).is_multiple_of(2) { self.best + 1 } else { self.best.saturating_sub(1) };
-        if self.steps.is_multiple_of(TRIAL_STEPS) { neighbour.min(self.speeds.len() - 1) } else { self.best }
+        let up = best == 0 || self.upwards;
+        let trial = if up { (best + 1).min(self.costs.len() - 1) } else { best - 1 };
+        let extra = self.cost(trial) / self.cost(best) - 1.0;
+        self.until_trial = TRIAL_STEPS.max((extra / TRIAL_SHARE) as usize);
+        self.upwards = !up;
+        trial
     }
 
-    /// Learns that a step with `drafts` drafts gave `tokens` tokens over `sequences` sequences in `time`.
-    pub fn observe(&mut self, drafts: usize, sequences: usize, tokens: usize, time: Duration) {
-        if self.fixed.is_some() || sequences != self.sequences || drafts >= self.speeds.len() {
+    /// Learns that a step with `drafts` drafts took `time`, and how many tokens each sequence gained.
+    pub fn observe(&mut self, drafts: usize, gained: &[usize], time: Duration) {
+        if self.fixed.is_some() || drafts >= self.costs.len() {
             return;
         }
-        let speed = tokens as f64 / sequences as f64 / time.as_secs_f64().max(1e-9);
-        let measured = self.speeds[drafts].map_or(speed, |old| old + NEWEST * (speed - old));
-        self.speeds[drafts] = Some(measured);
-        let speed_of = |k: usize| self.speeds[k].unwrap_or(0.0);
-        let fastest = (0..self.speeds.len()).fold(0, |best, k| if speed_of(k) > speed_of(best) { k } else { best });
-        if speed_of(fastest) > MARGIN * speed_of(self.best) {
-            self.best = fastest;
+        self.observe_cost(drafts, gained.len(), time.as_secs_f64());
+        for &tokens in gained {
+            for (i, (right, seen)) in self.drafts[..drafts].iter_mut().enumerate().take(tokens) {
+                *right = OLDER * *right + f64::from(i + 1 < tokens);
+                *seen = OLDER * *seen + 1.0;
+            }
         }
+    }
+
+    fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) {
+        let (old, times) = self.costs[drafts];
+        if times > 0 && self.sequences != sequences {
+            // another batch: all costs change about as this one does
+            self.costs.iter_mut().for_each(|(cost, _)| *cost *= seconds / old.max(1e-9));
+        }
+        self.sequences = sequences;
+        let (cost, times) = &mut self.costs[drafts];
+        *times += 1;
+        let weight = NEWEST.max(1.0 / *times as f64);
+        let seconds = if *times > 1 { seconds.min(OUTLIER * *cost) } else { seconds };
+        *cost += weight * (seconds - *cost);
+    }
+
+    /// The number with the most tokens a second; none unless it is better by a margin.
+    fn best(&self) -> usize {
+        let mut best = (0, MARGIN / self.cost(0));
+        let (mut chance, mut tokens) = (1.0, 1.0);
+        for (i, (right, seen)) in self.drafts.iter().enumerate() {
+            chance *= right / seen;
+            tokens += chance;
+            let speed = tokens / self.cost(i + 1);
+            if speed > best.1 {
+                best = (i + 1, speed);
+            }
+        }
+        best.0
+    }
+
+    /// Seconds of a step with `drafts` drafts: measured, or on a line through what was measured with fewer and with more.
+    fn cost(&self, drafts: usize) -> f64 {
+        let known = |k: usize| (self.costs[k].1 > 0).then_some((k as f64, self.costs[k].0));
+        let below = (0..=drafts).rev().find_map(known).unwrap_or((0.0, 1.0));
+        let above = (drafts..self.costs.len()).find_map(known);
+        let further = (0..below.0 as usize).rev().find_map(known);
+        let slope = match (above, further) {
+            (Some(a), _) if a.0 > below.0 => (a.1 - below.1) / (a.0 - below.0),
+            (None, Some(f)) => (below.1 - f.1) / (below.0 - f.0),
+            _ => PRIOR_COST * below.1,
+        };
+        below.1 + slope.max(0.0) * (drafts as f64 - below.0)
     }
 }
 
@@ -121,11 +187,12 @@ impl Planner {
 mod tests {
     use super::*;
 
-    /// Tokens a second of a planner's steps, where `k` drafts cost `cost(k)` and are right `right` of the time.
-    fn speed(mut planner: Planner, cost: impl Fn(usize) -> f64, right: f64) -> f64 {
+    /// Tokens a second of `steps` steps of a planner, where `k` drafts cost `cost(k)`, every tenth step `noise` times as much, and drafts
+    /// are right `right` of the time.
+    fn speed(mut planner: Planner, steps: usize, cost: impl Fn(usize) -> f64, noise: f64, right: f64) -> f64 {
         let (mut tokens, mut seconds, mut chance) = (0u32, 0.0, 0.5f64);
-        for _ in 0..4000 {
-            let k = planner.next(1);
+        for step in 0..steps {
+            let k = planner.next_drafts();
             let mut gained = 1;
             for _ in 0..k {
                 chance = (chance * 997.0 + 0.123).fract();
@@ -134,21 +201,49 @@ mod tests {
                 }
                 gained += 1;
             }
-            planner.observe(k, 1, gained, Duration::from_secs_f64(cost(k)));
+            let time = cost(k) * if step % 10 == 7 { noise } else { 1.0 };
+            planner.observe(k, &[gained], Duration::from_secs_f64(time));
             tokens += gained as u32;
-            seconds += cost(k);
+            seconds += time;
         }
         f64::from(tokens) / seconds
     }
 
     #[test]
-    fn auto_loses_little_where_drafts_do_not_pay_and_gains_where_they_do() {
-        let dear = |k: usize| 0.010 * (1.0 + k as f64);
-        let plain = speed(Planner::fixed(0), dear, 0.3);
-        assert!(speed(Planner::auto(4), dear, 0.3) > 0.97 * plain);
-        let cheap = |k: usize| 0.010 * (1.0 + 0.15 * k as f64);
-        let best = (0..=4).map(|k| speed(Planner::fixed(k), cheap, 0.85)).fold(0.0, f64::max);
-        assert!(speed(Planner::auto(4), cheap, 0.85) > 0.9 * best);
+    fn auto_loses_at_most_three_percent_and_finds_what_pays() {
+        for (step, draft) in [(0.05, 0.1), (0.15, 0.15), (0.4, 0.2), (1.0, 0.35)] {
+            let cost = |k: usize| 0.010 * (1.0 + (step + draft) * k as f64);
+            for right in [0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95] {
+                for (steps, noise) in [(256, 1.0), (4000, 1.0), (4000, 8.0)] {
+                    let fixed = |k| speed(Planner::fixed(k), steps, cost, noise, right);
+                    let auto = speed(Planner::auto(4), steps, cost, noise, right);
+                    let best = (0..=4).map(fixed).fold(0.0, f64::max);
+                    let what = format!("{step} + {draft} a draft, {right} right, {steps} steps, noise {noise}");
+                    assert!(auto > 0.97 * fixed(0), "{what}: {auto} against {} without drafts", fixed(0));
+                    assert!(auto > 0.9 * best, "{what}: {auto} against {best}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_that_changes_starts_nothing_anew() {
+        let mut planner = Planner::auto(4);
+        let observe = |planner: &mut Planner, sequences: usize, right: usize| {
+            let k = planner.next_drafts();
+            let time = Duration::from_secs_f64(0.01 * (1.0 + 0.1 * k as f64) * sequences as f64);
+            planner.observe(k, &vec![1 + right.min(k); sequences], time);
+            k
+        };
+        for _ in 0..100 {
+            observe(&mut planner, 3, 4);
+        }
+        assert_eq!(observe(&mut planner, 3, 4), 4);
+        assert_eq!([2, 1, 5].map(|sequences| observe(&mut planner, sequences, 4)), [4, 4, 4]);
+        for _ in 0..100 {
+            observe(&mut planner, 5, 0);
+        }
+        assert_eq!(observe(&mut planner, 5, 0), 0);
     }
 
     #[test]

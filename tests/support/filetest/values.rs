@@ -109,7 +109,7 @@ impl Step {
             // backwards, so that no page lies where its position would put it
             Input::PageTable => (0..self.units(StateKind::Kv) as i32).rev().collect(),
             Input::LogitRows => self.rows.clone(),
-            Input::Tokens | Input::Hidden => unreachable!("operands of their own"),
+            Input::Tokens | Input::Hidden | Input::Wanted => unreachable!("operands of their own"),
             Input::Factors | Input::Choices | Input::EditTokens | Input::EditCounts | Input::EditBiases => {
                 unreachable!("operands of their own")
             }

@@ -8,6 +8,9 @@ mod loader;
 mod math;
 mod objects;
 mod ops;
+mod ptx;
+#[path = "../../../../tests/support/ptxas.rs"]
+mod ptxas;
 mod random;
 
 use loader::{Code, Line};

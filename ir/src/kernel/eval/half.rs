@@ -128,7 +128,7 @@ mod tests {
         let off = |h: u16| (fixed(f64::from(decode(dtype, h))) - exact).abs();
         assert!(exact == 0 || (found >> 15 == 1) == (exact < 0), "{dtype} {a:#x} {b:#x} {c:#x}: {found:#x}");
         for near in [found.wrapping_sub(1), found + 1].into_iter().filter(|h| h >> 15 == found >> 15) {
-            let closer = off(found) < off(near) || (off(found) == off(near) && found % 2 == 0);
+            let closer = off(found) < off(near) || (off(found) == off(near) && found.is_multiple_of(2));
             assert!(closer, "{dtype} {a:#x} * {b:#x} + {c:#x}: {found:#x}, but {near:#x} is nearer");
         }
     }
@@ -138,9 +138,9 @@ mod tests {
         let mut state = 1;
         for _ in 0..200_000 {
             // f16 with products of at most 2^15; bf16 between 2^-20 and 2^20
-            let f16 = [(); 3].map(|()| (random(&mut state) & 0x83ff | random(&mut state) % 22 << 10) as u16);
+            let f16 = [(); 3].map(|()| (random(&mut state) & 0x83ff | ((random(&mut state) % 22) << 10)) as u16);
             check_fma(DType::F16, f16);
-            let bf16 = [(); 3].map(|()| (random(&mut state) & 0x807f | (107 + random(&mut state) % 41) << 7) as u16);
+            let bf16 = [(); 3].map(|()| (random(&mut state) & 0x807f | ((107 + random(&mut state) % 41) << 7)) as u16);
             check_fma(DType::BF16, bf16);
         }
         // the product lies between two numbers, the sum a little beyond: f64 alone would round to the even one

@@ -102,8 +102,24 @@ impl<'k> Checker<'k> {
         if let Some(tail) = &k.tail {
             self.top(tail, "tail");
         }
+        self.partials();
         if self.errors.is_empty() {
             self.stores();
+        }
+    }
+
+    /// Body and tail share one piece of memory: each names it once at most, and both alike.
+    fn partials(&mut self) {
+        let of = |region: &'k Region| region.stmts.iter().filter(|s| matches!(s.op, KOp::Partials { .. }));
+        let k = self.kernel;
+        let found: Vec<_> = std::iter::once(&k.body).chain(&k.tail).map(|r| of(r).collect::<Vec<_>>()).collect();
+        for again in found.iter().flat_map(|stmts| stmts.iter().skip(1)) {
+            self.fail(&print::statement(again), Broken::Partials);
+        }
+        if let [Some(body), Some(tail)] = [0, 1].map(|i| found.get(i).and_then(|stmts| stmts.first()))
+            && body.op != tail.op
+        {
+            self.fail(&print::statement(tail), Broken::Partials);
         }
     }
 

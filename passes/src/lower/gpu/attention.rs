@@ -4,8 +4,8 @@
 //! gated_attention   block: one kv head with the query heads that share it, for a few tokens of one sequence; 32 positions at a time:
 //!   score   a warp some positions: keys in registers, `s = scale · q · k`
 //!   soften  a warp a row: `m ← max`, `p = exp(s − m)`, `l ← l·c + Σp`
-//!   weigh   a thread a column: `o ← o·c + Σ p·v`
-//!   split   at the end of a split of positions its (m, l, o) are merged with those before: `o ← o·a + o'·c`
+//!   weigh   a thread a column and some of the positions: `o ← o·c + Σ p·v`; what comes next is loaded meanwhile
+//!   split   at the end of a split of positions the threads of a column put their sums together; (m, l, o) are merged with those before: `o ← o·a + o'·c`
 //!   epilogue  out = o / l · sigmoid(output_gate)
 //! traffic  2 · 4 · head_dim bytes a kv head and position: bound by memory in short runs
 //!
@@ -191,8 +191,14 @@ const CHUNK: u64 = 32;
 const SPLITS: [(u64, u64); 3] = [(32, 1024), (128, 4096), (512, u64::MAX)];
 /// Rows (tokens times query heads) of a block at most, if a token has not more: each is an accumulator in every thread.
 const MOST_ROWS: u64 = 16;
-/// Query heads that are scored together with four positions: one product a lane.
+/// Query heads that are scored together: with some positions one product a lane.
 const HEADS_AT_ONCE: u64 = 8;
+/// Positions that a warp scores together.
+const POSITIONS_AT_ONCE: usize = 4;
+/// Threads of a block: with 128 registers each they fill a multiprocessor.
+const THREADS: u64 = 512;
+/// Most threads that share a column: each weighs at least four positions of a chunk.
+const MOST_GROUPS: u64 = 8;
 /// Most rows of a token.
 const MOST_HEADS: u64 = 32;
 /// Splits whose factors the tail works out together, and whose sums it asks for together.
@@ -220,22 +226,45 @@ struct Tile {
     tokens: u64,
     /// Elements of a head.
     elems: u64,
-    threads: u64,
+    /// Threads that have a column each, some of them none.
+    columns: u64,
+    /// Threads that have the same column, each with its part of a chunk.
+    groups: u64,
 }
 
 impl Tile {
     fn of(heads: u64, elems: u64) -> Option<Self> {
         let tokens = (MOST_ROWS / heads.max(1)).clamp(1, TENTATIVE_TOKENS);
-        let threads = elems.next_power_of_two().max(64);
-        (heads <= MOST_HEADS && threads <= 512).then_some(Self { heads, tokens, elems, threads })
+        let columns = elems.next_power_of_two().max(32);
+        let groups = (THREADS / columns).min(MOST_GROUPS);
+        (heads <= MOST_HEADS && groups > 0).then_some(Self { heads, tokens, elems, columns, groups })
     }
 
     fn rows(&self) -> u64 {
         self.heads * self.tokens
     }
 
+    fn threads(&self) -> u64 {
+        self.columns * self.groups
+    }
+
+    /// Rows of a thread, once the sums of a column are put together.
+    fn own_rows(&self) -> u64 {
+        self.rows().div_ceil(self.groups)
+    }
+
+    /// Positions of a chunk that a thread weighs.
+    fn weighed(&self) -> u64 {
+        CHUNK / self.groups
+    }
+
+    /// Positions of a chunk that a warp scores.
+    fn scored(&self) -> u64 {
+        CHUNK / self.warps()
+    }
+
     fn warps(&self) -> u64 {
-        self.threads / 32
+        self.threads() / 32
     }
 
     /// Rows of a warp at most.
@@ -299,7 +328,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
     let split_tasks = tile.split_tiles() * pages.heads.into() * splits.clone();
     let grid = split_tasks.clone() + tile.whole_tiles() * pages.heads.into();
     let mut k = ports.builder(site, grid);
-    k.threads(tile.threads as u32);
+    k.threads(tile.threads() as u32);
     let attention = Attention { tile, pages, q, gate, out, heads, scale: site.float("scale") };
     attention.body(&mut k, &splits, &split_tasks);
     let tail_grid = tile.split_tiles() * (tile.tokens * heads).into();
@@ -339,12 +368,16 @@ struct Smem {
     scores: Val,
     /// `[2][rows]`: what sums so far are multiplied with.
     changes: Val,
+    /// `[groups][rows][elems]`: sums of the threads of a column, to be put together.
+    parts: Val,
+    /// `[2][rows]`: a and c of a merge.
+    factors: Val,
 }
 
 /// Running sums of a block, in registers.
 #[derive(Clone)]
 struct Sums {
-    /// For each row of the block, the column of this thread.
+    /// The column of this thread, of each row of the block; put together, of each row of the thread.
     o: Vec<Val>,
     /// For each row of the warp.
     max: Vec<Val>,
@@ -358,15 +391,16 @@ impl Sums {
     }
 
     fn of(tile: &Tile, flat: &[Val]) -> Self {
-        let (o, rest) = flat.split_at(tile.rows() as usize);
+        let (o, rest) = flat.split_at(flat.len() - 2 * tile.warp_rows() as usize);
         let (max, sum) = rest.split_at(tile.warp_rows() as usize);
         Self { o: o.to_vec(), max: max.to_vec(), sum: sum.to_vec() }
     }
 
-    fn begin(k: &mut KernelBuilder, tile: &Tile) -> Self {
+    /// Sums of nothing, over so many rows of this thread.
+    fn begin(k: &mut KernelBuilder, tile: &Tile, rows: u64) -> Self {
         let (zero, lowest) = (k.const_f32(0.0), k.const_f32(f32::NEG_INFINITY));
         let warp_rows = tile.warp_rows() as usize;
-        Self { o: vec![zero; tile.rows() as usize], max: vec![lowest; warp_rows], sum: vec![zero; warp_rows] }
+        Self { o: vec![zero; rows as usize], max: vec![lowest; warp_rows], sum: vec![zero; warp_rows] }
     }
 }
 
@@ -446,6 +480,8 @@ impl Attention {
             q: k.shared(DType::F32, tile.rows() * tile.elems),
             scores: k.shared(DType::F32, 2 * tile.rows() * CHUNK),
             changes: k.shared(DType::F32, 2 * tile.rows()),
+            parts: k.shared(DType::F32, tile.groups * tile.rows() * tile.elems),
+            factors: k.shared(DType::F32, 2 * tile.rows()),
         };
         let partials = k.partials(DType::F32, tile.partial_elems());
         let (task, splits, split_tasks) = (k.task(), extent(k, splits), extent(k, split_tasks));
@@ -530,7 +566,7 @@ impl Attention {
 
     fn zero_out(&self, k: &mut KernelBuilder, place: &Place, t: Val, head: Val) {
         let (out, nothing, elems) = (self.row(k, self.out, t, head), k.const_f32(0.0), k.index(self.tile.elems));
-        k.for_each((place.thread, elems, self.tile.threads), |k, c| k.store(out, c, nothing));
+        k.for_each((place.thread, elems, self.tile.threads()), |k, c| k.store(out, c, nothing));
     }
 }
 
@@ -596,17 +632,21 @@ struct Block<'a> {
     smem: Smem,
 }
 
-/// Which positions a chunk holds, for which tokens.
+/// What a block sums over.
+struct Context<'a> {
+    tokens: &'a Tokens,
+    /// The kv head.
+    head: Val,
+    /// One past the last position that a token of the block sees.
+    end: Val,
+}
+
+/// A chunk of positions.
 #[derive(Clone, Copy)]
 struct Chunk<'a> {
     tokens: &'a Tokens,
     /// The first position.
     first: Val,
-    /// The last position that a token of the block sees.
-    last: Val,
-    /// Pointers to the keys and values of the first position.
-    keys: Val,
-    values: Val,
     /// Where scores and changes go.
     scores: Val,
     changes: Val,
@@ -639,7 +679,7 @@ impl Block<'_> {
         let row = tile.heads * tile.elems;
         let first_head = k.mul_const(head, tile.heads);
         let (from, elems) = (k.mul_const(self.place.thread, 4), k.mul_const(tokens.count, row));
-        k.for_each((from, elems, tile.threads * 4), |k, at| {
+        k.for_each((from, elems, tile.threads() * 4), |k, at| {
             let (i, c) = (k.div_const(at, row), k.rem_const(at, row));
             let t = k.add(tokens.first, i);
             let q = self.attention.row(k, self.attention.q, t, first_head);
@@ -649,42 +689,126 @@ impl Block<'_> {
         k.barrier();
     }
 
-    /// The sums over `size` positions from `first` on, as far as tokens see them.
+    /// The sums over `size` positions from `first` on, as far as tokens see them, put together.
     fn positions_of(&self, k: &mut KernelBuilder, tokens: &Tokens, head: Val, first: Val, size: Val) -> Sums {
-        let (tile, pages) = (self.tile(), &self.attention.pages);
+        let tile = self.tile();
         let end = self.positions(k, tokens);
-        let one = k.const_i64(1);
-        let last = k.sub(end, one);
         let stop = k.add(first, size);
         let stop = k.min_i64(stop, end);
-        let sums = Sums::begin(k, tile);
-        let flat = k.for_carry((first, stop, CHUNK), &sums.flat(), |k, first, flat| {
-            let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
-            let (keys, values) = pages.block(k, tokens.sequence, page, head);
+        let context = Context { tokens, head, end };
+        let (sums, loaded) = (Sums::begin(k, tile, tile.rows()).flat(), self.load(k, &context, first));
+        let carried = [sums.clone(), loaded].concat();
+        let left = k.for_carry((first, stop, CHUNK), &carried, |k, first, carried| {
+            let (flat, loaded) = carried.split_at(sums.len());
+            let next = k.add_const(first, CHUNK);
+            let more = k.cmp(Pred::Lt, next, stop);
+            let next = k.if_else(more, |k| self.load(k, &context, next), |_| loaded.to_vec());
             let number = k.div_const(first, CHUNK);
             let parity = k.rem_const(number, 2);
             let chunk = Chunk {
                 tokens,
                 first,
-                last,
-                keys: row_ptr(k, keys, at, tile.elems),
-                values: row_ptr(k, values, at, tile.elems),
                 scores: row_ptr(k, self.smem.scores, parity, tile.rows() * CHUNK),
                 changes: row_ptr(k, self.smem.changes, parity, tile.rows()),
             };
-            self.chunk(k, &chunk, &Sums::of(tile, flat)).flat()
+            let sums = self.chunk(k, &chunk, loaded, &Sums::of(tile, flat));
+            [sums.flat(), next].concat()
         });
-        Sums::of(tile, &flat)
+        let sums = Sums::of(tile, &left[..sums.len()]);
+        self.put_together(k, sums)
     }
 
-    /// A chunk of positions.
-    fn chunk(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, sums: &Sums) -> Sums {
-        let values = self.values(k, chunk);
-        self.score(k, chunk);
+    /// This thread's share of the keys and values of the chunk that begins at `first`: quads of its warp's positions, then its column of its group's. Of positions
+    /// that nobody sees, those of the last that somebody does.
+    fn load(&self, k: &mut KernelBuilder, context: &Context<'_>, first: Val) -> Vec<Val> {
+        let (tile, pages) = (self.tile(), &self.attention.pages);
+        let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
+        let (keys, values) = pages.block(k, context.tokens.sequence, page, context.head);
+        let [keys, values] = [keys, values].map(|rows| row_ptr(k, rows, at, tile.elems));
+        let (one, left) = (k.const_i64(1), k.sub(context.end, first));
+        let last = k.sub(left, one);
+        let quads = self.place.places(k, tile.elems / 4);
+        let from = k.mul_const(self.place.warp, tile.scored());
+        let mut loaded = Vec::new();
+        for j in 0..tile.scored() {
+            let j = k.add_const(from, j);
+            let row = k.min_i64(j, last);
+            loaded.extend(self.row_quads(k, keys, row, &quads));
+        }
+        let (group, column) = self.column(k);
+        let last_column = k.index(tile.elems - 1);
+        let column = k.min_i64(column, last_column);
+        let from = k.mul_const(group, tile.weighed());
+        for j in 0..tile.weighed() {
+            let j = k.add_const(from, j);
+            let row = k.min_i64(j, last);
+            let at = k.mul_const(row, tile.elems);
+            let at = k.add(at, column);
+            loaded.push(k.load_f32(values, at));
+        }
+        loaded
+    }
+
+    /// The group of this thread, and its column.
+    fn column(&self, k: &mut KernelBuilder) -> (Val, Val) {
+        let columns = self.tile().columns;
+        (k.div_const(self.place.thread, columns), k.rem_const(self.place.thread, columns))
+    }
+
+    /// A chunk of positions; `loaded` is what [`Self::load`] gave.
+    fn chunk(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, loaded: &[Val], sums: &Sums) -> Sums {
+        let (keys, values) = loaded.split_at(loaded.len() - self.tile().weighed() as usize);
+        self.score(k, chunk, keys);
         k.barrier();
         let (max, sum) = self.soften(k, chunk, sums);
         k.barrier();
-        Sums { o: self.weigh(k, chunk, &values, &sums.o), max, sum }
+        Sums { o: self.weigh(k, chunk, values, &sums.o), max, sum }
+    }
+
+    /// The rows that are this thread's once sums are put together: `(row, whether there is one and the thread has a column)`.
+    fn own_rows(&self, k: &mut KernelBuilder) -> Vec<(Val, Val)> {
+        let tile = self.tile();
+        let (group, column) = self.column(k);
+        let (rows, elems) = (k.index(tile.rows()), k.index(tile.elems));
+        let has_column = k.cmp(Pred::Lt, column, elems);
+        (0..tile.own_rows())
+            .map(|i| {
+                let row = k.add_const(group, i * tile.groups);
+                let exists = k.cmp(Pred::Lt, row, rows);
+                (row, k.and(exists, has_column))
+            })
+            .collect()
+    }
+
+    /// The sums of all threads of a column, in the order of the groups, of the rows that are this thread's.
+    fn put_together(&self, k: &mut KernelBuilder, sums: Sums) -> Sums {
+        let tile = self.tile();
+        let (group, column) = self.column(k);
+        let elems = k.index(tile.elems);
+        let has_column = k.cmp(Pred::Lt, column, elems);
+        let mine = row_ptr(k, self.smem.parts, group, tile.rows() * tile.elems);
+        k.if_then(has_column, |k| {
+            for (row, &o) in (0..).zip(&sums.o) {
+                let at = k.add_const(column, row * tile.elems);
+                k.store(mine, at, o);
+            }
+        });
+        k.barrier();
+        let zero = k.const_f32(0.0);
+        let together = self.own_rows(k).into_iter().map(|(row, exists)| {
+            let sum = |k: &mut KernelBuilder| {
+                let at = k.mul_const(row, tile.elems);
+                let at = k.add(at, column);
+                let parts = (0..tile.groups).map(|group| {
+                    let at = k.add_const(at, group * tile.rows() * tile.elems);
+                    k.load_f32(self.smem.parts, at)
+                });
+                let parts: Vec<Val> = parts.collect();
+                vec![parts[1..].iter().fold(parts[0], |sum, &x| k.fadd(sum, x))]
+            };
+            k.if_else(exists, sum, |_| vec![zero])[0]
+        });
+        Sums { o: together.collect(), ..sums }
     }
 
     /// If token `i` of the block sees some of the chunk: what `then` gives, else `otherwise`.
@@ -702,51 +826,19 @@ impl Block<'_> {
         k.if_else(both, then, |_| otherwise.to_vec())
     }
 
-    /// This thread's column of the values of the chunk; of positions that nobody sees, the last one's.
-    fn values(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>) -> Vec<Val> {
-        let last_column = k.index(self.tile().elems - 1);
-        let column = k.min_i64(self.place.thread, last_column);
-        (0..CHUNK)
-            .map(|j| {
-                let row = self.seen_row(k, chunk, j);
-                let at = k.mul_const(row, self.tile().elems);
-                let at = k.add(at, column);
-                k.load_f32(chunk.values, at)
-            })
-            .collect()
-    }
-
-    /// Row `j` of a chunk, or the last that somebody sees.
-    fn seen_row(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, j: u64) -> Val {
-        let j = k.index(j);
-        self.seen(k, chunk, j)
-    }
-
-    fn seen(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, j: Val) -> Val {
-        let last = k.sub(chunk.last, chunk.first);
-        k.min_i64(j, last)
-    }
-
     /// `scores[row][j] = scale · q[row] · keys[j]`, lowest for what a token does not see.
-    fn score(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>) {
+    fn score(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, keys: &[Val]) {
         let tile = self.tile();
-        let positions = CHUNK / tile.warps();
-        let at_once = positions.min(4);
-        for batch in (0..positions).step_by(at_once as usize) {
-            let from = k.mul_const(self.place.warp, positions);
-            let from = k.add_const(from, batch);
-            let rows = (0..at_once).map(|j| {
-                let j = k.add_const(from, j);
-                self.seen(k, chunk, j)
-            });
-            let rows: Vec<Val> = rows.collect();
-            let quads = self.place.places(k, tile.elems / 4);
-            let keys: Vec<Vec<Vec<Val>>> = rows.iter().map(|&r| self.row_quads(k, chunk.keys, r, &quads)).collect();
+        let quads = self.place.places(k, tile.elems / 4);
+        let keys: Vec<&[Val]> = keys.chunks(4 * quads.len()).collect();
+        let first = k.mul_const(self.place.warp, tile.scored());
+        for (batch, keys) in (0..).step_by(POSITIONS_AT_ONCE).zip(keys.chunks(POSITIONS_AT_ONCE)) {
+            let from = k.add_const(first, batch);
             for i in 0..tile.tokens {
                 let i = k.index(i);
                 let score = |k: &mut KernelBuilder| {
                     for head in (0..tile.heads).step_by(HEADS_AT_ONCE as usize) {
-                        self.score_heads(k, chunk, (i, head), (from, &keys), &quads);
+                        self.score_heads(k, chunk, (i, head), (from, keys), &quads);
                     }
                     Vec::new()
                 };
@@ -756,11 +848,11 @@ impl Block<'_> {
     }
 
     /// This thread's share of a row, four neighbours at a time.
-    fn row_quads(&self, k: &mut KernelBuilder, rows: Val, row: Val, quads: &[Element]) -> Vec<Vec<Val>> {
+    fn row_quads(&self, k: &mut KernelBuilder, rows: Val, row: Val, quads: &[Element]) -> Vec<Val> {
         let row = row_ptr(k, rows, row, self.tile().elems);
         quads
             .iter()
-            .map(|quad| {
+            .flat_map(|quad| {
                 let load = |k: &mut KernelBuilder| {
                     let at = k.mul_const(quad.at, 4);
                     let x = k.load(DType::F32, 4, row, at);
@@ -781,7 +873,7 @@ impl Block<'_> {
         k: &mut KernelBuilder,
         chunk: &Chunk<'_>,
         (i, head): (Val, u64),
-        (from, keys): (Val, &[Vec<Vec<Val>>]),
+        (from, keys): (Val, &[&[Val]]),
         quads: &[Element],
     ) {
         let tile = self.tile();
@@ -792,7 +884,7 @@ impl Block<'_> {
             let row = k.add_const(first_row, head + h);
             let query = self.row_quads(k, self.smem.q, row, quads);
             for (j, key) in keys.iter().enumerate() {
-                let pairs = query.iter().flatten().zip(key.iter().flatten());
+                let pairs = query.iter().zip(key.iter());
                 products[j * HEADS_AT_ONCE as usize + h as usize] = pairs.fold(zero, |sum, (&q, &x)| k.fma(q, x, sum));
             }
         }
@@ -857,10 +949,12 @@ impl Block<'_> {
         pairs.unzip()
     }
 
-    /// `o[row] ← o[row] · change + Σ_j p[row][j] · values[j]`.
+    /// `o[row] ← o[row] · change + Σ_j p[row][j] · values[j]` over the positions of this thread's group.
     fn weigh(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, values: &[Val], o: &[Val]) -> Vec<Val> {
         let tile = self.tile();
         let heads = tile.heads as usize;
+        let (group, _) = self.column(k);
+        let scores = row_ptr(k, chunk.scores, group, tile.weighed());
         let mut next = Vec::with_capacity(o.len());
         for (i, o) in o.chunks(heads).enumerate() {
             let weigh = |k: &mut KernelBuilder| {
@@ -872,7 +966,7 @@ impl Block<'_> {
                     let mut sum = k.fma(o, change, zero);
                     for (quad, values) in values.chunks(4).enumerate() {
                         let at = k.index((i * heads + h) as u64 * CHUNK + 4 * quad as u64);
-                        let p = k.load(DType::F32, 4, chunk.scores, at);
+                        let p = k.load(DType::F32, 4, scores, at);
                         for (p, &v) in lanes_of(k, p).into_iter().zip(values) {
                             sum = k.fma(p, v, sum);
                         }
@@ -892,14 +986,14 @@ impl Block<'_> {
         let tile = self.tile();
         let task = k.task();
         let mine = row_ptr(k, partials, task, tile.partial_elems());
-        let elems = k.index(tile.elems);
-        let has_column = k.cmp(Pred::Lt, self.place.thread, elems);
-        k.if_then(has_column, |k| {
-            for (row, &o) in (0..).zip(&sums.o) {
-                let at = k.add_const(self.place.thread, row * tile.elems);
+        let (_, column) = self.column(k);
+        for ((row, exists), &o) in self.own_rows(k).into_iter().zip(&sums.o) {
+            k.if_then(exists, |k| {
+                let at = k.mul_const(row, tile.elems);
+                let at = k.add(at, column);
                 k.store(mine, at, o);
-            }
-        });
+            });
+        }
         for (i, row, _) in self.warp_rows(k) {
             let (zero, rows) = (k.const_i64(0), k.index(tile.rows()));
             let (is_first, exists) = (k.cmp(Pred::Eq, self.place.lane, zero), k.cmp(Pred::Lt, row, rows));
@@ -942,7 +1036,7 @@ impl Block<'_> {
         let (zero, end, one) = (k.const_i64(0), self.positions(k, tokens), k.const_i64(1));
         let last = k.sub(end, one);
         let count = splits_of(k, last);
-        let begin = Sums::begin(k, tile).flat();
+        let begin = Sums::begin(k, tile, tile.own_rows()).flat();
         let merged = k.for_carry((zero, count, 1), &begin, |k, split, flat| {
             let (first, size) = split_range(k, split);
             let sums = self.positions_of(k, tokens, head, first, size);
@@ -955,9 +1049,7 @@ impl Block<'_> {
     /// The sums before a split merged with those of the split that begins at `first`, as far as tokens see it.
     fn merge(&self, k: &mut KernelBuilder, tokens: &Tokens, first: Val, before: &Sums, split: &Sums) -> Sums {
         let tile = self.tile();
-        // the next chunk's scores go where probabilities may still be read
-        k.barrier();
-        let (a, c) = (self.smem.scores, row_ptr_of(k, self.smem.scores, tile.rows()));
+        let (a, c) = (self.smem.factors, row_ptr_of(k, self.smem.factors, tile.rows()));
         let rows = self.warp_rows(k);
         let (mut max, mut sum) = (Vec::new(), Vec::new());
         for (i, row, token) in rows {
@@ -982,24 +1074,20 @@ impl Block<'_> {
             sum.push(pair[1]);
         }
         k.barrier();
-        let mut o = Vec::with_capacity(before.o.len());
-        for i in 0..tile.tokens {
-            let token = k.index(i);
+        let o = self.own_rows(k).into_iter().enumerate().map(|(i, (row, exists))| {
+            let token = k.div_const(row, tile.heads);
             let position = k.add(tokens.position, token);
-            let (exists, sees) = (k.cmp(Pred::Lt, token, tokens.count), k.cmp(Pred::Ge, position, first));
-            let merges = k.and(exists, sees);
-            let rows = (i * tile.heads) as usize..((i + 1) * tile.heads) as usize;
-            let join_rows = |k: &mut KernelBuilder| {
-                let joined = rows.clone().map(|row| {
-                    let at = k.index(row as u64);
-                    let (a, c) = (k.load_f32(a, at), k.load_f32(c, at));
-                    join(k, before.o[row], split.o[row], a, c)
-                });
-                joined.collect()
+            let (is_token, sees) = (k.cmp(Pred::Lt, token, tokens.count), k.cmp(Pred::Ge, position, first));
+            let merges = k.and(is_token, sees);
+            let merges = k.and(merges, exists);
+            let joined = |k: &mut KernelBuilder| {
+                let (a, c) = (k.load_f32(a, row), k.load_f32(c, row));
+                vec![join(k, before.o[i], split.o[i], a, c)]
             };
-            o.extend(k.if_else(merges, join_rows, |_| before.o[rows.clone()].to_vec()));
-        }
-        // before the next split's scores
+            k.if_else(merges, joined, |_| vec![before.o[i]])[0]
+        });
+        let o = o.collect();
+        // before the next split's factors and parts
         k.barrier();
         Sums { o, max, sum }
     }
@@ -1010,20 +1098,19 @@ impl Block<'_> {
             let (zero, rows) = (k.const_i64(0), k.index(tile.rows()));
             let (is_first, exists) = (k.cmp(Pred::Eq, self.place.lane, zero), k.cmp(Pred::Lt, row, rows));
             let stores = k.and(is_first, exists);
-            k.if_then(stores, |k| k.store(self.smem.scores, row, sums.sum[i]));
+            k.if_then(stores, |k| k.store(self.smem.factors, row, sums.sum[i]));
         }
         k.barrier();
-        let elems = k.index(tile.elems);
-        let has_column = k.cmp(Pred::Lt, self.place.thread, elems);
+        let (_, column) = self.column(k);
         let first_head = k.mul_const(head, tile.heads);
-        for (row, &o) in (0..).zip(&sums.o) {
-            let (i, h) = (k.index(row / tile.heads), k.add_const(first_head, row % tile.heads));
-            let exists = k.cmp(Pred::Lt, i, tokens.count);
-            let exists = k.and(exists, has_column);
+        for ((row, exists), &o) in self.own_rows(k).into_iter().zip(&sums.o) {
+            let (i, h) = (k.div_const(row, tile.heads), k.rem_const(row, tile.heads));
+            let is_token = k.cmp(Pred::Lt, i, tokens.count);
+            let exists = k.and(exists, is_token);
             k.if_then(exists, |k| {
-                let (at, t) = (k.index(row), k.add(tokens.first, i));
-                let sum = k.load_f32(self.smem.scores, at);
-                self.attention.finish(k, (o, sum), (t, h, self.place.thread));
+                let (t, h) = (k.add(tokens.first, i), k.add(first_head, h));
+                let sum = k.load_f32(self.smem.factors, row);
+                self.attention.finish(k, (o, sum), (t, h, column));
             });
         }
     }

@@ -134,8 +134,8 @@ impl Smem {
 struct Channel {
     /// Its input of token 0, and elements from one token to the next.
     x: (Val, Val),
-    /// Its taps, the oldest first.
-    weights: Vec<Val>,
+    /// Its oldest tap; the others follow as far apart as tokens do.
+    weights: Val,
     /// The oldest place of its window, and elements from one to the next.
     window: (Val, Val),
     /// Its output of the block's first token.
@@ -276,16 +276,10 @@ impl Block<'_> {
                     k.select(ends[0], q, rest)
                 };
                 let (x, row, w, window) = (choose(|p| p.x), choose(|p| p.row), choose(|p| p.w), choose(|p| p.window));
-                let weights = (0..mixer.q.taps).map(|tap| {
-                    let tap = k.index(tap);
-                    let at = k.mul(tap, row);
-                    k.load_f32(w, at)
-                });
-                let weights = weights.collect();
                 let not_key = self.not(k, ends[1]);
                 Channel {
                     x: (x, row),
-                    weights,
+                    weights: w,
                     window: (window, row),
                     out: row_ptr(k, self.smem.tokens, channel, 1),
                     owned,
@@ -457,7 +451,14 @@ impl Block<'_> {
 
     /// `silu(conv1d(x))` of one channel; tentative inputs go behind the window. `history` is the window, then the inputs.
     fn convolve(&self, k: &mut KernelBuilder, channel: &Channel, tokens: &Tokens, history: &[Val]) {
-        let taps = channel.weights.len();
+        let taps = self.mixer.q.taps as usize;
+        let weights: Vec<Val> = (0..self.mixer.q.taps)
+            .map(|tap| {
+                let tap = k.index(tap);
+                let at = k.mul(tap, channel.x.1);
+                k.load_f32(channel.weights, at)
+            })
+            .collect();
         for i in 0..BLOCK {
             let number = k.index(i);
             let exists = k.cmp(Pred::Lt, number, tokens.count);
@@ -465,7 +466,7 @@ impl Block<'_> {
             k.if_then(writes, |k| {
                 let seen = &history[i as usize..i as usize + taps];
                 let zero = k.const_f32(0.0);
-                let sum = channel.weights.iter().zip(seen).fold(zero, |sum, (&w, &x)| k.fma(w, x, sum));
+                let sum = weights.iter().zip(seen).fold(zero, |sum, (&w, &x)| k.fma(w, x, sum));
                 let value = k.silu(sum);
                 let at = k.index(i * self.row_elems());
                 k.store(channel.out, at, value);

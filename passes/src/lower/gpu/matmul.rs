@@ -327,6 +327,46 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     Ok(ports.finish(k.finish()))
 }
 
+/// `linear_wanted`: minus infinity where a tile is not wanted.
+pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let (x, w, out) = (site.named("x"), site.named("w"), site.result(0));
+    let rows = Rows::Plain { x: ports.read("x", x), stride: site.stride(x) };
+    let fragments = Fragments::of(site, w, site.tensor(x).shape.rank() - 1)?;
+    let (weight, wanted) = (ports.read("w", w), ports.read("wanted", site.named("wanted")));
+    let (out, stride, sym) = (ports.write("out", out), site.stride(out), site.rows(x)?);
+    let split = Split { tiles: 1, ..Split::of(site.target, fragments.planes.tiles(), &fragments.planes) };
+    let mut k = ports.builder(site, fragments.planes.tiles().into());
+    k.threads(split.threads());
+    let shared = split.shared(&mut k);
+    let (place, tile, weight) = (Place::here(&mut k), k.task(), k.param(weight));
+    let own = fragments.own_tile(&mut k, weight, tile);
+    begin(&mut k);
+    let (wanted, out, count, zero) = (k.param(wanted), k.param(out), k.dim(sym), k.const_i64(0));
+    let flag = k.load_index(wanted, tile);
+    let is_wanted = k.cmp(Pred::Ne, flag, zero);
+    k.if_else(
+        is_wanted,
+        |k| {
+            let product = Product::new(k, &fragments, vec![own], place, split.warps);
+            let ahead = product.ahead(k);
+            products(k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+                k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, sum.values[0]));
+            });
+            Vec::new()
+        },
+        |k| {
+            let (elems, least) = (k.mul_const(count, LANES), k.const_f32(f32::NEG_INFINITY));
+            k.for_each((place.thread, elems, split.threads().into()), |k, i| {
+                let (token, row) = (k.div_const(i, LANES), k.rem_const(i, LANES));
+                store_one(k, (out, stride), token, tile, row, least);
+            });
+            Vec::new()
+        },
+    );
+    Ok(ports.finish(k.finish()))
+}
+
 /// `out = residual + value`, and the sum of squares of the tile's 16 rows, which 16 neighbouring threads hold. All threads of a warp come along.
 pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &Block, row: Val, value: Val) {
     let column = k.mul_const(tile, LANES);

@@ -27,6 +27,7 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::Argmax => Some(rows::lower_argmax(site)),
         Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
         Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
+        Op::LinearWanted => Some(matmul::lower_linear_wanted(site)),
         Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
         Op::NormSwiglu => Some(matmul::lower_norm_swiglu(site)),
         Op::NormRouter => Some(experts::lower_norm_router(site)),

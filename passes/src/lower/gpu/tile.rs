@@ -568,9 +568,9 @@ impl<'a> Product<'a> {
             let bias = scales.map(|(_, zero)| self.fragments.bias(k, zero));
             let mut part = k.splat_f32(4, 0.0);
             for &half in *halves {
-                for step in 0..2 {
+                for (step, &b) in b[half].iter().enumerate() {
                     let a = self.fragments.operand(k, codes, half, step, bias);
-                    part = k.mma(self.fragments.half(), a, b[half][step], part);
+                    part = k.mma(self.fragments.half(), a, b, part);
                 }
             }
             for (i, sum) in sum.iter_mut().enumerate() {

@@ -2,7 +2,7 @@
 
 /// Things by key, the most recently used last.
 #[derive(Debug)]
-pub(super) struct Recent<K, T> {
+pub(crate) struct Recent<K, T> {
     most: usize,
     entries: Vec<(K, T)>,
 }
@@ -11,6 +11,11 @@ impl<K: PartialEq, T> Recent<K, T> {
     /// Room for `most` things.
     pub fn new(most: usize) -> Self {
         Self { most: most.max(1), entries: Vec::new() }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.entries.clear();
     }
 
     /// The thing of a key, made where there is none.

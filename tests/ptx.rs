@@ -1,0 +1,129 @@
+//! The PTX of whole models, assembled by NVIDIA's assembler: the official config, and those of all fixtures.
+//!
+//! Every kernel must assemble. A kernel of blocks of threads may not spill registers, and how many it has of them is kept
+//! in `tests/ptx/registers.txt`, with its threads and its shared memory; `BLESS=1 cargo test --features llvm --test ptx` rewrites it.
+//! Kernels of single threads are what GPUs run until there is one of blocks, and may spill.
+
+#![cfg(feature = "llvm")]
+
+#[path = "support/ptxas.rs"]
+mod ptxas;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nextc_ir::Target;
+use nextc_ir::kernel::Kernel;
+use nextc_ir::schedule::KernelModule;
+
+/// The fixtures whose configs are compiled beside the official one.
+const FIXTURES: [&str; 8] = ["tiny", "odd", "dense-mix", "yarn", "long", "fp8", "int4", "gptq-int4"];
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn target() -> Target {
+    Target::gpu(ptxas::GPU).expect("a GPU that is known")
+}
+
+/// The kernels of a config, as `nextc build --target cuda` makes them.
+fn kernels(config: &Path) -> KernelModule {
+    let model = nextc_frontend::load(config, &nextc_frontend::Options::default());
+    let module = model.unwrap_or_else(|e| panic!("{}: {e}", config.display())).module;
+    let target = Target { max_context: module.info.max_context, ..target() };
+    let fused = nextc_passes::run_all(module, &target).expect("the passes run");
+    let lowered = nextc_passes::lower::lower(&fused, &target).expect("the module lowers");
+    nextc_passes::legalise::legalise(lowered, &target).expect("the kernels legalise")
+}
+
+/// The models by name.
+fn models() -> Vec<(&'static str, KernelModule)> {
+    let official = ("official", repository().join("examples/qwen3-next-80b-a3b"));
+    let fixtures = FIXTURES.map(|name| (name, repository().join("tests/oracle").join(name)));
+    let configs: Vec<(&str, PathBuf)> = std::iter::once(official).chain(fixtures).collect();
+    configs.into_iter().map(|(name, path)| (name, kernels(&path.join("config.json")))).collect()
+}
+
+/// What came of a kernel.
+struct Made {
+    entries: Vec<ptxas::Entry>,
+}
+
+/// Emits and assembles a kernel, and looks at both texts.
+fn make(kernel: &Kernel, module: &KernelModule, ptx: &str) -> Result<Made, String> {
+    let ir = nextc_llvm::ir(module, &target(), &kernel.name).map_err(|e| e.to_string())?;
+    let ordered = ir.lines().find(|l| l.contains("atomicrmw") && !l.contains(" monotonic"));
+    if let Some(line) = ordered {
+        return Err(format!("LLVM drops the ordering of `{}` on the way to PTX", line.trim()));
+    }
+    let entries = ptxas::assemble(ptx)?;
+    match entries.iter().find(|e| kernel.is_block() && e.spilled_bytes > 0) {
+        Some(e) => Err(format!("{} spills {} B, with {} registers", e.name, e.spilled_bytes, e.registers)),
+        None => Ok(Made { entries }),
+    }
+}
+
+/// What each kernel came to; equal texts of PTX are assembled once.
+fn make_all(models: &[(&str, KernelModule)]) -> BTreeMap<(usize, usize), Result<Made, String>> {
+    let texts: Vec<Vec<Vec<u8>>> = models
+        .iter()
+        .map(|(name, m)| nextc_llvm::compile(m, &target()).unwrap_or_else(|e| panic!("{name}: {e}")))
+        .collect();
+    let all = models.iter().enumerate().flat_map(|(m, (_, module))| (0..module.kernels.len()).map(move |k| (m, k)));
+    let mut seen = std::collections::HashSet::new();
+    let work: Vec<(usize, usize)> = all.filter(|&(m, k)| seen.insert(&texts[m][k])).collect();
+    let (next, made) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while let Some(&(m, k)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let module = &models[m].1;
+                    let result = make(&module.kernels[k], module, &String::from_utf8_lossy(&texts[m][k]));
+                    made.lock().expect("nobody panicked").insert((m, k), result);
+                }
+            });
+        }
+    });
+    made.into_inner().expect("nobody panicked")
+}
+
+#[test]
+fn every_kernel_assembles_and_none_of_blocks_spills() {
+    let models = models();
+    let mut table = String::from("model kernel: threads, bytes of shared memory, registers of body and tail\n");
+    let mut errors = String::new();
+    for ((m, k), made) in make_all(&models) {
+        let (name, module) = &models[m];
+        let kernel = &module.kernels[k];
+        match made {
+            Err(error) => writeln!(errors, "{name}: kernel @{}: {error}\n", kernel.name),
+            Ok(made) if kernel.is_block() => {
+                let registers: Vec<String> = made.entries.iter().map(|e| e.registers.to_string()).collect();
+                let (threads, shared) = (kernel.threads, kernel.shared_bytes());
+                writeln!(table, "{name} {}: {threads}, {shared} B, {}", kernel.name, registers.join(" + "))
+            }
+            Ok(_) => Ok(()),
+        }
+        .expect("a string takes everything");
+    }
+    assert!(errors.is_empty(), "\n{errors}");
+    compare(&table);
+}
+
+/// Compares with the table that is kept, or keeps this one.
+fn compare(table: &str) {
+    let path = repository().join("tests/ptx/registers.txt");
+    if std::env::var_os("BLESS").is_some_and(|v| v == "1") {
+        return std::fs::write(&path, table).expect("it can be written");
+    }
+    let kept = std::fs::read_to_string(&path).unwrap_or_default();
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<std::collections::BTreeSet<_>>();
+    let (kept, found) = (lines(&kept), lines(table));
+    let list = |lines: Vec<&String>| lines.into_iter().map(|l| format!("  {l}\n")).collect::<String>();
+    let (gone, new) = (list(kept.difference(&found).collect()), list(found.difference(&kept).collect()));
+    assert!(kept == found, "{} no longer holds; was\n{gone}is\n{new}BLESS=1 keeps what is", path.display());
+}
