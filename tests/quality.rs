@@ -16,7 +16,7 @@ struct Limit {
     kl: f64,
 }
 
-/// The lines of quality: those of q8 and q4 are promised; the others are what was measured, with room for a third more.
+/// The lines of quality: those of q8 and q4 are promised; the others are what was measured, with room.
 const LIMITS: [Limit; 4] = [
     Limit { quant: "bf16", nats: 0.0, kl: 0.0 },
     Limit { quant: "fp8", nats: 0.01, kl: 0.01 },
