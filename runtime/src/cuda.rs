@@ -93,11 +93,17 @@ impl Cuda {
         memory.weights.grow(&context, &stream, metadata.weights.bytes)?;
         stream.wait(|| "clearing the weights".to_owned())?;
         let to = memory.weights.address();
-        match host {
-            Some(host) => upload::upload(&context, &host.bytes()[..metadata.weights.bytes as usize], to)?,
-            None => upload::make_up(&metadata.weights.entries, to, &stream)?,
-        }
-        let modules = Modules::load(&context, &artifact)?;
+        // both take time, and each something else: processors, and the link to the device
+        let (modules, copied) = std::thread::scope(|scope| {
+            let modules = scope.spawn(|| Modules::load(&context, &artifact));
+            let copied = match host {
+                Some(host) => upload::upload(&context, &host.bytes()[..metadata.weights.bytes as usize], to),
+                None => upload::make_up(&metadata.weights.entries, to, &stream),
+            };
+            (modules.join().expect("loading does not panic"), copied)
+        });
+        let modules = modules?;
+        copied?;
         let launcher = Launcher { how, modules, profile: None };
         let (plans, outputs) = (Recent::new(MAX_PLANS), Pinned::new(1)?);
         Ok(Self { plans, launcher, outputs, memory, stream, last: 0, artifact, context })

@@ -96,6 +96,45 @@ fn steps_of_all_sizes_give_what_the_kernels_compute() {
     }
 }
 
+/// What is launched, in order.
+fn launches(exe: &Exe, how: &str) -> Vec<String> {
+    let log = exe.path(how);
+    exe.eval(
+        &[("NEXTC_LAUNCH", how), ("STAND_IN_LOG", log.to_str().unwrap())],
+        &format!("{IDS:?}"),
+        &["--mode", "decode"],
+        "logits",
+    );
+    fs::read_to_string(log).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn graphs_launch_what_streams_do() {
+    let exe = Exe::new(false);
+    let streamed = launches(&exe, "stream");
+    assert_eq!(streamed.len(), 5 * IDS.len());
+    assert_eq!(streamed[..2], ["nextc_kernel_0 1 blocks", "nextc_kernel_1 1 blocks"]);
+    assert_eq!(launches(&exe, "graph"), streamed);
+}
+
+#[test]
+fn sequences_generate_what_they_would_alone() {
+    let exe = Exe::new(false);
+    fs::write(exe.path("ids.json"), "[[3, 4], [5, 6, 7]]").unwrap();
+    let args = ["generate", "--tokens", "ids.json", "--max-new-tokens", "9", "--temperature", "0", "--ignore-eos"];
+    let args = [&args[..], &["--draft-tokens", "0", "--json"]].concat();
+    let report: serde_json::Value = serde_json::from_str(exe.stdout(&[], &args).lines().last().unwrap()).unwrap();
+    for (i, prompt) in [vec![3, 4], vec![5, 6, 7]].into_iter().enumerate() {
+        let mut tokens = prompt.clone();
+        for _ in 0..9 {
+            let logits = sample::logits(&tokens).pop().unwrap();
+            let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            tokens.push(logits.iter().position(|&x| x == best).unwrap() as u32);
+        }
+        assert_eq!(report["sequences"][i]["tokens"], serde_json::json!(tokens[prompt.len()..]), "{report}");
+    }
+}
+
 #[test]
 fn drafts_get_the_hidden_rows_of_the_step() {
     let exe = Exe::new(false);
