@@ -315,7 +315,7 @@ fn a_failed_build_keeps_an_older_executable() {
     let exe = dir.path().join("out");
     std::fs::write(&exe, "older").expect("it can be written");
     fails(NEXTC, &["build", "/nonexistent", "-o", path(&exe)], 1, "/nonexistent");
-    fails(NEXTC, &["build", DEMO, "--quant", "q4", "-o", path(&exe)], 1, "`--quant`");
+    fails(NEXTC, &["build", DEMO, "--target", "cpu+cuda", "-o", path(&exe)], 1, "`--target cpu+cuda`");
     fails(NEXTC, &["build", DEMO, "--max-context", "999999999", "-o", path(&exe)], 1, "`--max-context`");
     assert_eq!(std::fs::read(&exe).expect("it is still there"), b"older");
     fails(NEXTC, &["build", DEMO, "-o", path(dir.path())], 1, "is a directory");

@@ -31,9 +31,9 @@ fn checkpoint(name: &str, quantization: &Value, tensors: &Tensors) -> (tempfile:
     let mut config: Value = serde_json::from_str(&text).expect("JSON");
     config["quantization_config"] = quantization.clone();
     std::fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
-    let views = tensors.iter().map(|(n, (dtype, shape, data))| {
-        (n.as_str(), TensorView::new(*dtype, shape.clone(), data).expect("a tensor"))
-    });
+    let views = tensors
+        .iter()
+        .map(|(n, (dtype, shape, data))| (n.as_str(), TensorView::new(*dtype, shape.clone(), data).expect("a tensor")));
     safetensors::serialize_to_file(views, None, &dir.path().join("model.safetensors")).expect("written");
     let path = dir.path().to_owned();
     (dir, path)

@@ -163,12 +163,21 @@ fn random_model(name: &str, random: &mut Random) -> tempfile::TempDir {
         config["num_experts_per_tok"] = (1 + random.below(experts)).into();
         config["norm_topk_prob"] = (random.below(2) == 0).into();
     }
-    let mut weights = read("model.safetensors");
-    let header = u64::from_le_bytes(weights[..8].try_into().expect("eight bytes")) as usize;
-    // the second byte of a number in bf16 begins with its sign
-    weights[8 + header..].iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= (random.below(2) as u8) << 7);
-    std::fs::write(dir.path().join("config.json"), config.to_string()).expect("the file is written");
-    std::fs::write(dir.path().join("model.safetensors"), weights).expect("the file is written");
+    let write = |file: &str, bytes: &[u8]| std::fs::write(dir.path().join(file), bytes).expect("the file is written");
+    write("config.json", config.to_string().as_bytes());
+    let entries = std::fs::read_dir(fixture(name)).expect("the fixture is there");
+    let mut files: Vec<String> =
+        entries.map(|e| e.expect("an entry").file_name().into_string().expect("UTF-8")).collect();
+    files.sort();
+    for file in files.iter().filter(|file| file.starts_with("model")) {
+        let mut bytes = read(file);
+        if file.ends_with(".safetensors") {
+            let header = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+            // the second byte of a number in bf16 begins with its sign
+            bytes[8 + header..].iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= (random.below(2) as u8) << 7);
+        }
+        write(file, &bytes);
+    }
     dir
 }
 

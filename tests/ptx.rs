@@ -1,7 +1,7 @@
 //! The PTX of whole models, assembled by NVIDIA's assembler: the official config, and those of all fixtures.
 //!
-//! Every kernel must assemble. A kernel of blocks of threads may not spill registers, and how many it has of them is kept
-//! in `tests/ptx/registers.txt`, with its threads and its shared memory; `BLESS=1 cargo test --features llvm --test ptx` rewrites it.
+//! Every kernel must assemble. How many registers a kernel of blocks of threads has, and how many bytes it spills, is kept
+//! in `tests/ptx/registers.txt`, with its threads and its shared memory, so that a change of them is seen; `BLESS=1 cargo test --features llvm --test ptx` rewrites it.
 //! Kernels of single threads are what GPUs run until there is one of blocks, and may spill.
 
 #![cfg(feature = "llvm")]
@@ -60,11 +60,7 @@ fn make(kernel: &Kernel, module: &KernelModule, ptx: &str) -> Result<Made, Strin
     if let Some(line) = ordered {
         return Err(format!("LLVM drops the ordering of `{}` on the way to PTX", line.trim()));
     }
-    let entries = ptxas::assemble(ptx)?;
-    match entries.iter().find(|e| kernel.is_block() && e.spilled_bytes > 0) {
-        Some(e) => Err(format!("{} spills {} B, with {} registers", e.name, e.spilled_bytes, e.registers)),
-        None => Ok(Made { entries }),
-    }
+    Ok(Made { entries: ptxas::assemble(ptx)? })
 }
 
 /// What each kernel came to; equal texts of PTX are assembled once.
@@ -92,9 +88,11 @@ fn make_all(models: &[(&str, KernelModule)]) -> BTreeMap<(usize, usize), Result<
 }
 
 #[test]
-fn every_kernel_assembles_and_none_of_blocks_spills() {
+fn every_kernel_assembles_with_the_registers_that_are_kept() {
     let models = models();
-    let mut table = String::from("model kernel: threads, bytes of shared memory, registers of body and tail\n");
+    let mut table = String::from(
+        "model kernel: threads, bytes of shared memory, registers of body and tail, and bytes that they spill\n",
+    );
     let mut errors = String::new();
     for ((m, k), made) in make_all(&models) {
         let (name, module) = &models[m];
@@ -102,7 +100,11 @@ fn every_kernel_assembles_and_none_of_blocks_spills() {
         match made {
             Err(error) => writeln!(errors, "{name}: kernel @{}: {error}\n", kernel.name),
             Ok(made) if kernel.is_block() => {
-                let registers: Vec<String> = made.entries.iter().map(|e| e.registers.to_string()).collect();
+                let size = |e: &ptxas::Entry| match e.spilled_bytes {
+                    0 => e.registers.to_string(),
+                    bytes => format!("{} ({bytes} B spilled)", e.registers),
+                };
+                let registers: Vec<String> = made.entries.iter().map(size).collect();
                 let (threads, shared) = (kernel.threads, kernel.shared_bytes());
                 writeln!(table, "{name} {}: {threads}, {shared} B, {}", kernel.name, registers.join(" + "))
             }

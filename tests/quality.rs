@@ -16,7 +16,7 @@ struct Limit {
     kl: f64,
 }
 
-/// The lines of quality: those of q8 and q4 are promised; the others are what was measured, with room for a third more.
+/// The lines of quality: those of q8 and q4 are promised; the others are what was measured, with room.
 const LIMITS: [Limit; 4] = [
     Limit { quant: "bf16", nats: 0.0, kl: 0.0 },
     Limit { quant: "fp8", nats: 0.01, kl: 0.01 },
@@ -74,7 +74,8 @@ fn quantised_demo_models_keep_to_their_lines() {
     let float32 = Exe::build(&dir, backend, &[]);
     let exes = LIMITS.map(|limit| Exe::build(&dir, backend, &["--quant", limit.quant]));
     let mut all: Vec<Sums> = (0..=LIMITS.len()).map(|_| Sums::default()).collect();
-    let windows: Vec<&[i32]> = (0..(tokens.len() - 1) / window).map(|w| &tokens[w * window..=(w + 1) * window]).collect();
+    let windows: Vec<&[i32]> =
+        (0..(tokens.len() - 1) / window).map(|w| &tokens[w * window..=(w + 1) * window]).collect();
     for windows in windows.chunks(WINDOWS) {
         let inputs: Vec<Vec<i32>> = windows.iter().map(|w| w[..window].to_vec()).collect();
         let reference = float32.logits(&inputs, Feed::Prefill, 1);

@@ -190,7 +190,10 @@ fn companions_must_be_there_and_fit() {
     f.config["quantization_config"] = Value::Null;
     let (_dir, model) = f.load(None);
     let error = model.expect_err("nothing says what it is").to_string();
-    assert!(error.contains("qweight` belongs to quantised weights: `quantization_config` of config.json says neither"), "{error}");
+    assert!(
+        error.contains("qweight` belongs to quantised weights: `quantization_config` of config.json says neither"),
+        "{error}"
+    );
 }
 
 #[test]

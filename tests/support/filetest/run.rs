@@ -3,8 +3,8 @@
 //! The graph interpreter evaluates it as it stands; then it goes through the passes and is lowered for each backend and width
 //! of vectors. The kernel interpreter must agree with the graph interpreter within the case's tolerance, the backend's machine
 //! code with the kernel interpreter bit for bit, all widths with each other, and a sequence in parts with the same sequence in
-//! one step. [`values`](super::values) says what the
-//! header's lines mean.
+//! one step. `not-on NAME` leaves out a backend that has no kernel for the case. [`values`](super::values) says what the other
+//! lines of the header mean.
 
 use std::collections::HashMap;
 
@@ -26,12 +26,14 @@ use super::{Case, Checked, graph, lines, memory, text};
 
 /// `test run`.
 pub fn check(case: &Case) -> Checked {
-    case.only(&["step", "parts", "rows", "value", "per-token"])?;
+    case.only(&["step", "parts", "rows", "value", "per-token", "not-on"])?;
     let tolerance = Tolerance::named(case.option("tol").ok_or("`tol=NAME` is missing")?)?;
     let plain = graph::module(case)?;
     verify(&plain).map_err(lines)?;
     let [function] = plain.functions.as_slice() else { return Err("expected one function".to_owned()) };
-    let codes = backends().into_iter().map(|b| b.compile(&plain)).collect::<Checked<Vec<_>>>()?;
+    let absent: Vec<&str> = case.directives("not-on").collect();
+    let chosen = backends().into_iter().filter(|b| !absent.contains(&b.name));
+    let codes = chosen.map(|b| b.compile(&plain)).collect::<Checked<Vec<_>>>()?;
     for parts in parts(case)? {
         for code in &codes {
             code.check_parts(case, function, &parts).map_err(|e| format!("{}, {parts:?}: {e}", code.backend))?;

@@ -10,7 +10,7 @@ use nextc_ir::build::FunctionBuilder;
 use nextc_ir::eval::{Cx, Datum, Sequences, State, WeightStore, evaluate};
 use nextc_ir::graph::{Function, NodeId};
 use nextc_ir::schedule::Input;
-use nextc_ir::shape::{Shape, Sym};
+use nextc_ir::shape::{Dim, Shape, Sym};
 use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
 use nextc_ir::{Attrs, DType, Op, Type};
 
@@ -132,6 +132,8 @@ impl Step {
         };
         match (ty, arg) {
             (Type::Sequences, _) => self.sequences(),
+            // a table that is not of tokens
+            (Type::Tensor(t), other) if matches!(t.shape.0.first(), Some(Dim::Const(_))) => Ok(other.clone()),
             (Type::Tensor(_), Datum::Float(a)) => {
                 let (dims, range) = of(a.dims());
                 Datum::floats(&dims, a.data()[range].to_vec()).map_err(text)

@@ -10,8 +10,8 @@ pub mod matmul;
 pub mod rows;
 pub mod tile;
 
-use nextc_ir::Op;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::{Layout, Op};
 
 use super::LowerError;
 use super::ports::{Lowered, Site};
@@ -20,6 +20,11 @@ use super::ports::{Lowered, Site};
 /// # Errors
 /// [`LowerError::Unsupported`] if the skeleton does not cover it.
 pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
+    match layouts(site) {
+        (false, true) => return None,
+        (true, true) => return Some(Err(site.error("weights of which only some lie as fragments of products"))),
+        _ => {}
+    }
     match site.op() {
         Op::Embed => Some(rows::lower_embed(site)),
         Op::GatherRows => Some(rows::lower_gather_rows(site)),
@@ -38,6 +43,16 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),
         _ => None,
     }
+}
+
+/// Whether a node has weights that lie as fragments, and whether it has matrices that lie as for CPUs.
+fn layouts(site: &Site<'_>) -> (bool, bool) {
+    let f = site.function;
+    let operands = f.operands(site.node);
+    let bundled = operands.iter().filter(|v| f.node(v.node).op == Op::Bundle).flat_map(|v| f.operands(v.node));
+    let layouts: Vec<_> =
+        operands.iter().copied().chain(bundled).filter_map(|v| f.ty(v).as_weight().and_then(|w| w.layout)).collect();
+    (layouts.contains(&Layout::Mma16), layouts.contains(&Layout::Tile16))
 }
 
 /// The place of a thread in its block.
