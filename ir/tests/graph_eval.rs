@@ -280,7 +280,15 @@ fn weights_that_the_checkpoint_lacks_are_errors() {
         let error = Session::<f32>::new(&module, &Source, PAGE_TOKENS).unwrap_err().to_string();
         assert_eq!(error, expected);
     };
-    check("\"model.embed\"", "\"model.enbed\"", "tensor `model.enbed` is not in the checkpoint");
-    check("[0..4, col 1]", "[1..5, col 1]", "tensor `model.embed` has 4 rows, asked for rows 1..5");
-    check("[0..4, col 1]", "[0..4, col 2]", "weight `embed`: 2 columns from 2 of `model.embed`, which has 3");
+    check("\"model.embed\"", "\"model.enbed\"", "weight `embed`: the checkpoint has no tensor `model.enbed`");
+    check(
+        "[0..4, col 1]",
+        "[1..5, col 1]",
+        "weight `embed`: rows 1..5 and columns 1..3 of `model.embed`, which is [4, 3]",
+    );
+    check(
+        "[0..4, col 1]",
+        "[0..4, col 2]",
+        "weight `embed`: rows 0..4 and columns 2..4 of `model.embed`, which is [4, 3]",
+    );
 }

@@ -9,7 +9,7 @@
 //!   epilogue  out = o / l · sigmoid(output_gate)
 //! traffic  2 · 4 · head_dim bytes a kv head and position: bound by memory in short runs
 //!
-//! Splits are laid by absolute position ([`SPLITS`]). In runs of few tokens each split is a block's, which hands its (m, l, o) to the tail, and this merges them; in
+//! Splits are laid by absolute position (`SPLITS`). In runs of few tokens each split is a block's, which hands its (m, l, o) to the tail, and this merges them; in
 //! longer runs one block does all splits of its tokens. Both merge in the order of positions, with the same operations: a token's bits depend on neither.
 
 use nextc_ir::DType;
