@@ -1,12 +1,12 @@
-//! NVIDIA GPUs as a device, through the driver alone: no toolkit, and no library but `libcuda.so.1`, which is loaded when an
-//! executable for a GPU runs. GPU 0 of those that `CUDA_VISIBLE_DEVICES` shows is taken.
+//! NVIDIA GPUs as a device, through the driver alone: no toolkit, and no library but `libcuda.so.1`, which is loaded
+//! when an executable for a GPU runs. GPU 0 of those that `CUDA_VISIBLE_DEVICES` shows is taken.
 //!
-//! Weights are copied to the device once. States, arena and scratch are ranges of addresses that get memory by use and never move, so
-//! what was worked out for a step stays right. A step is one copy of its inputs and its launches, in one stream; the launches of a
-//! program and dimensions that come again are a graph.
+//! Weights are copied to the device once. States, arena and scratch are ranges of addresses that get memory by use and
+//! never move, so what was worked out for a step stays right. A step is one copy of its inputs and its launches, in one
+//! stream; the launches of a program and dimensions that come again are a graph.
 //!
-//! The variable `NEXTC_LAUNCH` says how kernels are launched: `graph` (the default), `stream` (one after the other, without graphs), or
-//! `trace`, which waits after each one, so that an error names its kernel.
+//! The variable `NEXTC_LAUNCH` says how kernels are launched: `graph` (the default), `stream` (one after the other,
+//! without graphs), or `trace`, which waits after each one, so that an error names its kernel.
 
 mod driver;
 mod error;
@@ -110,8 +110,8 @@ impl Cuda {
     }
 }
 
-/// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps. It is stated
-/// first where it is much.
+/// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps.
+/// It is stated first where it is much.
 fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions) -> Result<(), CudaError> {
     let (sequences, tokens) = (options.sequences as u64, options.step_tokens as u64);
     let page = metadata.kv_bytes_per_token().saturating_mul(metadata.page_tokens);

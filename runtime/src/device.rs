@@ -1,5 +1,5 @@
-//! What the engine needs of the machine that runs kernels. There is one implementation for each architecture that code is made for;
-//! the executable's metadata says which one it needs.
+//! What the engine needs of the machine that runs kernels. There is one implementation for each architecture that code
+//! is made for; the executable's metadata says which one it needs.
 
 use std::sync::Arc;
 
@@ -45,7 +45,8 @@ pub(crate) trait Device: Send {
     /// Overwrites bytes of a state from byte `at` on.
     fn write_state(&mut self, state: usize, at: u64, bytes: &[u8]) -> Result<(), Error>;
 
-    /// Runs an entry point. It may still be running when this returns; whatever is asked of the device afterwards happens after it.
+    /// Runs an entry point. It may still be running when this returns; whatever is asked of the device afterwards
+    /// happens after it.
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error>;
 
     /// Bytes of the arena as the last step left them, in the order of `spans`.

@@ -72,8 +72,8 @@ impl Host {
         })
     }
 
-    /// Makes arena and inputs large enough. What samples rows goes on from the results of the step before it: they are kept. Addresses
-    /// resolved before are void if one has moved.
+    /// Makes arena and inputs large enough. What samples rows goes on from the results of the step before it: they are
+    /// kept. Addresses resolved before are void if one has moved.
     fn make_room(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
         let metadata = self.artifact.metadata();
         let arena = metadata.arena.bytes_of(&metadata.programs[program], &inputs.dims()) + SLACK_BYTES;
@@ -113,9 +113,10 @@ impl Runner<'_> {
             let (entry, tail) = self.entries[launch.kernel];
             self.pool.run(i64::try_from(launch.tasks).unwrap_or(i64::MAX), &|thread, first, last| {
                 let args = &args;
-                // SAFETY: the arguments are the kernel's own (`check_entries`): addresses of inputs, arena, weights and states that
-                // live through the step and are as large as the linker planned for these dimensions. Ranges are disjoint and within
-                // the grid, each thread has scratch of its own, and nobody else touches this memory while the engine is borrowed.
+                // SAFETY: the arguments are the kernel's own (`check_entries`): addresses of inputs, arena, weights and
+                // states that live through the step and are as large as the linker planned for these dimensions. Ranges
+                // are disjoint and within the grid, each thread has scratch of its own, and nobody else touches this
+                // memory while the engine is borrowed.
                 unsafe { entry(args.0, own_scratch(thread), first, last) }
             });
             if let Some(tail) = tail {

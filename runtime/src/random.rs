@@ -1,4 +1,5 @@
-//! Made-up weights for measurements: every format and layout, values as a model has them and none of them zero but the padding.
+//! Made-up weights for measurements: every format and layout, values as a model has them and none of them zero but the
+//! padding.
 //!
 //! The bytes of a long run repeat after a few MiB, so that a whole model is made in the time that copying takes.
 
@@ -279,8 +280,8 @@ impl Tiles {
         !self.inner_rows.is_multiple_of(16) || !self.inner_width.is_multiple_of(16)
     }
 
-    /// The tiles of one index of the outer dimensions: uniform numbers whose sum over a row has the variance of its input, and
-    /// zeros where rows and columns are padding.
+    /// The tiles of one index of the outer dimensions: uniform numbers whose sum over a row has the variance of its
+    /// input, and zeros where rows and columns are padding.
     fn period(&self, random: &mut Random) -> Vec<u8> {
         let bound = (3.0 / self.fan_in as f32).sqrt();
         let width = width_of(self.number);

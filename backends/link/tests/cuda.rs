@@ -1,5 +1,6 @@
-//! Executables for a GPU, on a machine without one: what they say there, and with a stand-in for the driver (`stand_in/driver.c`) that
-//! runs the kernels' code for the processor, that memory, copies, launches and their order are right.
+//! Executables for a GPU, on a machine without one: what they say there, and with a stand-in for the driver
+//! (`stand_in/driver.c`) that runs the kernels' code for the processor, that memory, copies, launches and their order
+//! are right.
 
 mod sample;
 

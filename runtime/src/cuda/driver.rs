@@ -1,4 +1,5 @@
-//! The driver's functions with their errors as results, and the few of its objects that are needed, given back when dropped.
+//! The driver's functions with their errors as results, and the few of its objects that are needed, given back when
+//! dropped.
 
 use std::ffi::CStr;
 use std::ptr;
@@ -13,8 +14,9 @@ const LEAST_VERSION: i32 = 12_080;
 /// Calls a function of the driver: `driver!("what is being done", cuFunction(arguments))`.
 macro_rules! driver {
     ($doing:expr, $function:ident($($arg:expr),* $(,)?)) => {{
-        // SAFETY: each caller passes handles that the driver gave and that live, and pointers to places of the types that the
-        // driver's header states; what the values mean is checked by the driver, which reports what it refuses.
+        // SAFETY: each caller passes handles that the driver gave and that live, and pointers to places of the types
+        // that the driver's header states; what the values mean is checked by the driver, which reports what it
+        // refuses.
         let status = unsafe { ::cudarc::driver::sys::$function($($arg),*) };
         $crate::cuda::driver::check(status, stringify!($function), || ::std::string::ToString::to_string(&$doing))
     }};
@@ -153,7 +155,8 @@ fn check_capability(device: sys::CUdevice, name: &str, target: &str) -> Result<(
     Err(CudaError::Capability { device: name.to_owned(), found, target: target.to_owned() })
 }
 
-/// True if a device of compute capability `found` runs code for `target`: `sm_90` runs on 9.0 and later, `sm_90a` on 9.0 only.
+/// True if a device of compute capability `found` runs code for `target`: `sm_90` runs on 9.0 and later, `sm_90a` on
+/// 9.0 only.
 fn runs(target: &str, found: (i32, i32)) -> bool {
     let Some(number) = target.strip_prefix("sm_") else { return false };
     let (number, exact) = number.strip_suffix('a').map_or((number, false), |n| (n, true));

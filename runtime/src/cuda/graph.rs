@@ -15,8 +15,8 @@ pub(super) struct Graph(sys::CUgraphExec);
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `launch` puts into the stream, in its order; nothing of it runs. A launch that may begin early becomes a
-    /// node with a programmatic edge.
+    /// Records what `launch` puts into the stream, in its order; nothing of it runs. A launch that may begin early
+    /// becomes a node with a programmatic edge.
     pub fn record(
         stream: &Stream,
         what: &str,

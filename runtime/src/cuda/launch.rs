@@ -143,8 +143,8 @@ fn place(metadata: &Metadata, program: &Program, planned: &Planned) -> String {
     format!("program `{}`, {tail}kernel `{kernel}` ({label})", program.name)
 }
 
-/// Launches a function behind what the stream holds; if `early`, as soon as the kernel before it lets it, where the plan says that
-/// it may.
+/// Launches a function behind what the stream holds; if `early`, as soon as the kernel before it lets it, where the
+/// plan says that it may.
 pub(super) fn launch(
     function: Function,
     planned: &Planned,
@@ -166,9 +166,10 @@ pub(super) fn launch(
         attrs: attributes.as_mut_ptr(),
         numAttrs: u32::from(early && planned.early),
     };
-    // SAFETY: the function's parameters are those of the plan: the dimensions, as many pointers as the metadata says (`check_entries`),
-    // scratch and tasks, all of 8 bytes, and the driver copies them before it returns. The pointers lead to memory of the device
-    // that lives as long as the engine and is as large as the linker planned for these dimensions.
+    // SAFETY: the function's parameters are those of the plan: the dimensions, as many pointers as the metadata says
+    // (`check_entries`), scratch and tasks, all of 8 bytes, and the driver copies them before it returns. The pointers
+    // lead to memory of the device that lives as long as the engine and is as large as the linker planned for these
+    // dimensions.
     let status = unsafe { sys::cuLaunchKernelEx(&config, function.0, args.as_mut_ptr(), ptr::null_mut()) };
     check(status, "cuLaunchKernelEx", doing)
 }

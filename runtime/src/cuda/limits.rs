@@ -22,7 +22,8 @@ const CHUNK_BYTES: u64 = READ_THREADS as u64 * 16 * 8;
 const READ_BYTES: u64 = 4 << 30;
 /// Passes; the best counts.
 const PASSES: usize = 8;
-/// Multiplications and additions that a multiprocessor of compute capability 9.0 does in a cycle, of bf16 with sums in f32.
+/// Multiplications and additions that a multiprocessor of compute capability 9.0 does in a cycle, of bf16 with sums in
+/// f32.
 const TENSOR_FLOPS: f64 = 4096.0;
 
 /// Measures memory and computes the rest.

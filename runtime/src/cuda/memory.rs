@@ -128,7 +128,8 @@ fn properties(context: &Context) -> sys::CUmemAllocationProp {
     }
 }
 
-/// By how much memory of `have` bytes grows to have `needed` of `reserved`: a little more than it must, so that it grows seldom.
+/// By how much memory of `have` bytes grows to have `needed` of `reserved`: a little more than it must, so that it
+/// grows seldom.
 fn growth(have: u64, needed: u64, reserved: u64, granularity: u64) -> u64 {
     let wanted = (needed - have).max(have / 8);
     wanted.next_multiple_of(granularity).min(reserved - have)
@@ -167,8 +168,8 @@ impl Pinned {
 
     /// Its bytes; the device does not write them now.
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: the memory lives as long as `self`, was cleared, and is written by the device only between a copy's start and the
-        // wait for its end, while `self` is borrowed mutably by those who do that.
+        // SAFETY: the memory lives as long as `self`, was cleared, and is written by the device only between a copy's
+        // start and the wait for its end, while `self` is borrowed mutably by those who do that.
         unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.bytes) }
     }
 

@@ -1,5 +1,5 @@
-//! PTX to functions of the device: the driver compiles each kernel's text, many at once, and keeps what it made in its own cache
-//! (`~/.nv/ComputeCache`, or where `CUDA_CACHE_PATH` says), so that the next start only loads.
+//! PTX to functions of the device: the driver compiles each kernel's text, many at once, and keeps what it made in its
+//! own cache (`~/.nv/ComputeCache`, or where `CUDA_CACHE_PATH` says), so that the next start only loads.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
@@ -43,7 +43,8 @@ impl Module {
         // the driver takes a number as if it were a pointer
         let mut values = [log.as_mut_ptr().cast::<c_void>(), ptr::without_provenance_mut(LOG_BYTES - 1)];
         let mut module = ptr::null_mut();
-        // SAFETY: the text ends with a NUL; the log has as many bytes as the options say; all of it lives through the call.
+        // SAFETY: the text ends with a NUL; the log has as many bytes as the options say; all of it lives through the
+        // call.
         let status = unsafe {
             let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
             sys::cuModuleLoadDataEx(&mut module, text.as_ptr().cast(), 2, options, values)
@@ -57,8 +58,8 @@ impl Module {
         }
     }
 
-    /// The entry function `entry`, ready to be launched with so much shared memory. Its code is loaded now, since a graph could
-    /// not be recorded while it is loaded.
+    /// The entry function `entry`, ready to be launched with so much shared memory. Its code is loaded now, since a
+    /// graph could not be recorded while it is loaded.
     pub fn function(&self, entry: &str, kernel: &str, shared_bytes: u64) -> Result<Function, CudaError> {
         let name = CString::new(entry).expect("a name without NUL");
         let mut function = ptr::null_mut();

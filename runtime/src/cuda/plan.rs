@@ -1,4 +1,5 @@
-//! What a step launches: grids, blocks and arguments of each kernel and tail, worked out once for a program and its dimensions.
+//! What a step launches: grids, blocks and arguments of each kernel and tail, worked out once for a program and its
+//! dimensions.
 
 use nextc_abi::{Kernel, Launch, Metadata, Program};
 

@@ -1,7 +1,7 @@
 //! Times of kernels, from events between their launches.
 //!
-//! Launches follow one another without graphs and none begins early. Where the device is done before the host has put the next launch
-//! into the stream, the time until then counts to that launch: a floor of a few microseconds.
+//! Launches follow one another without graphs and none begins early. Where the device is done before the host has put
+//! the next launch into the stream, the time until then counts to that launch: a floor of a few microseconds.
 
 use super::CudaError;
 use super::driver::{Event, Stream};
@@ -36,10 +36,11 @@ impl Profile {
 
     /// Adds up a step's launches, which are done.
     pub fn add(&mut self, launches: &[Planned]) -> Result<(), CudaError> {
-        for (planned, events) in launches.iter().zip(self.events.windows(2)) {
-            let time = &mut self.times[planned.kernel];
-            time.runs += u64::from(!planned.tail);
-            time.seconds += events[0].seconds_until(&events[1])?;
+        let seconds = self.events.windows(2).map(|events| events[0].seconds_until(&events[1]));
+        let each = launches.iter().zip(seconds).map(|(planned, seconds)| Ok((planned, seconds?)));
+        let each = each.collect::<Result<Vec<_>, CudaError>>()?;
+        for launch in each.chunk_by(|(a, _), (b, _)| a.launch == b.launch) {
+            self.times[launch[0].0.kernel].add(launch.iter().map(|(_, seconds)| seconds).sum());
         }
         Ok(())
     }

@@ -76,7 +76,8 @@ fn show_progress(total: usize, done: &AtomicUsize, is_over: impl Fn() -> bool) {
     }
 }
 
-/// Makes weights up on the device: each pattern is copied there once, to the longest run that has it, and from there to everywhere.
+/// Makes weights up on the device: each pattern is copied there once, to the longest run that has it, and from there to
+/// everywhere.
 pub(super) fn make_up(entries: &[Weight], to: u64, stream: &Stream) -> Result<(), CudaError> {
     let mut fills = fills(entries);
     let periods = periods(&fills);
