@@ -295,6 +295,12 @@ impl KernelBuilder {
         let ty = self.ty(a);
         self.emit(KOp::Select, &[condition, a, b], ty)
     }
+    /// True where `condition`, a scalar, is false.
+    pub fn not(&mut self, condition: Val) -> Val {
+        let (yes, no) = (self.const_i32(1), self.const_i32(0));
+        let inverse = self.select(condition, no, yes);
+        self.cmp(Pred::Ne, inverse, no)
+    }
     /// i32 to f32.
     pub fn to_float(&mut self, x: Val) -> Val {
         let lanes = self.ty(x).lanes();

@@ -35,7 +35,7 @@ const SUMMED: u64 = 1024 * LANES;
 /// `choose`.
 pub fn lower_choose(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let blocks = Blocks { vocab: site.inner(site.named("x"))[0] };
+    let blocks = Blocks::of(site, site.named("x"));
     let names = ["x", "peaks", "weights", "best", "factors", "choices"];
     let reads = names.map(|name| ports.read(name, site.named(name)));
     let out = ports.write("tokens", site.result(0));

@@ -60,14 +60,20 @@ pub fn lower_gather_rows(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (x, rows) = (ports.read("x", site.named("x")), ports.read("rows", site.named("rows")));
     let out = ports.write("out", site.result(0));
     let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
-    let r = k.task();
-    let (x, rows, out) = (k.param(x), k.param(rows), k.param(out));
+    if site.target.gpu.is_some() {
+        gpu::rows::begin_row(&mut k);
+    }
+    let (r, x, rows, out) = (k.task(), k.param(x), k.param(rows), k.param(out));
     let row = k.load_index(rows, r);
     let (from, to) = (row_ptr(&mut k, x, row, stride), row_ptr(&mut k, out, r, stride));
-    k.for_range(stride, LANES, |k, c| {
-        let v = k.load_f32x16(from, c);
+    let copy = |k: &mut KernelBuilder, c: Val| {
+        let v = k.load(DType::F32, lanes(site), from, c);
         k.store(to, c, v);
-    });
+    };
+    match site.target.gpu {
+        None => k.for_range(stride, LANES, copy),
+        Some(_) => gpu::rows::each_four(&mut k, stride, copy),
+    }
     Ok(ports.finish(k.finish()))
 }
 
@@ -117,6 +123,11 @@ pub fn lower_rms_norm(site: &Site<'_>) -> Result<Lowered, LowerError> {
         k.store(out, c, v);
     });
     Ok(ports.finish(k.finish()))
+}
+
+/// Elements of a vector.
+const fn lanes(site: &Site<'_>) -> u32 {
+    if site.target.gpu.is_some() { 4 } else { LANES as u32 }
 }
 
 /// How an operand's elements meet the result's.
@@ -227,13 +238,8 @@ impl Chain<'_> {
         }
     }
 
-    /// Elements of a vector.
-    const fn lanes(&self) -> u32 {
-        if self.site.target.gpu.is_some() { 4 } else { LANES as u32 }
-    }
-
     fn vector(&self, k: &mut KernelBuilder, base: Val, column: Val) -> Val {
-        k.load(DType::F32, self.lanes(), base, column)
+        k.load(DType::F32, lanes(&self.site), base, column)
     }
 
     /// `rms_scale` of each `rms_norm_ssq` in the group, once a row.
@@ -247,7 +253,7 @@ impl Chain<'_> {
                 let ssq = row_ptr(k, ssq, row, pad(width.div_ceil(LANES)));
                 let eps = self.site.function.node(node).attrs.float("eps").expect("verified") as f32;
                 let scale = rms_scale(k, ssq, width, eps);
-                (node, k.splat(scale, self.lanes()))
+                (node, k.splat(scale, lanes(&self.site)))
             })
             .collect()
     }
@@ -281,11 +287,11 @@ impl Chain<'_> {
             Op::Silu => k.silu(x[0]),
             Op::Softplus => k.softplus(x[0]),
             Op::Scale => {
-                let factor = k.splat_f32(self.lanes(), n.attrs.float("factor").expect("verified") as f32);
+                let factor = k.splat_f32(lanes(&self.site), n.attrs.float("factor").expect("verified") as f32);
                 k.fmul(x[0], factor)
             }
             Op::PlusOne => {
-                let one = k.splat_f32(self.lanes(), 1.0);
+                let one = k.splat_f32(lanes(&self.site), 1.0);
                 k.fadd(x[0], one)
             }
             Op::Swiglu => {
@@ -300,7 +306,7 @@ impl Chain<'_> {
                 k.fneg(product)
             }
             Op::RmsNormSsq => {
-                let one = k.splat_f32(self.lanes(), 1.0);
+                let one = k.splat_f32(lanes(&self.site), 1.0);
                 let gain = k.fadd(x[1], one);
                 let scaled = k.fmul(x[0], scales[&node]);
                 k.fmul(scaled, gain)
@@ -330,11 +336,11 @@ impl Chain<'_> {
             Reach::Outer => {
                 let base = row_ptr(k, base, outer, LANES);
                 let x = k.load_f32(base, zero);
-                Ok(k.splat(x, self.lanes()))
+                Ok(k.splat(x, lanes(&self.site)))
             }
             Reach::Row => {
                 let x = k.load_f32(base, zero);
-                Ok(k.splat(x, self.lanes()))
+                Ok(k.splat(x, lanes(&self.site)))
             }
         }
     }

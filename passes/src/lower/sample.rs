@@ -30,6 +30,11 @@ pub struct Blocks {
 }
 
 impl Blocks {
+    /// Those of the rows of `x`.
+    pub fn of(site: &Site<'_>, x: nextc_ir::graph::Value) -> Self {
+        Self { vocab: site.inner(x)[0] }
+    }
+
     /// Logits as stored.
     pub const fn stride(self) -> u64 {
         pad(self.vocab)
@@ -154,10 +159,6 @@ pub fn is_finite(k: &mut KernelBuilder, x: Val) -> Val {
     k.cmp(Pred::Lt, magnitude, infinity)
 }
 
-fn blocks_of(site: &Site<'_>, x: nextc_ir::graph::Value) -> Blocks {
-    Blocks { vocab: site.inner(x)[0] }
-}
-
 fn chunk_tasks(site: &Site<'_>, blocks: Blocks) -> Result<Extent, LowerError> {
     Ok(Extent::from(site.rows(site.result(0))?) * blocks.chunks().into())
 }
@@ -165,7 +166,7 @@ fn chunk_tasks(site: &Site<'_>, blocks: Blocks) -> Result<Extent, LowerError> {
 /// `argmax`.
 pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let blocks = blocks_of(site, site.named("x"));
+    let blocks = Blocks::of(site, site.named("x"));
     let rows = site.rows(site.result(0))?;
     let x = ports.read("x", site.named("x"));
     let (best, peaks) = (ports.write("best", site.result(0)), ports.write("peaks", site.result(1)));
@@ -245,12 +246,6 @@ impl Settings {
     }
 }
 
-fn not(k: &mut KernelBuilder, condition: Val) -> Val {
-    let (no, yes) = (k.const_i32(0), k.const_i32(1));
-    let as_int = k.select(condition, yes, no);
-    k.cmp(Pred::Eq, as_int, no)
-}
-
 /// Lists that edits come from.
 #[derive(Clone, Copy)]
 struct Lists {
@@ -278,7 +273,7 @@ impl Lists {
 /// `edit_logits`.
 pub fn lower_edit_logits(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let blocks = blocks_of(site, site.named("logits"));
+    let blocks = Blocks::of(site, site.named("logits"));
     let names = ["logits", "tokens", "factors", "choices", "edit_tokens", "edit_counts", "edit_biases"];
     let reads = names.map(|name| ports.read(name, site.named(name)));
     let (x, peaks) = (ports.write("x", site.result(0)), ports.write("peaks", site.result(1)));
@@ -290,7 +285,7 @@ pub fn lower_edit_logits(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (x, peaks) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, peaks, row, blocks.peaks_stride()));
     let settings = Settings::of(&mut k, factors, choices, row);
     let plain = settings.is_plain(&mut k);
-    let wanted = not(&mut k, plain);
+    let wanted = k.not(plain);
     k.if_then(wanted, |k| {
         let (lo, hi) = (k.mul_const(first, BLOCK), k.mul_const(behind, BLOCK));
         copy(k, blocks, logits, x, (lo, hi));
@@ -418,7 +413,7 @@ pub fn weight(k: &mut KernelBuilder, x: Val, largest: Val, temperature: Val) -> 
 /// `token_weights`.
 pub fn lower_token_weights(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let blocks = blocks_of(site, site.named("x"));
+    let blocks = Blocks::of(site, site.named("x"));
     let reads = ["x", "peaks", "factors"].map(|name| ports.read(name, site.named(name)));
     let weights = ports.write("weights", site.result(0));
     let mut k = ports.builder(site, chunk_tasks(site, blocks)?);

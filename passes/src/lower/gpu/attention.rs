@@ -22,7 +22,7 @@ use super::super::LowerError;
 use super::super::attention::Pages;
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::{Element, Place, begin, lanes_of, warp_max, warp_sum, warp_sums};
+use super::{Element, Place, begin, lanes_before, lanes_of, warp_count, warp_max, warp_sum, warp_sums};
 
 /// Heads that a block norms: a warp each.
 const NORM_WARPS: u64 = 4;
@@ -41,14 +41,6 @@ fn sequence(k: &mut KernelBuilder, pages: &Pages, lane: Val, t: Val) -> Val {
     })[0];
     let all = warp_count(k, mine);
     k.widen(all)
-}
-
-/// Sum of an i32 over the threads of a warp.
-fn warp_count(k: &mut KernelBuilder, x: Val) -> Val {
-    [16, 8, 4, 2, 1].into_iter().fold(x, |sum, mask| {
-        let other = k.shuffle_xor(sum, mask);
-        k.add(sum, other)
-    })
 }
 
 /// What norms and rotates heads.
@@ -428,7 +420,7 @@ impl Attention {
             let most = k.const_i32(TENTATIVE_TOKENS as i32);
             let is_mine = k.cmp(if split { Pred::Le } else { Pred::Gt }, length, most);
             let tiles = k.select(is_mine, tiles, none);
-            let (before, total) = self.before(k, lane, tiles);
+            let (before, total) = lanes_before(k, lane, (none, tiles), |k, a, b| k.add(a, b));
             let before = k.add(before, carried[0]);
             let within = k.sub(number, before);
             let (from, to) = (k.cmp(Pred::Ge, within, none), k.cmp(Pred::Lt, within, tiles));
@@ -458,19 +450,6 @@ impl Attention {
             position: k.add(position, skipped),
         };
         (exists, tokens)
-    }
-
-    /// The sum over the lanes before this one, and over all.
-    fn before(&self, k: &mut KernelBuilder, lane: Val, x: Val) -> (Val, Val) {
-        let (none, lane) = (k.const_i32(0), k.narrow(lane));
-        [1, 2, 4, 8, 16].into_iter().fold((none, x), |(before, total), mask: u32| {
-            let other = k.shuffle_xor(total, mask);
-            let bit = k.const_i32(mask as i32);
-            let bit = k.and(lane, bit);
-            let is_upper = k.cmp(Pred::Ne, bit, none);
-            let more = k.add(before, other);
-            (k.select(is_upper, more, before), k.add(total, other))
-        })
     }
 
     fn body(&self, k: &mut KernelBuilder, splits: &Extent, split_tasks: &Extent) {
@@ -1223,16 +1202,7 @@ impl Merge<'_> {
         let (in_batch, exists) = (k.cmp(Pred::Lt, self.place.lane, merged), k.cmp(Pred::Lt, number, self.count));
         let merges = k.and(in_batch, exists);
         let own = k.select(merges, own, lowest);
-        let lane = k.narrow(self.place.lane);
-        let none = k.const_i32(0);
-        let (before, total) = [1, 2, 4, 8, 16].into_iter().fold((max, own), |(before, total), mask: u32| {
-            let other = k.shuffle_xor(total, mask);
-            let bit = k.const_i32(mask as i32);
-            let bit = k.and(lane, bit);
-            let is_upper = k.cmp(Pred::Ne, bit, none);
-            let more = k.fmax(before, other);
-            (k.select(is_upper, more, before), k.fmax(total, other))
-        });
+        let (before, total) = lanes_before(k, self.place.lane, (max, own), |k, a, b| k.fmax(a, b));
         let zero = k.const_i64(0);
         let first_warp = k.cmp(Pred::Eq, self.place.warp, zero);
         let stores = k.and(first_warp, in_batch);

@@ -216,17 +216,11 @@ impl Block<'_> {
             let (windows, state) = left.split_at(windows.len());
             let windows = windows.chunks((self.mixer.q.taps - 1).max(1) as usize);
             turn.channels.iter().zip(windows).for_each(|(c, window)| self.store_window(k, c, window));
-            let settled = self.not(k, self.run.tentative);
+            let settled = k.not(self.run.tentative);
             k.if_then(settled, |k| self.store_state(k, &turn, state));
             // before the next turn uses the same shared memory
             k.barrier();
         });
-    }
-
-    fn not(&self, k: &mut KernelBuilder, x: Val) -> Val {
-        let (yes, no) = (k.const_i32(1), k.const_i32(0));
-        let inverse = k.select(x, no, yes);
-        k.cmp(Pred::Ne, inverse, no)
     }
 
     fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
@@ -276,7 +270,7 @@ impl Block<'_> {
                     k.select(ends[0], q, rest)
                 };
                 let (x, row, w, window) = (choose(|p| p.x), choose(|p| p.row), choose(|p| p.w), choose(|p| p.window));
-                let not_key = self.not(k, ends[1]);
+                let not_key = k.not(ends[1]);
                 Channel {
                     x: (x, row),
                     weights: w,
@@ -308,7 +302,7 @@ impl Block<'_> {
             k.load_f32(window, at)
         };
         let rows = 0..self.mixer.q.taps - 1;
-        let (zero, begun) = (k.const_f32(0.0), self.not(k, fresh));
+        let (zero, begun) = (k.const_f32(0.0), k.not(fresh));
         let loads = k.and(begun, channel.owned);
         k.if_else(loads, |k| rows.clone().map(|i| load(k, i)).collect(), |_| rows.clone().map(|_| zero).collect())
     }
@@ -334,7 +328,7 @@ impl Block<'_> {
     }
 
     fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
-        let (zero, begun) = (k.const_f32(0.0), self.not(k, fresh));
+        let (zero, begun) = (k.const_f32(0.0), k.not(fresh));
         let loads = k.and(begun, turn.live);
         k.if_else(
             loads,

@@ -15,7 +15,7 @@ use super::super::LowerError;
 use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
-use super::{Place, begin};
+use super::{Place, across, begin, half_warp_sum};
 
 /// The row of x that a thread reads, after the prologue. Threads `4n .. 4n + 4` read the same row together: `q` is the thread's part of it.
 pub fn load_row(k: &mut KernelBuilder, rows: &Rows, row: Val, q: Val) -> Row {
@@ -33,10 +33,7 @@ pub fn load_row(k: &mut KernelBuilder, rows: &Rows, row: Val, q: Val) -> Row {
         vec![k.fadd(sum[0], x)]
     });
     let sum = k.reduce_add(sum[0]);
-    let sum = [1, 2].into_iter().fold(sum, |sum, mask| {
-        let other = k.shuffle_xor(sum, mask);
-        k.fadd(sum, other)
-    });
+    let sum = across(k, &[1, 2], sum, |k, a, b| k.fadd(a, b));
     Row { x, norm: Some((mean_rsqrt(k, sum, n.width, n.eps), gain)) }
 }
 
@@ -287,19 +284,6 @@ fn choose(k: &mut KernelBuilder, group: &[Segment], split: Split, task: Val) -> 
     chosen
 }
 
-/// Tiles `task · n ..` of a matrix, the last again beyond its end.
-fn own_tiles(k: &mut KernelBuilder, fragments: &Fragments, weight: Val, task: Val, n: u64) -> (Vec<Val>, Vec<Tile>) {
-    let first = k.mul_const(task, n);
-    let last = k.index(fragments.planes.tiles() - 1);
-    let numbers: Vec<Val> = (0..n).map(|i| k.add_const(first, i)).collect();
-    let tiles = numbers.iter().map(|&number| {
-        let number = k.min_i64(number, last);
-        fragments.own_tile(k, weight, number)
-    });
-    let tiles = tiles.collect();
-    (numbers, tiles)
-}
-
 /// `linear_residual`.
 pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
@@ -315,14 +299,14 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
-    let (weight, task) = (k.param(weight), k.task());
-    let (numbers, tiles) = own_tiles(&mut k, &fragments, weight, task, 1);
-    let product = Product::new(&mut k, &fragments, tiles, place, split.warps);
+    let (weight, tile) = (k.param(weight), k.task());
+    let own = fragments.own_tile(&mut k, weight, tile);
+    let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
     let ahead = ask_ahead(&mut k, &product);
     begin(&mut k);
     let count = k.dim(sym);
     products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
-        store_residual(k, &residual, numbers[0], at, sum.row, sum.values[0]);
+        store_residual(k, &residual, tile, at, sum.row, sum.values[0]);
     });
     Ok(ports.finish(k.finish()))
 }
@@ -374,10 +358,7 @@ pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at:
     let zero = k.const_f32(0.0);
     let new = k.if_else(at.exists, |k| vec![residual.add_one(k, at.token, column, value)], |_| vec![zero])[0];
     let square = k.fmul(new, new);
-    let sum = [8, 4, 2, 1].into_iter().fold(square, |sum, mask| {
-        let other = k.shuffle_xor(sum, mask);
-        k.fadd(sum, other)
-    });
+    let sum = half_warp_sum(k, square);
     let first = k.const_i64(0);
     let leads = k.cmp(Pred::Eq, row, first);
     let leads = k.and(leads, at.exists);

@@ -27,7 +27,6 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
     }
     match site.op() {
         Op::Embed => Some(rows::lower_embed(site)),
-        Op::GatherRows => Some(rows::lower_gather_rows(site)),
         Op::SumSquares => Some(rows::lower_sum_squares(site)),
         Op::Argmax => Some(rows::lower_argmax(site)),
         Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
@@ -132,19 +131,54 @@ pub fn begin(k: &mut KernelBuilder) {
     k.wait();
 }
 
-/// Sum over the threads of a warp, in all of them, as a fixed tree.
-pub fn warp_sum(k: &mut KernelBuilder, x: Val) -> Val {
-    [16, 8, 4, 2, 1].into_iter().fold(x, |sum, mask| {
-        let other = k.shuffle_xor(sum, mask);
-        k.fadd(sum, other)
+/// Lanes whose numbers meet, turn by turn, until each thread of a warp has met all.
+const WARP: [u32; 5] = [16, 8, 4, 2, 1];
+/// The same of half a warp.
+const HALF_WARP: [u32; 4] = [8, 4, 2, 1];
+
+/// Joins the numbers of neighbouring threads, in all of them, as a fixed tree: in each turn those of `lane` and `lane ^ mask`.
+fn across(k: &mut KernelBuilder, masks: &[u32], x: Val, join: impl Fn(&mut KernelBuilder, Val, Val) -> Val) -> Val {
+    masks.iter().fold(x, |joined, &mask| {
+        let other = k.shuffle_xor(joined, mask);
+        join(k, joined, other)
     })
+}
+
+/// Sum over the threads of a warp, in all of them.
+pub fn warp_sum(k: &mut KernelBuilder, x: Val) -> Val {
+    across(k, &WARP, x, |k, a, b| k.fadd(a, b))
+}
+
+/// Sum of an i32 over the threads of a warp, in all of them.
+pub fn warp_count(k: &mut KernelBuilder, x: Val) -> Val {
+    across(k, &WARP, x, |k, a, b| k.add(a, b))
+}
+
+/// Sum over the 16 threads of half a warp, in all of them.
+pub fn half_warp_sum(k: &mut KernelBuilder, x: Val) -> Val {
+    across(k, &HALF_WARP, x, |k, a, b| k.fadd(a, b))
 }
 
 /// Largest number of the threads of a warp, in all of them.
 pub fn warp_max(k: &mut KernelBuilder, x: Val) -> Val {
-    [16, 8, 4, 2, 1].into_iter().fold(x, |max, mask| {
-        let other = k.shuffle_xor(max, mask);
-        k.fmax(max, other)
+    across(k, &WARP, x, |k, a, b| k.fmax(a, b))
+}
+
+/// `start` joined with the numbers of the lanes before this one, and the join of the numbers of all lanes.
+pub fn lanes_before(
+    k: &mut KernelBuilder,
+    lane: Val,
+    (start, x): (Val, Val),
+    join: impl Fn(&mut KernelBuilder, Val, Val) -> Val,
+) -> (Val, Val) {
+    let (none, lane) = (k.const_i32(0), k.narrow(lane));
+    WARP.into_iter().rev().fold((start, x), |(before, all), mask| {
+        let other = k.shuffle_xor(all, mask);
+        let bit = k.const_i32(mask as i32);
+        let bit = k.and(lane, bit);
+        let is_upper = k.cmp(Pred::Ne, bit, none);
+        let more = join(k, before, other);
+        (k.select(is_upper, more, before), join(k, all, other))
     })
 }
 
@@ -152,7 +186,7 @@ pub fn warp_max(k: &mut KernelBuilder, x: Val) -> Val {
 /// [`warp_sum`].
 pub fn warp_sums(k: &mut KernelBuilder, lane: Val, mut x: Vec<Val>) -> Val {
     let (lane, zero) = (k.narrow(lane), k.const_i32(0));
-    for mask in [16, 8, 4, 2, 1] {
+    for mask in WARP {
         if x.len() == 1 {
             let other = k.shuffle_xor(x[0], mask);
             x[0] = k.fadd(x[0], other);

@@ -1,4 +1,4 @@
-//! `rows` on a GPU: embedding rows, gathered rows, sums of squares, norms of whole rows, the largest logit.
+//! `rows` on a GPU: embedding rows, sums of squares, norms of whole rows, the largest logit.
 //!
 //! task     one row; threads take four columns each
 //! traffic  each row once: bound by the launch
@@ -14,7 +14,7 @@ use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
 use super::super::sample::{Blocks, bounded, is_finite};
 use super::tile::Fragments;
-use super::{Place, begin, warp_sum};
+use super::{Place, WARP, across, begin, half_warp_sum, warp_max, warp_sum};
 
 /// Threads of a row.
 const THREADS: u64 = 256;
@@ -54,24 +54,6 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     Ok(ports.finish(k.finish()))
 }
 
-/// `gather_rows`.
-pub fn lower_gather_rows(site: &Site<'_>) -> Result<Lowered, LowerError> {
-    let mut ports = Ports::default();
-    let stride = site.stride(site.named("x"));
-    let (x, rows) = (ports.read("x", site.named("x")), ports.read("rows", site.named("rows")));
-    let out = ports.write("out", site.result(0));
-    let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
-    begin_row(&mut k);
-    let (r, x, rows, out) = (k.task(), k.param(x), k.param(rows), k.param(out));
-    let row = k.load_index(rows, r);
-    let (from, to) = (row_ptr(&mut k, x, row, stride), row_ptr(&mut k, out, r, stride));
-    each_four(&mut k, stride, |k, column| {
-        let v = k.load(DType::F32, 4, from, column);
-        k.store(to, column, v);
-    });
-    Ok(ports.finish(k.finish()))
-}
-
 /// `sum_squares`: the sum of squares of each 16 neighbours, which 16 neighbouring threads add up.
 pub fn lower_sum_squares(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
@@ -93,10 +75,7 @@ pub fn lower_sum_squares(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let nothing = k.const_f32(0.0);
         let x = k.if_else(exists, |k| vec![k.load_f32(x, column)], |_| vec![nothing])[0];
         let square = k.fmul(x, x);
-        let sum = [8, 4, 2, 1].into_iter().fold(square, |sum, mask| {
-            let other = k.shuffle_xor(sum, mask);
-            k.fadd(sum, other)
-        });
+        let sum = half_warp_sum(k, square);
         let leads = k.cmp(Pred::Eq, lane, zero);
         k.if_then(leads, |k| {
             let part = k.div_const(column, LANES);
@@ -149,7 +128,7 @@ fn block_sum(k: &mut KernelBuilder, place: Place, parts: Val, x: Val) -> Val {
 /// `argmax`: a warp a block of logits finds its peak; in the tail a block of threads a row finds the first of the largest.
 pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let blocks = Blocks { vocab: site.inner(site.named("x"))[0] };
+    let blocks = Blocks::of(site, site.named("x"));
     let rows = site.rows(site.result(0))?;
     let x = ports.read("x", site.named("x"));
     let (best, peaks) = (ports.write("best", site.result(0)), ports.write("peaks", site.result(1)));
@@ -224,14 +203,6 @@ fn first_if_equal(k: &mut KernelBuilder, (x, wanted): (Val, Val), i: Val, found:
     k.select(better, i, found)
 }
 
-/// The largest over the threads of a warp, in all of them.
-fn warp_max(k: &mut KernelBuilder, x: Val) -> Val {
-    [16, 8, 4, 2, 1].into_iter().fold(x, |most, mask| {
-        let other = k.shuffle_xor(most, mask);
-        k.fmax(most, other)
-    })
-}
-
 /// The largest over the threads of a block of [`THREADS`], in all of them; `parts` holds a number a warp.
 fn block_max(k: &mut KernelBuilder, place: Place, parts: Val, x: Val) -> Val {
     let most = warp_max(k, x);
@@ -244,10 +215,7 @@ fn block_min(k: &mut KernelBuilder, place: Place, parts: Val, x: Val) -> Val {
         let less = k.cmp(Pred::Lt, a, b);
         k.select(less, a, b)
     };
-    let own = [16, 8, 4, 2, 1].into_iter().fold(x, |min, mask| {
-        let other = k.shuffle_xor(min, mask);
-        least(k, min, other)
-    });
+    let own = across(k, &WARP, x, least);
     each_warp(k, place, parts, own, (DType::I32, least))
 }
 

@@ -428,9 +428,11 @@ impl<'a> Product<'a> {
         };
         let (first, most) = self.turns;
         let mut lo = first;
+        let mut left = most;
         if let Some(ahead) = ahead {
             sums = self.chunk_sums(k, first, &ahead, x, &sums);
             lo = k.add_const(first, self.chunk());
+            left -= self.chunk();
         }
         let end = k.add_const(first, most);
         let hi = if self.even {
@@ -439,7 +441,7 @@ impl<'a> Product<'a> {
             let all = k.index(self.all_turns);
             k.min_i64(end, all)
         };
-        if ahead_is_all(most, self.chunk(), lo != first) {
+        if left == 0 {
             return self.split_sums(k, &sums);
         }
         let step = if self.even { self.chunk() } else { 1 };
@@ -451,7 +453,7 @@ impl<'a> Product<'a> {
     }
 
     fn split_sums(&self, k: &mut KernelBuilder, sums: &[Val]) -> Vec<[Val; 4]> {
-        if sums.len() == 4 * self.tiles.len() && self.fragments.planes.format.blocks().is_some() {
+        if self.fragments.planes.format.blocks().is_some() {
             return sums.chunks(4).map(|c| [c[0], c[1], c[2], c[3]]).collect();
         }
         sums.iter().map(|&v| [0, 1, 2, 3].map(|i| k.extract(v, i))).collect()
@@ -615,10 +617,6 @@ impl<'a> Product<'a> {
             k.store(shared, at, sum);
         }
     }
-}
-
-const fn ahead_is_all(most: u64, chunk: u64, ahead: bool) -> bool {
-    ahead && most == chunk
 }
 
 /// Adds up the sums of all warps for tile number `tile`, a token and a row.
