@@ -4,8 +4,8 @@
 //! and how many chunks are left, so a thread that comes late can never claim work of a region that is over. The caller works too and
 //! returns when every chunk has been done; threads that slept through a region are not waited for.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 /// Turns of the waiting loop before a thread goes to sleep: about a millisecond.
@@ -222,6 +222,22 @@ fn futex_wake_all(word: &AtomicU32) {
 /// Threads that this process may run at once.
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Does `work` on every item, on as many threads as there are processors.
+pub(crate) fn on_all_processors<T: Send>(items: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync) {
+    let items = Mutex::new(items);
+    std::thread::scope(|scope| {
+        for _ in 0..available_threads() {
+            scope.spawn(|| {
+                loop {
+                    let item = items.lock().expect("taking an item does not panic").next();
+                    let Some(item) = item else { break };
+                    work(item);
+                }
+            });
+        }
+    });
 }
 
 #[cfg(test)]

@@ -8,6 +8,8 @@ use std::sync::Mutex;
 
 use nextc_abi::{Holds, Number, Part, Weight};
 
+use crate::pool::on_all_processors;
+
 /// A small, fast generator (SplitMix64); what it makes depends on the seed alone.
 #[derive(Clone, Copy, Debug)]
 pub struct Random(pub u64);
@@ -134,22 +136,6 @@ pub fn fill(entries: &[Weight], memory: &mut [u8]) {
         (rest, begins) = (after, fill.at + fill.bytes);
     }
     on_all_processors(parts.into_iter(), |(memory, period)| memory.copy_from_slice(&period[..memory.len()]));
-}
-
-/// Does `work` on every item, on as many threads as there are processors.
-fn on_all_processors<T: Send>(items: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync) {
-    let items = Mutex::new(items);
-    std::thread::scope(|scope| {
-        for _ in 0..crate::pool::available_threads() {
-            scope.spawn(|| {
-                loop {
-                    let item = items.lock().expect("taking an item does not panic").next();
-                    let Some(item) = item else { break };
-                    work(item);
-                }
-            });
-        }
-    });
 }
 
 impl Pattern {

@@ -305,4 +305,9 @@ mod tests {
         let stride = nextc_abi::sampling::ROW_STRIDE as u64;
         assert_eq!([Factor::COUNT, Choice::COUNT].map(nextc_ir::shape::pad), [stride; 2]);
     }
+
+    #[test]
+    fn tasks_of_one_thread_are_launched_as_they_are_compiled() {
+        assert_eq!(abi::metadata::SINGLE_THREADS, nextc_ir::kernel::Kernel::SINGLE_THREADS);
+    }
 }

@@ -75,7 +75,7 @@ pub fn pack(
     let blocks = blocks(weights, &placement);
     file.set_len(base + placement.bytes).map_err(LinkError::io(path))?;
     let bar = progress_bar(placement.bytes, progress);
-    let tails = weights.iter().map(|w| Tail::new(w, &blocks)).collect::<Vec<_>>();
+    let tails = weights.iter().map(Tail::new).collect::<Vec<_>>();
     let hashes = weights.iter().map(|w| vec![[0; 32]; w.bytes().div_ceil(BLOCK_BYTES) as usize]).collect();
     let packer = Packer { weights, source, file, path, base, blocks: &blocks, tails, hashes: Mutex::new(hashes), bar };
     let hashes = packer.run()?;
@@ -136,10 +136,9 @@ struct Tail {
 }
 
 impl Tail {
-    fn new(weight: &PackedWeight, blocks: &[Block]) -> Self {
+    fn new(weight: &PackedWeight) -> Self {
         let Some(planes) = scaled(weight) else { return Self::default() };
         let own = planes.code_bytes().div_ceil(BLOCK_BYTES);
-        debug_assert!(own <= blocks.len() as u64);
         Self {
             first: planes.code_bytes() / BLOCK_BYTES * BLOCK_BYTES,
             left: AtomicUsize::new(own as usize),

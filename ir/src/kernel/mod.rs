@@ -175,6 +175,10 @@ impl Kernel {
     pub const TASK: Val = Val(4);
     /// Threads of a warp.
     pub const WARP: u32 = 32;
+    /// Threads of a GPU's block that runs tasks of one thread, each a task.
+    pub const SINGLE_THREADS: u32 = Self::WARP;
+    /// Alignment of memory that the threads of a block share, and of each piece of it, bytes.
+    pub const SHARED_ALIGN: u64 = 128;
     /// Most threads of a block.
     pub const MAX_THREADS: u32 = 1024;
 
@@ -214,7 +218,7 @@ impl Kernel {
     /// Bytes of memory that the threads of a block share: the larger of body and tail, each `shared` rounded up to 128 bytes.
     pub fn shared_bytes(&self) -> u64 {
         let bytes = |op| match op {
-            KOp::Shared { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(128)),
+            KOp::Shared { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(Self::SHARED_ALIGN)),
             _ => None,
         };
         self.allocated(bytes).into_iter().fold(0, u64::max)

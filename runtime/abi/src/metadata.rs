@@ -84,6 +84,9 @@ pub const X86_64: &str = "x86_64";
 /// [`Target::arch`] of NVIDIA GPUs.
 pub const NVPTX64: &str = "nvptx64";
 
+/// Threads of a GPU's block that runs tasks of one thread, each a task.
+pub const SINGLE_THREADS: u32 = 32;
+
 /// The machine that the code was made for.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Target {

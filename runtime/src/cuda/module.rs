@@ -4,7 +4,6 @@
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUjit_option as JitOption, CUresult};
 use nextc_abi::Kernel;
@@ -13,6 +12,7 @@ use super::CudaError;
 use super::driver::{Context, describe, driver};
 use crate::artifact::Artifact;
 use crate::error::Error;
+use crate::pool::on_all_processors;
 
 /// Bytes of the compiler's log that are kept.
 const LOG_BYTES: usize = 16 << 10;
@@ -102,21 +102,13 @@ impl Modules {
     /// [`CudaError::Compile`] for the first kernel that cannot be, with what the driver's compiler says.
     pub fn load(context: &Context, artifact: &Artifact) -> Result<Self, Error> {
         let kernels = &artifact.metadata().kernels;
-        let next = AtomicUsize::new(0);
         let loaded = Mutex::new(Vec::with_capacity(kernels.len()));
-        std::thread::scope(|scope| {
-            let work = || {
-                while let Some((i, kernel)) = claim(&next, kernels) {
-                    let functions = context.make_current().map_err(Error::from).and_then(|()| {
-                        let text = artifact.text(kernel.entry)?;
-                        Ok(load(text, i, kernel)?)
-                    });
-                    loaded.lock().expect("loading does not panic").push((i, functions));
-                }
-            };
-            for _ in 0..crate::pool::available_threads().min(kernels.len()) {
-                scope.spawn(work);
-            }
+        on_all_processors(kernels.iter().enumerate(), |(i, kernel)| {
+            let functions = context.make_current().map_err(Error::from).and_then(|()| {
+                let text = artifact.text(kernel.entry)?;
+                Ok(load(text, i, kernel)?)
+            });
+            loaded.lock().expect("loading does not panic").push((i, functions));
         });
         let mut loaded = loaded.into_inner().expect("loading does not panic");
         loaded.sort_by_key(|(i, _)| *i);
@@ -127,11 +119,6 @@ impl Modules {
     pub fn functions(&self, kernel: usize) -> &Functions {
         &self.0[kernel]
     }
-}
-
-fn claim<'a>(next: &AtomicUsize, kernels: &'a [Kernel]) -> Option<(usize, &'a Kernel)> {
-    let i = next.fetch_add(1, Ordering::Relaxed);
-    kernels.get(i).map(|k| (i, k))
 }
 
 /// Compiles and loads one kernel.

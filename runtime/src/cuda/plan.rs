@@ -1,13 +1,12 @@
 //! What a step launches: grids, blocks and arguments of each kernel and tail, worked out once for a program and its
 //! dimensions.
 
+use nextc_abi::metadata::SINGLE_THREADS;
 use nextc_abi::{Kernel, Launch, Metadata, Program};
 
 use super::CudaError;
 use crate::step::Resolved;
 
-/// Threads of a block whose tasks are one thread's: the compiler's emitter takes the same.
-const SINGLE_THREADS: u64 = 32;
 /// Most blocks of a grid in its first dimension.
 const MAX_BLOCKS: u64 = (1 << 31) - 1;
 /// Alignment of the scratch of a task.
@@ -95,7 +94,7 @@ pub(super) fn plan(
 /// Blocks and threads of a block for so many tasks.
 fn shape(kernel: &Kernel, tasks: u64) -> (u64, u32) {
     match kernel.threads {
-        0 | 1 => (tasks.div_ceil(SINGLE_THREADS), SINGLE_THREADS as u32),
+        0 | 1 => (tasks.div_ceil(SINGLE_THREADS.into()), SINGLE_THREADS),
         threads => (tasks, threads),
     }
 }

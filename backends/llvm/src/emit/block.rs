@@ -8,13 +8,11 @@ use inkwell::module::Linkage;
 use inkwell::types::{BasicMetadataTypeEnum, BasicType, BasicTypeEnum};
 use inkwell::values::{BasicMetadataValueEnum, BasicValueEnum, CallSiteValue, IntValue};
 use nextc_ir::DType;
-use nextc_ir::kernel::{Space, Stmt};
+use nextc_ir::kernel::{Kernel, Space, Stmt};
 
 use super::gpu::address_space;
 use super::{EmitError, Emitter, Result, kind};
 
-/// Alignment of shared memory and of each piece of it, bytes.
-const SHARED_ALIGN: u64 = 128;
 /// The symbol of the memory that a launch gives each block.
 const SHARED: &str = "nextc_shared";
 
@@ -58,11 +56,11 @@ impl<'c> Emitter<'_, 'c> {
         let memory = self.module.get_global(SHARED).unwrap_or_else(|| {
             let memory = self.module.add_global(bytes.array_type(0), Some(address_space(Space::Shared)), SHARED);
             memory.set_linkage(Linkage::External);
-            memory.set_alignment(SHARED_ALIGN as u32);
+            memory.set_alignment(Kernel::SHARED_ALIGN as u32);
             memory
         });
         let at = self.context.i64_type().const_int(self.taken_bytes, false);
-        self.taken_bytes += (elems * dtype.bytes()).next_multiple_of(SHARED_ALIGN);
+        self.taken_bytes += (elems * dtype.bytes()).next_multiple_of(Kernel::SHARED_ALIGN);
         Ok(self.element(bytes.into(), memory.as_pointer_value(), at)?.into())
     }
 

@@ -1,7 +1,7 @@
 //! Kernels as entry functions of a GPU: parameters, tasks and their threads.
 //!
 //! An entry function takes the four dimensions, the kernel's pointers, a pointer to the scratch of all tasks, and the number of tasks.
-//! A task that is a block of threads is a block of the grid; tasks of one thread are spread over blocks of [`SINGLE_THREADS`].
+//! A task that is a block of threads is a block of the grid; tasks of one thread are spread over blocks of [`Kernel::SINGLE_THREADS`].
 
 use inkwell::AddressSpace;
 use inkwell::IntPredicate;
@@ -14,8 +14,6 @@ use nextc_ir::schedule::KernelModule;
 
 use super::{Emitter, Result, params};
 
-/// Threads of a block of tasks that are one thread's.
-pub const SINGLE_THREADS: u32 = 32;
 /// LLVM's calling convention of entry functions (`ptx_kernel`).
 const PTX_KERNEL: u32 = 71;
 
@@ -51,7 +49,7 @@ fn declare<'c>(context: &'c Context, module: &Module<'c>, kernel: &Kernel, name:
     let params: Vec<_> = dims.chain(pointers).chain([global.into(), i64.into()]).collect();
     let function = module.add_function(name, context.void_type().fn_type(&params, false), Some(Linkage::External));
     function.set_call_conventions(PTX_KERNEL);
-    let threads = if kernel.is_block() { kernel.threads } else { SINGLE_THREADS };
+    let threads = if kernel.is_block() { kernel.threads } else { Kernel::SINGLE_THREADS };
     let attribute = context.create_string_attribute("nvvm.maxntid", &threads.to_string());
     function.add_attribute(AttributeLoc::Function, attribute);
     function
@@ -89,7 +87,7 @@ impl<'a, 'c> Emitter<'a, 'c> {
             self.region(&kernel.body)?;
         } else {
             let i64 = self.context.i64_type();
-            let threads = i64.const_int(SINGLE_THREADS.into(), false);
+            let threads = i64.const_int(Kernel::SINGLE_THREADS.into(), false);
             let first = self.builder.build_int_mul(block, threads, "first")?;
             let task = self.builder.build_int_add(first, self.thread()?, "task")?;
             self.single(task)?;
