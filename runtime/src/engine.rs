@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nextc_abi::{Metadata, StateKind, Sym};
+use nextc_abi::{Metadata, Output, StateKind, Sym};
 
 use crate::artifact::Artifact;
 use crate::device::{self, Device, Span};
@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::limits::Limits;
 use crate::memory;
 use crate::random::Random;
+use crate::sample::SampleError;
 use crate::sample::rows::{Row, tables};
 use crate::state::{SequenceId, States};
 use crate::step::{self, KernelTime, MAX_DIM, Rows, StepInputs};
@@ -445,19 +446,31 @@ impl Engine {
     }
 
     fn rows(&mut self, name: &str) -> Result<Rows<'_>, Error> {
-        let (program, dims) = self.ran;
-        let span = self.span(program, name, &dims)?;
-        let bytes = self.device.fetch(&[span])?.remove(0);
-        let output = self.artifact.metadata().programs[program].outputs.iter().find(|o| o.name == name);
-        Ok(output.map_or(Rows::NONE, |output| Rows::new(output, &dims, bytes)))
+        let ((program, dims), metadata) = (self.ran, self.artifact.metadata());
+        let output = output_of(metadata, program, name)?;
+        let bytes = self.device.fetch(&[step::span_of(metadata, output, &dims)])?.remove(0);
+        Ok(Rows::new(output, &dims, bytes))
     }
 
     fn span(&self, program: usize, name: &str, dims: &[u64; 4]) -> Result<Span, Error> {
         let metadata = self.artifact.metadata();
-        let output = metadata.programs[program].outputs.iter().find(|o| o.name == name);
-        let output = output.ok_or(Error::Step("an entry point lacks one of its outputs"))?;
-        Ok(step::span_of(metadata, output, dims))
+        Ok(step::span_of(metadata, output_of(metadata, program, name)?, dims))
     }
+
+    /// The token that was chosen for row `row` of the last step or draft.
+    /// # Errors
+    /// [`Error::Sample`] says why there is none.
+    pub(crate) fn token(&mut self, row: usize, chosen: i32) -> Result<u32, Error> {
+        match u32::try_from(chosen) {
+            Ok(token) => Ok(token),
+            Err(_) => Err(SampleError::of_row(self.logits()?.row(row)).into()),
+        }
+    }
+}
+
+fn output_of<'m>(metadata: &'m Metadata, program: usize, name: &str) -> Result<&'m Output, Error> {
+    let output = metadata.programs[program].outputs.iter().find(|o| o.name == name);
+    output.ok_or(Error::Step("an entry point lacks one of its outputs"))
 }
 
 /// Bytes of KV that are sound numbers between -1 and 1, as f32 and as pairs of bf16.

@@ -139,9 +139,6 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// No rows.
-    pub(crate) const NONE: Self = Self { data: &[], count: 0, width: 0, stride: 0 };
-
     /// The rows of an output in the bytes that it takes, of a step of `dims`.
     pub(crate) fn new(output: &Output, dims: &[u64; 4], bytes: &'a [u8]) -> Self {
         let count = dims[output.rows as usize] as usize;

@@ -7,8 +7,8 @@ use crate::artifact::Artifact;
 use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows};
 use crate::error::Error;
 use crate::generate::{self, Checked, Drafter, Forward, GenerateArgs, ModelError, Run, Sequence, TextFiles};
+use crate::sample::Choosing;
 use crate::sample::rows::Row;
-use crate::sample::{Choosing, SampleError};
 use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
 use crate::step::Rows;
@@ -57,7 +57,7 @@ impl Model {
         if runs.iter().any(|run| run.choosing.is_some()) {
             let chosen = self.engine.sample(&wanted)?.to_vec();
             for (r, _) in wanted.iter().enumerate().filter(|(_, row)| row.choosing.is_some()) {
-                tokens.push(self.token(r, chosen[r])?);
+                tokens.push(self.engine.token(r, chosen[r])?);
             }
         }
         self.keep_rows(rows == LogitRows::All)?;
@@ -67,14 +67,6 @@ impl Model {
             self.catch_up(runs)?;
         }
         Ok(tokens)
-    }
-
-    /// The token that was chosen for row `row` of the last step.
-    fn token(&mut self, row: usize, chosen: i32) -> Result<u32, ModelError> {
-        match u32::try_from(chosen) {
-            Ok(token) => Ok(token),
-            Err(_) => Err(SampleError::of_row(self.engine.logits()?.row(row)).into()),
-        }
     }
 
     /// Copies the logits of the last step, if somebody wants them.
@@ -280,7 +272,7 @@ impl Drafter for Model {
             let accepted = usize::try_from(accepted).unwrap_or(0);
             // what comes after a wrong draft is of no use, and may be no token
             let of_use = own[..=accepted].iter().enumerate();
-            let tokens = of_use.map(|(i, &token)| self.token(first + i, token)).collect::<Result<_, _>>()?;
+            let tokens = of_use.map(|(i, &token)| self.engine.token(first + i, token)).collect::<Result<_, _>>()?;
             checked.push(Checked { tokens, accepted });
             first += run.tokens.len();
         }
@@ -331,10 +323,7 @@ fn tentative_rows<'a>(runs: &[Run<'a>]) -> Vec<Row<'a>> {
 fn take_drafts(engine: &mut Engine, drafts: &mut [Vec<u32>]) -> Result<(), ModelError> {
     let best = engine.best()?.to_vec();
     for (row, (drafts, best)) in drafts.iter_mut().zip(best).enumerate() {
-        match u32::try_from(best) {
-            Ok(token) => drafts.push(token),
-            Err(_) => return Err(SampleError::of_row(engine.logits()?.row(row)).into()),
-        }
+        drafts.push(engine.token(row, best)?);
     }
     Ok(())
 }
