@@ -121,7 +121,7 @@ fn drafts_never_change_a_token() {
         for temperature in ["0", "0.9"] {
             let run = |drafts: &str| {
                 let args = ["--max-new-tokens", "40", "--temperature", temperature, "--seed", "5"];
-                exe.tokens(&[prompt.clone(), short.clone()], &[&args[..], &["--draft-tokens", drafts]].concat())
+                exe.generate(&[prompt.clone(), short.clone()], &[&args[..], &["--draft-tokens", drafts]].concat()).0
             };
             let plain = run("0");
             for drafts in ["1", "3"] {

@@ -103,25 +103,13 @@ fn check_rounds(g: &Golden, subject: &dyn Subject, what: &str) {
     }
 }
 
-/// Tokens that an executable generates, and how many of its drafts were right.
-fn generate(exe: &Exe, prompts: &[Vec<i32>], args: &[&str]) -> (Vec<Vec<i32>>, u64) {
-    let ids = exe.ids(prompts);
-    let fixed = ["--tokens", ids.to_str().expect("UTF-8"), "--ignore-eos", "--json"];
-    let out = exe.json("generate", &[&fixed, args].concat());
-    let one = [out.clone()];
-    let sequences = out["sequences"].as_array().map_or(one.as_slice(), Vec::as_slice);
-    let tokens = |s: &serde_json::Value| serde_json::from_value(s["tokens"].clone()).expect("token ids");
-    let right = sequences.iter().filter_map(|s| s["mtp"]["accepted"].as_u64()).sum();
-    (sequences.iter().map(tokens).collect(), right)
-}
-
 /// Greedy speculative decoding: the published tokens, with as many right drafts as recorded.
 fn check_speculation(g: &Golden, exe: &Exe, what: &str) {
     let prompt = g.ints("input_ids").to_vec();
     let length = g.ints("greedy_ids").len().to_string();
     for k in (1..=3).filter(|k| g.has(&format!("spec_k{k}_start"))) {
         let args = ["--temperature", "0", "--max-new-tokens", &length, "--draft-tokens", &k.to_string()];
-        let (tokens, right) = generate(exe, std::slice::from_ref(&prompt), &args);
+        let (tokens, right) = exe.generate(std::slice::from_ref(&prompt), &args);
         assert_eq!(tokens[0], g.ints("greedy_ids"), "{what}: K = {k}");
         // the record also counts a draft of the very last token, which nobody needs to make
         let last = (prompt.len() + g.ints("greedy_ids").len()) as i32 - 2;
@@ -190,9 +178,9 @@ fn check_drafts_change_nothing(exe: &Exe, vocab: u64, random: &mut Random, what:
         let (k, seed) = ((1 + random.below(7)).to_string(), random.below(1000).to_string());
         let temperature = ["0", "0.8", "1.3"][random.below(3) as usize];
         let args = ["--max-new-tokens", "40", "--temperature", temperature, "--seed", &seed];
-        let (plain, _) = generate(exe, &prompts, &[&args[..], &["--draft-tokens", "0"]].concat());
+        let (plain, _) = exe.generate(&prompts, &[&args[..], &["--draft-tokens", "0"]].concat());
         for drafts in [k.as_str(), "auto"] {
-            let (checked, _) = generate(exe, &prompts, &[&args[..], &["--draft-tokens", drafts]].concat());
+            let (checked, _) = exe.generate(&prompts, &[&args[..], &["--draft-tokens", drafts]].concat());
             assert_eq!(checked, plain, "{what}: {drafts} drafts, {args:?}");
         }
     }

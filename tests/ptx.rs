@@ -48,23 +48,18 @@ fn models() -> Vec<(&'static str, KernelModule)> {
     configs.into_iter().map(|(name, path)| (name, kernels(&path.join("config.json")))).collect()
 }
 
-/// What came of a kernel.
-struct Made {
-    entries: Vec<ptxas::Entry>,
-}
-
 /// Emits and assembles a kernel, and looks at both texts.
-fn make(kernel: &Kernel, module: &KernelModule, ptx: &str) -> Result<Made, String> {
+fn make(kernel: &Kernel, module: &KernelModule, ptx: &str) -> Result<Vec<ptxas::Entry>, String> {
     let ir = nextc_llvm::ir(module, &target(), &kernel.name).map_err(|e| e.to_string())?;
     let ordered = ir.lines().find(|l| l.contains("atomicrmw") && !l.contains(" monotonic"));
     if let Some(line) = ordered {
         return Err(format!("LLVM drops the ordering of `{}` on the way to PTX", line.trim()));
     }
-    Ok(Made { entries: ptxas::assemble(ptx)? })
+    ptxas::assemble(ptx)
 }
 
 /// What each kernel came to; equal texts of PTX are assembled once.
-fn make_all(models: &[(&str, KernelModule)]) -> BTreeMap<(usize, usize), Result<Made, String>> {
+fn make_all(models: &[(&str, KernelModule)]) -> BTreeMap<(usize, usize), Result<Vec<ptxas::Entry>, String>> {
     let texts: Vec<Vec<Vec<u8>>> = models
         .iter()
         .map(|(name, m)| nextc_llvm::compile(m, &target()).unwrap_or_else(|e| panic!("{name}: {e}")))
@@ -99,12 +94,12 @@ fn every_kernel_assembles_with_the_registers_that_are_kept() {
         let kernel = &module.kernels[k];
         match made {
             Err(error) => writeln!(errors, "{name}: kernel @{}: {error}\n", kernel.name),
-            Ok(made) if kernel.is_block() => {
+            Ok(entries) if kernel.is_block() => {
                 let size = |e: &ptxas::Entry| match e.spilled_bytes {
                     0 => e.registers.to_string(),
                     bytes => format!("{} ({bytes} B spilled)", e.registers),
                 };
-                let registers: Vec<String> = made.entries.iter().map(size).collect();
+                let registers: Vec<String> = entries.iter().map(size).collect();
                 let (threads, shared) = (kernel.threads, kernel.shared_bytes());
                 writeln!(table, "{name} {}: {threads}, {shared} B, {}", kernel.name, registers.join(" + "))
             }

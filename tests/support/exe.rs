@@ -53,15 +53,16 @@ impl Exe {
         path.is_file().then(|| Self { dir, path: path.to_owned() })
     }
 
-    /// Token ids that it generates for each prompt, whatever ends sequences.
-    pub fn tokens(&self, prompts: &[Vec<i32>], args: &[&str]) -> Vec<Vec<i32>> {
+    /// Token ids that it generates for each prompt, whatever ends sequences, and how many drafts were right.
+    pub fn generate(&self, prompts: &[Vec<i32>], args: &[&str]) -> (Vec<Vec<i32>>, u64) {
         let ids = self.ids(prompts);
         let fixed = ["--tokens", ids.to_str().expect("UTF-8"), "--ignore-eos", "--json"];
         let out = self.json("generate", &[&fixed, args].concat());
         let one = [out.clone()];
         let sequences = out["sequences"].as_array().map_or(one.as_slice(), Vec::as_slice);
         let tokens = |s: &serde_json::Value| serde_json::from_value(s["tokens"].clone()).expect("token ids");
-        sequences.iter().map(tokens).collect()
+        let right = sequences.iter().filter_map(|s| s["mtp"]["accepted"].as_u64()).sum();
+        (sequences.iter().map(tokens).collect(), right)
     }
 
     /// A directory that lives as long as the executable.

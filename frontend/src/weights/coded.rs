@@ -18,7 +18,7 @@ use indexmap::IndexMap;
 use nextc_ir::format::Blocks;
 use nextc_ir::{DType, Format};
 
-use super::header::Tensor;
+use super::header::{PLAIN, Tensor};
 use crate::config::{Grouped, Quantization};
 use crate::error::WeightProblem as Problem;
 
@@ -99,7 +99,6 @@ struct Finder<'a> {
 }
 
 const CODES: &str = "I32";
-const FLOATS: &str = "BF16, F16 or F32";
 
 impl Finder<'_> {
     /// Looks at a tensor that may hold codes.
@@ -175,7 +174,7 @@ impl Finder<'_> {
         let [rows, columns] = self.matrix(&format!("{prefix}.weight"), "F8_E4M3")?;
         debug_assert_eq!(tensor.shape, [rows, columns]);
         let scales = [rows.div_ceil(block[0]), columns.div_ceil(block[1])];
-        self.companion(&format!("{prefix}.weight_scale_inv"), FLOATS, &scales)?;
+        self.companion(&format!("{prefix}.weight_scale_inv"), PLAIN, &scales)?;
         let blocks = Blocks::tile(u32::try_from(block[0]).ok()?, u32::try_from(block[1]).ok()?);
         Some(Coded { format: Format::Fp8(blocks), rows, columns, prefix: prefix.to_owned(), kind: Kind::Fp8 })
     }
@@ -204,7 +203,7 @@ impl Finder<'_> {
         if groups == 0 || !columns.is_multiple_of(groups) {
             return self.refuse(&scales, format!("{groups} groups of {columns} columns, expected groups of one size"));
         }
-        let scale = self.companion(&scales, FLOATS, &[rows, groups])?;
+        let scale = self.companion(&scales, PLAIN, &[rows, groups])?;
         let zeros = format!("{prefix}.weight_zero_point");
         let zero = self.tensors.contains_key(zeros.as_str());
         if zero {
@@ -234,7 +233,7 @@ impl Finder<'_> {
         }
         let size = grouped.group_size.unwrap_or(columns);
         let groups = columns.div_ceil(size);
-        let scale = self.companion(&format!("{prefix}.scales"), FLOATS, &[groups, rows])?;
+        let scale = self.companion(&format!("{prefix}.scales"), PLAIN, &[groups, rows])?;
         self.companion(&format!("{prefix}.qzeros"), CODES, &[groups, rows / per_word])?;
         let order = format!("{prefix}.g_idx");
         let has_order = self.tensors.contains_key(order.as_str());

@@ -7,6 +7,7 @@
 use std::fmt;
 
 use indexmap::IndexMap;
+use nextc_ir::Format;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
@@ -51,6 +52,21 @@ pub struct Tensor {
     /// First byte, counted from the beginning of the file.
     pub begin: u64,
 }
+
+impl Tensor {
+    /// The plain format of its numbers; `None` for other element types.
+    pub fn plain_format(&self) -> Option<Format> {
+        match self.dtype {
+            "BF16" => Some(Format::Bf16),
+            "F16" => Some(Format::F16),
+            "F32" => Some(Format::F32),
+            _ => None,
+        }
+    }
+}
+
+/// The element types that [`Tensor::plain_format`] knows, for messages.
+pub const PLAIN: &str = "BF16, F16 or F32";
 
 /// Length of the header, from a file's first eight bytes and its size.
 /// # Errors

@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Component, Path};
 
 use indexmap::IndexMap;
+use nextc_ir::WeightSource;
 use nextc_ir::format::codes::Codes;
 use nextc_ir::source::{SourceError, StoredTensor};
-use nextc_ir::{Format, WeightSource};
 
 use super::coded::read::Parts;
 use super::coded::{self, Coded, Found};
@@ -202,12 +202,7 @@ impl WeightSource for Checkpoint {
             return Some(StoredTensor { shape: vec![coded.rows, coded.columns], format: coded.format });
         }
         let tensor = self.stored(name)?;
-        let format = match tensor.dtype {
-            "F32" => Format::F32,
-            "F16" => Format::F16,
-            "BF16" => Format::Bf16,
-            _ => return None,
-        };
+        let format = tensor.plain_format()?;
         let (rows, row_elems) = rows_of(&tensor.shape);
         let shape = if tensor.shape.len() < 2 { vec![rows] } else { vec![rows, row_elems] };
         Some(StoredTensor { shape, format })

@@ -11,6 +11,7 @@ use indexmap::IndexMap;
 use nextc_ir::Format;
 use nextc_ir::graph::{Origin, RowRun, WeightDecl};
 
+use super::header::PLAIN;
 use super::keep;
 use super::quant::Quant;
 use super::rows::{self, run};
@@ -358,16 +359,11 @@ impl Binder<'_> {
             let problem = Problem::Shape { tensor: tensor.clone(), found: stored.shape.clone(), expected: expected() };
             self.problems.push(problem);
         }
-        let format = match stored.dtype {
-            "BF16" => Format::Bf16,
-            "F16" => Format::F16,
-            "F32" => Format::F32,
-            other => {
-                let expected = "BF16, F16 or F32";
-                self.problems.push(Problem::DType { tensor: tensor.clone(), found: other.into(), expected });
-                Format::F32
-            }
-        };
+        let format = stored.plain_format().unwrap_or_else(|| {
+            let found = stored.dtype.into();
+            self.problems.push(Problem::DType { tensor: tensor.clone(), found, expected: PLAIN });
+            Format::F32
+        });
         self.used.insert(tensor);
         format
     }
