@@ -32,7 +32,7 @@ lint: ## clippy, with the LLVM backend and without
 	$(CARGO) clippy --package nextc --all-targets --locked -- -D warnings
 
 unit: ## all tests
-	$(CARGO) test $(FEATURES) --locked
+	FUZZ_SECONDS=60 $(CARGO) test $(FEATURES) --locked
 
 doc: ## documentation, in which a broken link is an error
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(FEATURES) --no-deps --locked

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use nextc_frontend::RopeScaling;
+use nextc_frontend::{Quantise, RopeScaling};
 
 /// Compiles a Qwen3-Next model to one native executable.
 #[derive(Debug, Parser)]
@@ -50,6 +50,8 @@ const BUILD_EXAMPLES: &str = "\
 Examples:
   nextc build ~/models/Qwen3-Next-80B-A3B-Instruct -o qwen
   nextc build demo-model --cpu x86-64-v3 --embed-weights     one file for any CPU since 2013
+  nextc build Qwen3-Next-80B-A3B-Instruct-Q4_K_M.gguf        one file with everything in it
+  nextc build qwen --quant q4,head=q8                        four bits, but eight for the head
   nextc build qwen --rope-scaling yarn,factor=4              four times the context
   nextc build config.json                                    no weights: `info`, and `bench --random-weights`";
 
@@ -68,7 +70,7 @@ Examples:
 /// Which model to compile and how: what `build`, `run`, `dump` and `explain` share.
 #[derive(Clone, Debug, Args)]
 pub struct ModelArgs {
-    /// A checkpoint's folder, or a `config.json` alone.
+    /// A checkpoint's folder, a GGUF file (the first, if there are several), or a `config.json` alone.
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// The kind of machine.
@@ -77,9 +79,13 @@ pub struct ModelArgs {
     /// What makes machine code [default: llvm where it is compiled in, else cranelift].
     #[arg(long, value_enum)]
     pub backend: Option<Backend>,
-    /// How weights are stored: as in the checkpoint, or quantised.
-    #[arg(long, value_enum, default_value_t = Quant::Keep)]
-    pub quant: Quant,
+    /// How weights are stored: `keep`, `bf16`, `fp8`, `q8` or `q4`, and exceptions, as in `q4,head=q8` [default: keep].
+    ///
+    /// `keep` is as the checkpoint has them; `nextc formats` lists what the others make of which weights. An exception is PATTERN=FORMAT: a
+    /// word of that list (`experts`), or the name of a weight or its last parts, with `*` for any letters (`layers.1*.w_q`); and `keep` or a
+    /// format (`q4<g64>`). A later one goes before an earlier one.
+    #[arg(long, value_name = "QUANT[,PATTERN=FORMAT...]", default_value = "keep", hide_default_value = true)]
+    pub quant: Quantise,
     /// What activations may be rounded to.
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
@@ -123,21 +129,6 @@ pub enum Backend {
     Llvm,
     /// Cranelift: always there, 128-bit vectors, compiles in a moment.
     Cranelift,
-}
-
-/// `--quant`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Quant {
-    /// As the checkpoint stores them.
-    Keep,
-    /// bfloat16.
-    Bf16,
-    /// 8-bit floats, scaled by blocks.
-    Fp8,
-    /// 8-bit integers, scaled by groups.
-    Q8,
-    /// 4-bit integers, scaled by groups.
-    Q4,
 }
 
 /// `--activations`.
@@ -281,7 +272,7 @@ mod tests {
 
     #[test]
     fn every_option_of_build_is_one_of_dump_and_explain() {
-        let options = "m --target cpu+cuda --backend cranelift --quant q4 --activations f32 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
+        let options = "m --target cpu+cuda --backend cranelift --quant q4,head=q8 --activations f32 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
         for command in ["build", "run", "dump", "explain"] {
             assert!(parses(&format!("{command} {options}")), "{command}");
         }
@@ -293,6 +284,7 @@ mod tests {
             "",
             "build",
             "build m --quant q3",
+            "build m --quant q4,head",
             "build m --max-context 0",
             "build m --rope-scaling linear,factor=2",
             "dump m --stage x",

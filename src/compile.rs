@@ -10,7 +10,7 @@ use nextc_link::{LinkInputs, Report};
 use nextc_passes::lower::lower;
 use nextc_passes::{legalise, run_all};
 
-use crate::cli::{Activations, Backend, ModelArgs, Quant, TargetKind};
+use crate::cli::{Activations, Backend, ModelArgs, TargetKind};
 use crate::show;
 
 /// What code is made for, and by what.
@@ -82,14 +82,7 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
 }
 
 fn options(args: &ModelArgs) -> Options {
-    let quant = match args.quant {
-        Quant::Keep => None,
-        Quant::Bf16 => Some(nextc_frontend::Quant::Bf16),
-        Quant::Fp8 => Some(nextc_frontend::Quant::Fp8),
-        Quant::Q8 => Some(nextc_frontend::Quant::Q8),
-        Quant::Q4 => Some(nextc_frontend::Quant::Q4),
-    };
-    Options { max_context: args.max_context, quant, rope_scaling: args.rope_scaling.clone() }
+    Options { max_context: args.max_context, quant: args.quant.clone(), rope_scaling: args.rope_scaling.clone() }
 }
 
 /// Reads and checks a model, and shows what its user should know.

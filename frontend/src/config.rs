@@ -10,7 +10,7 @@ mod reader;
 mod rope;
 
 use nextc_ir::Format;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 pub use self::quantization::{Grouped, Quantization};
 pub use self::rope::{Rope, RopeScaling, Yarn};
@@ -124,8 +124,14 @@ impl ModelConfig {
 /// # Errors
 /// [`Error::Text`] if it is not a JSON object, [`Error::Config`] with all that is wrong with it.
 pub fn parse(file: &str, bytes: &[u8]) -> Result<(ModelConfig, Vec<String>), Error> {
-    let object = parse_object(file, bytes)?;
-    let mut keys = Reader::new(&object, CONFIG_KEYS, "");
+    read(file, &parse_object(file, bytes)?)
+}
+
+/// Reads the object of a `config.json`.
+/// # Errors
+/// [`Error::Config`] with all that is wrong with it.
+pub fn read(file: &str, object: &Map<String, Value>) -> Result<(ModelConfig, Vec<String>), Error> {
+    let mut keys = Reader::new(object, CONFIG_KEYS, "");
     check_architecture(&mut keys);
     // the keys of another architecture would only add noise
     if !keys.problems.is_empty() {

@@ -53,6 +53,16 @@ pub enum Error {
         /// The configuration that sets it.
         file: String,
     },
+    /// An exception of `--quant` is one of no matrix.
+    #[error(
+        "`--quant`: no matrix is called `{pattern}`, expected a word that `nextc formats` lists, or one of {known}"
+    )]
+    QuantPattern {
+        /// The exception's pattern.
+        pattern: String,
+        /// The names of all matrices, those of all layers as one.
+        known: String,
+    },
     /// A safetensors file or its index is malformed.
     #[error("{file}: {problem}")]
     Safetensors {
@@ -60,6 +70,14 @@ pub enum Error {
         file: String,
         /// What is wrong with it.
         problem: SafetensorsProblem,
+    },
+    /// A GGUF file is malformed, or is not such a model.
+    #[error("{file}: {problem}")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        problem: GgufProblem,
     },
     /// The tensors are not those that the configuration asks for: all problems.
     #[error("{}", lines("checkpoint", problems))]
@@ -193,6 +211,105 @@ pub enum SafetensorsProblem {
         tensor: String,
         /// The other shard.
         other: String,
+    },
+}
+
+/// Something wrong with a GGUF file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GgufProblem {
+    /// It does not begin as GGUF files do.
+    #[error("it begins with {found:?}, expected \"GGUF\"")]
+    Mark {
+        /// Its first four bytes.
+        found: String,
+    },
+    /// A version that is not read; big-endian files seem to have one too.
+    #[error("version {found}, expected 2 or 3 (little-endian)")]
+    Version {
+        /// The version.
+        found: u32,
+    },
+    /// The file, or what may be its header, ends too early.
+    #[error(
+        "byte {at}: {what} needs {needs_bytes} B, the header has {left_bytes} B left: the file is truncated or damaged"
+    )]
+    Ends {
+        /// What was being read.
+        what: String,
+        /// Where.
+        at: u64,
+        /// Bytes that it needs.
+        needs_bytes: u64,
+        /// Bytes that are there.
+        left_bytes: u64,
+    },
+    /// A count for which the file has no room.
+    #[error("byte {at}: {what} is {found}, expected at most {most}")]
+    Count {
+        /// What is counted.
+        what: String,
+        /// Where.
+        at: u64,
+        /// The count.
+        found: u64,
+        /// What the file has room for, or good sense allows.
+        most: u64,
+    },
+    /// A text that is no UTF-8.
+    #[error("byte {at}: {what} is no text: {reason}")]
+    Text {
+        /// What was being read.
+        what: String,
+        /// Where.
+        at: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A type of metadata that GGUF does not have, or a list of lists.
+    #[error("byte {at}: {what} has type {found}, expected one of 0 to 12, and no list in a list")]
+    ValueType {
+        /// What was being read.
+        what: String,
+        /// Where.
+        at: u64,
+        /// The type.
+        found: u32,
+    },
+    /// A key whose value is not what it should be.
+    #[error("`{key}` is {found}, expected {expected}")]
+    Key {
+        /// The key.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What would be accepted.
+        expected: String,
+    },
+    /// A tensor that is not where or what it should be.
+    #[error("tensor `{tensor}`: {reason}")]
+    Tensor {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The first of several parts has another name than it should.
+    #[error(
+        "it is the first of {count} parts, expected a name that ends in `{ending}`, so that the others can be found"
+    )]
+    PartName {
+        /// How many parts there are.
+        count: i128,
+        /// What its name should end in.
+        ending: String,
+    },
+    /// Reading failed.
+    #[error("byte {at}: {reason}")]
+    Read {
+        /// Where.
+        at: u64,
+        /// What the system says.
+        reason: String,
     },
 }
 

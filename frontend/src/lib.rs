@@ -1,4 +1,4 @@
-//! From a model directory, or a `config.json` alone, to the graph IR and a source of weights.
+//! From a model directory, a GGUF file, or a `config.json` alone, to the graph IR and a source of weights.
 //!
 //! [`load`] reads and checks everything: the configuration ([`config`]), the tensors ([`weights`]), the tokenizer's files.
 //! What it gives is complete: every weight that the graph names has its rows in the checkpoint, every shape has been
@@ -13,15 +13,16 @@ use nextc_ir::graph::ModelInfo;
 pub mod config;
 mod error;
 mod files;
+pub mod gguf;
 mod json;
 pub mod layers;
 pub mod tokenizer_files;
 pub mod weights;
 
 pub use config::{ModelConfig, RopeScaling};
-pub use error::{ConfigProblem, Error, SafetensorsProblem, WeightProblem};
+pub use error::{ConfigProblem, Error, GgufProblem, SafetensorsProblem, WeightProblem};
 pub use tokenizer_files::Asset;
-pub use weights::{Checkpoint, Quant};
+pub use weights::{Checkpoint, Quant, Quantise};
 
 const CONFIG: &str = "config.json";
 const CONFIG_LIMIT_BYTES: u64 = 16 << 20;
@@ -31,8 +32,8 @@ const CONFIG_LIMIT_BYTES: u64 = 16 << 20;
 pub struct Options {
     /// The longest context, in tokens; `None`: the model's own.
     pub max_context: Option<u64>,
-    /// What weights are quantised to; `None`: they are as the checkpoint has them.
-    pub quant: Option<Quant>,
+    /// What weights are quantised to; by default they are as the checkpoint has them.
+    pub quant: Quantise,
     /// A rotary scaling in place of the configuration's.
     pub rope_scaling: Option<RopeScaling>,
 }
@@ -52,34 +53,25 @@ pub struct Model {
     pub warnings: Vec<String>,
 }
 
-/// Loads a model directory, or the `config.json` at `path` alone.
+/// Loads a model directory, the GGUF file at `path`, or the `config.json` there alone.
 /// # Errors
 /// [`Error`], which names the file, what was found and what was expected.
 pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
-    let alone = !path.is_dir();
-    let (config_path, directory) = match alone {
-        true => (path.to_owned(), path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))),
-        false => (path.join(CONFIG), path),
+    let parts = match gguf::is_gguf(path) {
+        true => open_gguf(path)?,
+        false => open_folder(path)?,
     };
-    let file = files::file_name(&config_path);
-    let bytes = files::read_limited(&config_path, CONFIG_LIMIT_BYTES)?.ok_or_else(|| Error::Io {
-        file: config_path.display().to_string(),
-        reason: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"),
-    })?;
-    let (mut config, mut warnings) = config::parse(&file, &bytes)?;
-    if let Some(scaling) = &options.rope_scaling {
-        config = config.with_rope_scaling(scaling);
-    }
+    let Parts { name, file, config, source, assets, mut warnings } = parts;
+    let config = match &options.rope_scaling {
+        Some(scaling) => config.with_rope_scaling(scaling),
+        None => config,
+    };
     let max_context = check_max_context(&config, options, file)?;
-    let (source, assets) = match alone {
-        true => (None, Vec::new()),
-        false => open_directory(directory, &config, &mut warnings)?,
-    };
     let stop = tokenizer_files::stop_tokens(&assets, config.vocab_size, &mut warnings)?;
-    let mut table = weights::table::build(&config, source.as_ref(), options.quant)?;
+    let mut table = weights::table::build(&config, source.as_ref(), &options.quant)?;
     warnings.append(&mut table.warnings);
     let info = ModelInfo {
-        name: weights::safetensors::directory_name(directory),
+        name,
         vocab_size: config.vocab_size,
         hidden_size: config.hidden_size,
         num_layers: config.layers.len() as u64,
@@ -92,21 +84,74 @@ pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
     Ok(Model { module, config, source, assets, warnings })
 }
 
+/// What the files of a model say, each by itself.
+struct Parts {
+    /// The model's name.
+    name: String,
+    /// The file that has the configuration.
+    file: String,
+    config: ModelConfig,
+    source: Option<Checkpoint>,
+    assets: Vec<Asset>,
+    warnings: Vec<String>,
+}
+
+fn open_folder(path: &Path) -> Result<Parts, Error> {
+    let alone = !path.is_dir();
+    let (config_path, directory) = match alone {
+        true => (path.to_owned(), path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))),
+        false => (path.join(CONFIG), path),
+    };
+    let file = files::file_name(&config_path);
+    let bytes = files::read_limited(&config_path, CONFIG_LIMIT_BYTES)?.ok_or_else(|| Error::Io {
+        file: config_path.display().to_string(),
+        reason: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"),
+    })?;
+    let (config, mut warnings) = config::parse(&file, &bytes)?;
+    let (source, assets) = match alone {
+        true => (None, Vec::new()),
+        false => open_directory(directory, &config, &mut warnings)?,
+    };
+    let name = weights::safetensors::directory_name(directory);
+    Ok(Parts { name, file, config, source, assets, warnings })
+}
+
 fn open_directory(
     directory: &Path,
     config: &ModelConfig,
     warnings: &mut Vec<String>,
 ) -> Result<(Option<Checkpoint>, Vec<Asset>), Error> {
-    let mut source = Checkpoint::open(directory, warnings)?;
-    if let Some(checkpoint) = &mut source {
-        checkpoint.find_coded(config.quantization)?;
-    }
+    let source = Checkpoint::open(directory, config.quantization, warnings)?;
     if source.is_none() {
         let (single, index) = (weights::safetensors::SINGLE, weights::safetensors::INDEX);
         warnings.push(format!("there is neither {single} nor {index}: the model is built from its {CONFIG} alone"));
     }
     let assets = tokenizer_files::read_assets(directory, warnings)?;
     Ok((source, assets))
+}
+
+fn open_gguf(path: &Path) -> Result<Parts, Error> {
+    let file = files::file_name(path);
+    let model = gguf::Gguf::open(path)?;
+    let object = gguf::config::object(&model).map_err(|problem| Error::Gguf { file: file.clone(), problem })?;
+    let (config, mut warnings) = config::read(&file, &object).map_err(|error| match error {
+        Error::Config { file, problems } => {
+            Error::Config { file, problems: problems.into_iter().map(gguf::config::own_problem).collect() }
+        }
+        other => other,
+    })?;
+    let assets = gguf::tokenizer::assets(&file, &model, &mut warnings)?;
+    if config.mtp_layers.unwrap_or(0) == 0 {
+        warnings.push(format!("{file}: there is no MTP module in it: nothing drafts tokens"));
+    }
+    Ok(Parts {
+        name: gguf::source::model_name(path),
+        file,
+        config,
+        source: Some(Checkpoint::Gguf(model)),
+        assets,
+        warnings,
+    })
 }
 
 fn check_max_context(config: &ModelConfig, options: &Options, file: String) -> Result<u64, Error> {

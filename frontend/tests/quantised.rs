@@ -56,7 +56,7 @@ impl Fixture {
         let dir = tempfile::tempdir().expect("a temporary directory");
         fs::write(dir.path().join("config.json"), self.config.to_string()).expect("written");
         fs::write(dir.path().join("model.safetensors"), file).expect("written");
-        let model = load(dir.path(), &Options { quant, ..Options::default() });
+        let model = load(dir.path(), &Options { quant: quant.into(), ..Options::default() });
         (dir, model)
     }
 

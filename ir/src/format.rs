@@ -1,9 +1,9 @@
 //! Weight formats: how the numbers of a weight are stored. Each is declared once, in [`FORMATS`].
 //!
 //! A stored number is a **code** of a few bits. In the plain formats (bf16, f16, f32) the code is the number; in the others a
-//! block of the matrix shares a scale, and perhaps a zero point: `number = (code - zero) * scale` ([`Blocks`]). A row of the
+//! block of the matrix shares a scale, and perhaps a second number ([`Blocks`], [`Shift`]). A row of the
 //! table says how wide a code is, what it means ([`FormatDef::decode`], the interpreter's reading), which code is nearest to a
-//! number ([`FormatDef::encode`]) and how a kernel gets the numbers out of a 32-bit word ([`FormatDef::unpack`], kernel IR).
+//! number ([`FormatDef::encode`]) and how a kernel gets the numbers out of 32-bit words ([`FormatDef::unpack`], kernel IR).
 //! Packer, interpreter, lowering, cost and `nextc formats` derive from the row; where codes and scales lie is [`crate::layout`]'s
 //! business, and how a matrix is rounded to a format that of [`codes`].
 
@@ -31,19 +31,35 @@ pub enum Format {
     Q8(Blocks),
     /// Four-bit integers from -8 to 7, scaled; stored with 8 added.
     Q4(Blocks),
+    /// Four-bit integers from 0 to 15, scaled, and an offset.
+    U4(Blocks),
+    /// Six-bit integers from -32 to 31, scaled; stored with 32 added.
+    Q6(Blocks),
 }
 
-/// What shares a scale, and how the scale is stored. In text: `g32`, `128x128`, `g128,bf16,zero`.
+/// What the second number of a block does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shift {
+    /// A zero point, in codes: `number = (code - zero) * scale`.
+    Zero,
+    /// An offset: `number = code * scale + offset`.
+    Offset,
+}
+
+/// What shares a scale, and how the scale is stored. In text: `g32`, `128x128`, `g128,bf16,zero`, `g16,k256`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Blocks {
     /// Rows of a block: 1, or a multiple of 16. A block ends where its index of the outer output dimensions (an expert, a head) ends.
     pub rows: u32,
     /// Columns of a block, counted as stored: a multiple of 16. The last block of a row may have fewer.
     pub columns: u32,
-    /// The type of scales, and of zero points where there are any: f16, bf16 or f32.
+    /// The type of scales, and of second numbers where there are any: f16, bf16 or f32. With units, the type of these.
     pub scale: DType,
-    /// True if a block also has a zero point: `number = (code - zero) * scale`.
+    /// True if a block also has a second number: [`FormatDef::shift`].
     pub zero: bool,
+    /// 0, or columns of a row that share a unit, whole blocks of them: then scales are integers of eight bits, counted in units, and
+    /// second numbers too, in a unit of their own.
+    pub unit: u32,
     /// True if the columns are stored in an order of their own, which the weight's order plane holds.
     pub ordered: bool,
 }
@@ -51,17 +67,32 @@ pub struct Blocks {
 impl Blocks {
     /// A scale a row and `columns` columns, in f16.
     pub const fn group(columns: u32) -> Self {
-        Self { rows: 1, columns, scale: DType::F16, zero: false, ordered: false }
+        Self { rows: 1, columns, scale: DType::F16, zero: false, unit: 0, ordered: false }
     }
 
     /// A scale for `rows` rows by `columns` columns, in f32.
     pub const fn tile(rows: u32, columns: u32) -> Self {
-        Self { rows, columns, scale: DType::F32, zero: false, ordered: false }
+        Self { rows, columns, scale: DType::F32, zero: false, unit: 0, ordered: false }
     }
 
-    /// Numbers that a block is described by: its scale, and its zero point.
+    /// The same with scales that are counted in units of `columns` columns.
+    pub const fn with_unit(self, columns: u32) -> Self {
+        Self { unit: columns, ..self }
+    }
+
+    /// The same with second numbers.
+    pub const fn with_second(self) -> Self {
+        Self { zero: true, ..self }
+    }
+
+    /// Numbers that a block is described by: its scale, and its second number.
     pub const fn parts(self) -> u64 {
         1 + self.zero as u64
+    }
+
+    /// Bytes of a scale as it is stored.
+    pub const fn scale_bytes(self) -> u64 {
+        if self.unit > 0 { 1 } else { self.scale.bytes() }
     }
 }
 
@@ -73,16 +104,20 @@ pub struct FormatDef {
     pub name: &'static str,
     /// Bits of a code.
     pub bits: u64,
+    /// 32-bit words that a whole number of codes fills: columns go to memory in groups of as many.
+    pub words: u64,
     /// The largest magnitude of a code in use: a block whose numbers reach `largest · scale` is not clipped.
     pub largest: f32,
+    /// What the second number of a block does, where a block has one.
+    pub shift: Shift,
     /// One sentence for `nextc formats`.
     pub doc: &'static str,
     /// The code nearest to `x` (of a scaled format: to a number already divided by its scale). Exact if `x` is a code's number.
     pub encode: fn(x: f32) -> u32,
-    /// The number that a code stands for, before zero point and scale.
+    /// The number that a code stands for, before scale and second number.
     pub decode: fn(code: u32) -> f32,
-    /// Emits the numbers of the `32 / bits` columns that a word holds, in their order: `f32` of as many lanes as the words.
-    pub unpack: fn(k: &mut KernelBuilder, words: Val) -> Vec<Val>,
+    /// Emits the numbers of the [`Format::group_columns`] that a group of words holds, in their order: `f32` of as many lanes as the words.
+    pub unpack: fn(k: &mut KernelBuilder, words: &[Val]) -> Vec<Val>,
 }
 
 /// The table: every format nextc reads and packs.
@@ -91,7 +126,9 @@ pub const FORMATS: &[FormatDef] = &[
         format: Format::Bf16,
         name: "bf16",
         bits: 16,
+        words: 1,
         largest: f32::MAX,
+        shift: Shift::Zero,
         doc: "bfloat16: the upper half of a float32",
         encode: |x| u32::from(encode_bf16(x)),
         decode: |c| decode_bf16(c as u16),
@@ -101,7 +138,9 @@ pub const FORMATS: &[FormatDef] = &[
         format: Format::F16,
         name: "f16",
         bits: 16,
+        words: 1,
         largest: 65504.0,
+        shift: Shift::Zero,
         doc: "IEEE half precision",
         encode: |x| u32::from(encode_f16(x)),
         decode: |c| decode_f16(c as u16),
@@ -111,7 +150,9 @@ pub const FORMATS: &[FormatDef] = &[
         format: Format::F32,
         name: "f32",
         bits: 32,
+        words: 1,
         largest: f32::MAX,
+        shift: Shift::Zero,
         doc: "IEEE single precision",
         encode: f32::to_bits,
         decode: f32::from_bits,
@@ -121,7 +162,9 @@ pub const FORMATS: &[FormatDef] = &[
         format: Format::Fp8(Blocks::tile(128, 128)),
         name: "fp8",
         bits: 8,
+        words: 1,
         largest: 448.0,
+        shift: Shift::Zero,
         doc: "8-bit floats (e4m3fn); an f32 scale for each 128 rows by 128 columns",
         encode: |x| u32::from(encode_e4m3(x)),
         decode: |c| decode_e4m3(c as u8),
@@ -131,7 +174,9 @@ pub const FORMATS: &[FormatDef] = &[
         format: Format::Q8(Blocks::group(32)),
         name: "q8",
         bits: 8,
+        words: 1,
         largest: 127.0,
+        shift: Shift::Zero,
         doc: "8-bit integers; an f16 scale for each 32 columns of a row",
         encode: |x| u32::from((x.round_ties_even() as i8).max(-127).cast_unsigned()),
         decode: |c| f32::from((c as u8).cast_signed()),
@@ -141,11 +186,37 @@ pub const FORMATS: &[FormatDef] = &[
         format: Format::Q4(Blocks::group(32)),
         name: "q4",
         bits: 4,
+        words: 1,
         largest: 8.0,
+        shift: Shift::Zero,
         doc: "4-bit integers from -8 to 7; an f16 scale for each 32 columns of a row",
         encode: |x| (x.round_ties_even().clamp(-8.0, 7.0) + 8.0) as u32,
         decode: |c| (c & 15) as f32 - 8.0,
+        unpack: unpack::i4,
+    },
+    FormatDef {
+        format: Format::U4(Blocks::group(32).with_second().with_unit(256)),
+        name: "u4",
+        bits: 4,
+        words: 1,
+        largest: 15.0,
+        shift: Shift::Offset,
+        doc: "4-bit integers from 0 to 15; for each 32 columns of a row a scale and an offset, integers in f16 units of 256 columns (GGUF's Q4_K)",
+        encode: |x| x.round_ties_even().clamp(0.0, 15.0) as u32,
+        decode: |c| (c & 15) as f32,
         unpack: unpack::u4,
+    },
+    FormatDef {
+        format: Format::Q6(Blocks::group(16).with_unit(256)),
+        name: "q6",
+        bits: 6,
+        words: 3,
+        largest: 31.0,
+        shift: Shift::Zero,
+        doc: "6-bit integers from -32 to 31; a scale for each 16 columns of a row, an integer in f16 units of 256 columns (GGUF's Q6_K)",
+        encode: |x| (x.round_ties_even().clamp(-32.0, 31.0) + 32.0) as u32,
+        decode: |c| (c & 63) as f32 - 32.0,
+        unpack: unpack::i6,
     },
 ];
 
@@ -160,7 +231,7 @@ impl Format {
     pub const fn blocks(self) -> Option<Blocks> {
         match self {
             Self::Bf16 | Self::F16 | Self::F32 => None,
-            Self::Fp8(blocks) | Self::Q8(blocks) | Self::Q4(blocks) => Some(blocks),
+            Self::Fp8(b) | Self::Q8(b) | Self::Q4(b) | Self::U4(b) | Self::Q6(b) => Some(b),
         }
     }
 
@@ -172,12 +243,14 @@ impl Format {
             Self::Fp8(_) => Self::Fp8(blocks),
             Self::Q8(_) => Self::Q8(blocks),
             Self::Q4(_) => Self::Q4(blocks),
+            Self::U4(_) => Self::U4(blocks),
+            Self::Q6(_) => Self::Q6(blocks),
         }
     }
 
-    /// Columns that a 32-bit word holds.
-    pub fn word_columns(self) -> u64 {
-        32 / self.def().bits
+    /// Columns of a group: those that a 32-bit word holds, or where codes do not fill one, several.
+    pub fn group_columns(self) -> u64 {
+        32 * self.def().words / self.def().bits
     }
 
     /// The plain format whose numbers are those of `dtype`.
@@ -209,13 +282,14 @@ impl Format {
         let codes = elems * self.def().bits / 8;
         let scales = self.blocks().map_or(0, |b| {
             let block = u64::from(b.rows) * u64::from(b.columns);
-            elems.div_ceil(block) * b.parts() * b.scale.bytes()
+            let units = elems.checked_div(u64::from(b.unit)).unwrap_or(0);
+            b.parts() * (elems.div_ceil(block) * b.scale_bytes() + units * b.scale.bytes())
         });
         codes + scales
     }
 }
 
-/// `g32`, `128x128`, `g128,bf16,zero,ordered`; what is not said is as in `usual`.
+/// `g32`, `128x128`, `g128,bf16,zero,ordered`, `g16,k256`; what is not said is as in `usual`.
 fn parse_blocks(text: &str, usual: Blocks) -> Option<Blocks> {
     let mut words = text.split(',');
     let size = words.next()?;
@@ -224,17 +298,20 @@ fn parse_blocks(text: &str, usual: Blocks) -> Option<Blocks> {
         (None, Some((rows, columns))) => (rows.parse().ok()?, columns.parse().ok()?),
         (None, None) => return None,
     };
-    let mut blocks = Blocks { rows, columns, ..usual };
+    let mut blocks = Blocks { rows, columns, unit: 0, ..usual };
     for word in words {
+        let unit = word.strip_prefix('k').and_then(|n| n.parse().ok());
         match (word, DType::from_name(word)) {
             ("zero", _) => blocks.zero = true,
             ("ordered", _) => blocks.ordered = true,
+            _ if unit.is_some() => blocks.unit = unit.unwrap_or(0),
             (_, Some(scale)) if Format::plain(scale).is_some() => blocks.scale = scale,
             _ => return None,
         }
     }
     let whole = |n: u32| n > 0 && n.is_multiple_of(16);
-    (whole(columns) && (rows == 1 || whole(rows))).then_some(blocks)
+    let counted = blocks.unit == 0 || (rows == 1 && blocks.unit.is_multiple_of(columns));
+    (whole(columns) && (rows == 1 || whole(rows)) && counted).then_some(blocks)
 }
 
 impl std::fmt::Display for Format {
@@ -249,7 +326,11 @@ impl std::fmt::Display for Format {
         if b.scale != usual.scale {
             write!(f, ",{}", b.scale)?;
         }
-        write!(f, "{}{}>", if b.zero { ",zero" } else { "" }, if b.ordered { ",ordered" } else { "" })
+        if b.unit > 0 {
+            write!(f, ",k{}", b.unit)?;
+        }
+        let zero = b.zero && def.shift == Shift::Zero;
+        write!(f, "{}{}>", if zero { ",zero" } else { "" }, if b.ordered { ",ordered" } else { "" })
     }
 }
 
@@ -264,12 +345,35 @@ mod tests {
             assert_eq!(Format::from_name(def.name), Some(def.format));
             assert_eq!(Format::from_name(&def.format.to_string()), Some(def.format));
         }
-        for text in
-            ["q4<g32>", "q4<g128,bf16,zero>", "q4<g64,f32,ordered>", "fp8<128x128>", "fp8<g64,bf16>", "q8<16x32>"]
-        {
+        for text in [
+            "q4<g32>",
+            "q4<g128,bf16,zero>",
+            "q4<g64,f32,ordered>",
+            "fp8<128x128>",
+            "fp8<g64,bf16>",
+            "q8<16x32>",
+            "q8<g16,k256>",
+            "u4<g32,k256>",
+            "u4<g32>",
+            "q6<g16,k256>",
+            "q6<g32>",
+        ] {
             assert_eq!(Format::from_name(text).expect(text).to_string(), text);
         }
-        for text in ["q4<>", "q4<g24>", "q4<g0>", "q4<32>", "fp8<8x128>", "bf16<g32>", "q4<g32", "q4<g32,i32>", "q3"] {
+        for text in [
+            "q8<g32,k48>",
+            "q8<16x32,k256>",
+            "q8<g32,k>",
+            "q4<>",
+            "q4<g24>",
+            "q4<g0>",
+            "q4<32>",
+            "fp8<8x128>",
+            "bf16<g32>",
+            "q4<g32",
+            "q4<g32,i32>",
+            "q3",
+        ] {
             assert_eq!(Format::from_name(text), None, "{text}");
         }
     }
@@ -295,6 +399,9 @@ mod tests {
         assert_eq!(bytes("q8"), 1.0625);
         assert_eq!(bytes("q4"), 0.5625);
         assert_eq!(bytes("q4<g128,bf16,zero>"), 0.53125);
+        assert_eq!(bytes("u4"), 0.578_125);
+        assert_eq!(bytes("q6"), 0.820_312_5);
+        assert_eq!(bytes("q8<g16,k256>"), 1.070_312_5);
         assert!((bytes("fp8") - 1.000_25).abs() < 1e-5);
     }
 }

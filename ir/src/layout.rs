@@ -1,10 +1,10 @@
 //! Layouts: where each element of a weight lies in the packed file. A layout is data; the packer and the kernels read it.
 //!
 //! A matrix is packed as **planes**, one after the other, each at a multiple of 64 bytes: the codes of its format, then the
-//! scales and zero points of its blocks, then the order of its columns. Which planes there are and where everything lies in
+//! scales and second numbers of its blocks, then the units that these are counted in, then the order of its columns. Which planes there are and where everything lies in
 //! them says [`Planes`], from shape, format and layout alone.
 
-use crate::format::{Blocks, Format};
+use crate::format::Format;
 use crate::shape::{LANES, pad, padded_elems};
 
 /// How a weight lies in memory.
@@ -16,10 +16,12 @@ pub enum Layout {
     /// A matrix `[rows, columns]` as tiles of 16 rows; a tile holds all columns.
     ///
     /// - codes: lines of 64 bytes, a 32-bit word for each of the 16 rows; a word holds neighbouring columns of its row: one
-    ///   f32, two halves, four bytes (what VDPBF16PS, VNNI and AMX read), eight nibbles (see [`word_shift`])
+    ///   f32, two halves, four bytes (what VDPBF16PS, VNNI and AMX read), eight nibbles; where codes do not fill a word, several lines hold a
+    ///   group of columns (see [`pieces`])
     /// - scales of blocks of one row: for each tile as the codes of a matrix of the scales' type, whose columns are the blocks'
     ///   scales, each followed by its zero point where there is one; an odd last column is padded
     /// - scales of blocks of several rows: for each tile the scale of each of its blocks
+    /// - units of scales: for each tile as the scales of blocks as wide as the units
     /// - order: for each index of the outer output dimensions the column of x, i32, that each stored column is multiplied with
     Tile16,
     /// A matrix as tiles of 16 rows whose codes lie as the threads of a warp hold them for `mma.m16n8k16`, in turns of 64 columns: thread `4·(row % 8) + q` holds
@@ -87,13 +89,35 @@ pub struct Planes {
     pub columns: u64,
 }
 
-/// Where a code lies.
+/// Where bits of a code lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// The byte that it begins in.
+    /// The byte that they begin in.
     pub byte: u64,
-    /// The bit of that byte: 0, or 4 for the upper nibble.
+    /// The bit of that byte.
     pub bit: u64,
+    /// The first of these bits in the code, and how many they are.
+    pub of_code: (u64, u64),
+}
+
+/// Bits of a code in one of the words of its group of columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The word.
+    pub word: u64,
+    /// How far they are shifted in it.
+    pub shift: u64,
+    /// The first of these bits in the code, and how many they are.
+    pub of_code: (u64, u64),
+}
+
+impl Piece {
+    /// The bits of `code` at their place in the word.
+    pub const fn of(self, code: u32) -> u32 {
+        let (first, bits) = self.of_code;
+        let mask = if bits < 32 { (1 << bits) - 1 } else { u32::MAX };
+        (code >> first & mask) << self.shift
+    }
 }
 
 impl Planes {
@@ -118,7 +142,7 @@ impl Planes {
     pub fn tile_bytes(&self) -> u64 {
         match self.layout {
             Layout::Mma16 => self.turns() * self.turn_bytes(),
-            _ => self.columns / self.format.word_columns() * LINE_BYTES,
+            _ => self.columns / self.format.group_columns() * self.format.def().words * LINE_BYTES,
         }
     }
 
@@ -133,7 +157,7 @@ impl Planes {
     }
 
     /// Where the code of an element of [`Layout::Mma16`] lies in its tile.
-    fn mma_code(&self, row: u64, column: u64) -> Place {
+    fn mma_code(&self, row: u64, column: u64) -> (u64, u64) {
         let (turn, half_turn, q) = (column / TURN_COLUMNS, column % TURN_COLUMNS / 32, column % 32 / 8);
         let (step, at, half) = (column % 8 / 4, column % 4, row % LANES / 8);
         let bits = self.format.def().bits;
@@ -145,7 +169,7 @@ impl Planes {
         };
         let thread = row % 8 * 4 + q;
         let bit = (turn * self.turn_bytes() + load * 512 + thread * 16) * 8 + bit;
-        Place { byte: bit / 8, bit: bit % 8 }
+        (bit / 8, bit % 8)
     }
 
     /// Bytes of the codes.
@@ -163,9 +187,26 @@ impl Planes {
         let Some(blocks) = self.format.blocks() else { return 0 };
         let numbers = self.column_blocks() * blocks.parts();
         match blocks.rows {
-            1 => numbers.div_ceil(scale_word_columns(blocks)) * LINE_BYTES,
+            1 => numbers.div_ceil(4 / blocks.scale_bytes()) * LINE_BYTES,
             _ => numbers * blocks.scale.bytes(),
         }
+    }
+
+    /// Units of a row; 0 where scales are not counted in units.
+    pub fn row_units(&self) -> u64 {
+        let unit = self.format.blocks().map_or(0, |b| u64::from(b.unit));
+        if unit == 0 { 0 } else { self.columns.div_ceil(unit) }
+    }
+
+    /// Bytes of the units of a tile.
+    pub fn tile_unit_bytes(&self) -> u64 {
+        let Some(blocks) = self.format.blocks() else { return 0 };
+        (self.row_units() * blocks.parts()).div_ceil(4 / blocks.scale.bytes()) * LINE_BYTES
+    }
+
+    /// Where the units begin.
+    pub fn units_at(&self) -> u64 {
+        (self.scales_at() + self.tiles() * self.tile_scale_bytes()).next_multiple_of(PLANE_ALIGN_BYTES)
     }
 
     /// Where the scales begin.
@@ -175,7 +216,7 @@ impl Planes {
 
     /// Where the columns' order begins.
     pub fn order_at(&self) -> u64 {
-        (self.scales_at() + self.tiles() * self.tile_scale_bytes()).next_multiple_of(PLANE_ALIGN_BYTES)
+        (self.units_at() + self.tiles() * self.tile_unit_bytes()).next_multiple_of(PLANE_ALIGN_BYTES)
     }
 
     /// Bytes of everything.
@@ -183,20 +224,23 @@ impl Planes {
         match self.format.blocks() {
             None => self.code_bytes(),
             Some(blocks) if blocks.ordered => self.order(self.rows, 0),
+            Some(blocks) if blocks.unit > 0 => self.units_at() + self.tiles() * self.tile_unit_bytes(),
             Some(_) => self.scales_at() + self.tiles() * self.tile_scale_bytes(),
         }
     }
 
-    /// Where the code of an element lies.
-    pub fn code(&self, row: u64, column: u64) -> Place {
+    /// Where the code of an element lies, in one place or in several.
+    pub fn code(&self, row: u64, column: u64) -> Vec<Place> {
+        let tile = row / LANES * self.tile_bytes();
         if self.layout == Layout::Mma16 {
-            let place = self.mma_code(row, column);
-            return Place { byte: row / LANES * self.tile_bytes() + place.byte, ..place };
+            let (byte, bit) = self.mma_code(row, column);
+            return vec![Place { byte: tile + byte, bit, of_code: (0, self.format.def().bits) }];
         }
-        let per_word = self.format.word_columns();
-        let word = row / LANES * self.tile_bytes() + column / per_word * LINE_BYTES + row % LANES * 4;
-        let shift = word_shift(self.format, column % per_word);
-        Place { byte: word + shift / 8, bit: shift % 8 }
+        let columns = self.format.group_columns();
+        let line = tile + column / columns * self.format.def().words * LINE_BYTES + row % LANES * 4;
+        let place =
+            |p: Piece| Place { byte: line + p.word * LINE_BYTES + p.shift / 8, bit: p.shift % 8, of_code: p.of_code };
+        pieces(self.format, column % columns).map(place).collect()
     }
 
     /// Where the scale of an element's block lies; `None` if nothing is scaled.
@@ -204,7 +248,7 @@ impl Planes {
         self.part(row, column, 0)
     }
 
-    /// Where the zero point of an element's block lies, if it has one.
+    /// Where the second number of an element's block lies, if it has one.
     pub fn zero(&self, row: u64, column: u64) -> Option<u64> {
         self.format.blocks().filter(|b| b.zero).and_then(|_| self.part(row, column, 1))
     }
@@ -213,13 +257,18 @@ impl Planes {
         let blocks = self.format.blocks()?;
         let number = column / u64::from(blocks.columns) * blocks.parts() + part;
         let within = match blocks.rows {
-            1 => {
-                let per_word = scale_word_columns(blocks);
-                number / per_word * LINE_BYTES + row % LANES * 4 + number % per_word * blocks.scale.bytes()
-            }
+            1 => in_lines(row, number, blocks.scale_bytes()),
             _ => number * blocks.scale.bytes(),
         };
         Some(self.scales_at() + row / LANES * self.tile_scale_bytes() + within)
+    }
+
+    /// Where the unit lies in which the scale (`part` 0) or the second number (1) of an element's block is counted, if it is.
+    pub fn unit(&self, row: u64, column: u64, part: u64) -> Option<u64> {
+        let blocks = self.format.blocks().filter(|b| b.unit > 0 && part < b.parts())?;
+        let number = column / u64::from(blocks.unit) * blocks.parts() + part;
+        let tile = self.units_at() + row / LANES * self.tile_unit_bytes();
+        Some(tile + in_lines(row, number, blocks.scale.bytes()))
     }
 
     /// Where the number of the column of x lies that a stored column is multiplied with, for formats with an order.
@@ -228,20 +277,26 @@ impl Planes {
     }
 }
 
-/// Scales and zero points in a 32-bit word.
-fn scale_word_columns(blocks: Blocks) -> u64 {
-    4 / blocks.scale.bytes()
+/// Where number `number` of a row lies in its tile, whose lines hold a word of such numbers for each row.
+const fn in_lines(row: u64, number: u64, bytes: u64) -> u64 {
+    let per_word = 4 / bytes;
+    number / per_word * LINE_BYTES + row % LANES * 4 + number % per_word * bytes
 }
 
-/// How far column `column` of those that share a word is shifted in it.
+/// Where the bits of column `column` of a group lie in its words.
 ///
 /// Columns follow one another from the lowest bits on, but for nibbles: byte `b` holds column `b` in its lower half and column
-/// `4 + b` in its upper, so that both halves of a line, as bytes, are lines of the eight-bit formats.
-pub fn word_shift(format: Format, column: u64) -> u64 {
-    match format.def().bits {
-        4 => 8 * (column % 4) + 4 * (column / 4),
-        bits => bits * column,
-    }
+/// `4 + b` in its upper, so that both halves of a line, as bytes, are lines of the eight-bit formats. Of sixteen codes of six bits five
+/// lie in each of three words, and two bits of the last in what each of them leaves.
+pub fn pieces(format: Format, column: u64) -> impl Iterator<Item = Piece> {
+    let whole = |word, shift, bits| vec![Piece { word, shift, of_code: (0, bits) }];
+    let pieces = match (format.def().bits, column) {
+        (4, _) => whole(0, 8 * (column % 4) + 4 * (column / 4), 4),
+        (6, 15) => (0..3).map(|word| Piece { word, shift: 30, of_code: (2 * word, 2) }).collect(),
+        (6, _) => whole(column / 5, column % 5 * 6, 6),
+        (bits, _) => whole(0, bits * column, bits),
+    };
+    pieces.into_iter()
 }
 
 /// How far nibble `column` of eight is shifted in a word of [`Layout::Mma16`]: the columns of a pair lie 16 bits apart, as both halves of a product's
@@ -272,25 +327,32 @@ mod tests {
             (0..bits).for_each(|i| assert!(used.insert(byte * 8 + bit + i), "{format}: byte {byte} is taken twice"));
             assert!(byte * 8 + bit + bits <= planes.bytes() * 8, "{format}: byte {byte} is outside");
         };
-        let (mut scales, mut orders) = (HashSet::new(), HashSet::new());
+        let (mut scales, mut units, mut orders) = (HashSet::new(), HashSet::new(), HashSet::new());
         for (row, column) in (0..planes.rows).flat_map(|r| (0..planes.columns).map(move |c| (r, c))) {
-            let place = planes.code(row, column);
-            assert!(place.byte < planes.code_bytes());
-            take(place.byte, place.bit, bits);
+            let mut of_code = 0;
+            for place in planes.code(row, column) {
+                assert!(place.byte < planes.code_bytes() && place.of_code.0 == of_code);
+                take(place.byte, place.bit, place.of_code.1);
+                of_code += place.of_code.1;
+            }
+            assert_eq!(of_code, bits);
             scales.extend(planes.scale(row, column));
             scales.extend(planes.zero(row, column));
+            units.extend([0, 1].into_iter().filter_map(|part| planes.unit(row, column, part)));
             if blocks.is_some_and(|b| b.ordered) {
                 orders.insert(planes.order(row, column));
             }
         }
-        let scale_bits = blocks.map_or(0, |b| b.scale.bytes() * 8);
+        let [scale_bits, unit_bits] = blocks.map_or([0; 2], |b| [b.scale_bytes() * 8, b.scale.bytes() * 8]);
         scales.iter().for_each(|&at| take(at, 0, scale_bits));
+        units.iter().for_each(|&at| take(at, 0, unit_bits));
         orders.iter().for_each(|&at| take(at, 0, 32));
         assert!(scales.iter().all(|&at| at >= planes.code_bytes()));
         let Some(b) = blocks else { return };
         let row_blocks = if b.rows == 1 { planes.rows } else { planes.tiles() };
         assert_eq!(scales.len() as u64, row_blocks * planes.column_blocks() * b.parts(), "{format}");
-        assert_eq!(planes.scales_at() % 64, 0);
+        assert_eq!(units.len() as u64, planes.rows * planes.row_units() * b.parts(), "{format}");
+        assert_eq!([planes.scales_at() % 64, planes.units_at() % 64], [0; 2]);
     }
 
     #[test]
@@ -305,6 +367,10 @@ mod tests {
             "q4<g16,f32,zero,ordered>",
             "fp8<16x32>",
             "q8<g48>",
+            "q8<g16,k256>",
+            "u4<g32,k64>",
+            "u4<g32>",
+            "q6<g16,k256>",
         ] {
             check(Layout::Tile16, format, &[3, 20], &[2, 40]);
             check(Layout::Tile16, format, &[32], &[256]);
@@ -322,6 +388,9 @@ mod tests {
         assert_eq!(planes("q8").bytes(), 512 * 2048 * 34 / 32);
         assert_eq!(planes("q4").bytes(), 512 * 2048 * 18 / 32);
         assert_eq!(planes("fp8").bytes(), 512 * 2048 + 32 * 16 * 4);
+        assert_eq!(planes("u4").bytes(), 512 * 2048 / 256 * 148);
+        assert_eq!(planes("q6").bytes(), 512 * 2048 / 256 * 210);
+        assert_eq!(planes("q8<g16,k256>").bytes(), 512 * 2048 / 256 * 274);
         assert_eq!(planes("q4<g128,zero,ordered>").bytes(), 512 * 2048 / 2 + 512 * 16 * 4 + 2048 * 4);
     }
 }

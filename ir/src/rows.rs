@@ -206,6 +206,12 @@ impl<'a> Rows<'a> {
             };
             cut(&part.scales, &mut out.scales);
             cut(&part.zeros, &mut out.zeros);
+            if blocks.unit > 0 {
+                let unit = blocks.unit as usize;
+                let (skip, used) = (run.run.column as usize / unit, columns.div_ceil(unit));
+                let wide = (run.stored_columns as usize).div_ceil(unit);
+                part.units.chunks_exact(wide).for_each(|row| out.units.extend(&row[skip..skip + used]));
+            }
             if !part.blocks.is_empty() && out.blocks.is_empty() {
                 out.blocks.clone_from(&part.blocks);
             } else if part.blocks != out.blocks {

@@ -48,15 +48,32 @@ pub(crate) struct Fill {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Pattern {
     /// Rows of a vector or table in f32.
-    Flat { values: Values, width: usize },
+    Flat {
+        values: Values,
+        width: usize,
+    },
     /// Tiles of 16 rows of a matrix in a plain format, whose padding is zero.
     Tiles(Tiles),
     /// Numbers, or codes, of a matrix with so many columns.
-    Numbers { number: Number, fan_in: u64 },
+    Numbers {
+        number: Number,
+        fan_in: u64,
+    },
     /// Scales that give numbers the variance of [`Pattern::Numbers`]; as zero points they are next to nothing.
-    Scales { stored: Number, codes: Number, fan_in: u64 },
+    Scales {
+        stored: Number,
+        codes: Number,
+        fan_in: u64,
+    },
+    Units {
+        stored: Number,
+        codes: Number,
+        fan_in: u64,
+    },
     /// Columns in their order.
-    Order { columns: u64 },
+    Order {
+        columns: u64,
+    },
 }
 
 /// The values of a vector or table, by what it is.
@@ -143,6 +160,7 @@ impl Pattern {
         let fan_in = weight.shape[weight.shape.len() - weight.in_rank as usize..].iter().product();
         match part.holds {
             Holds::Scales { stored, codes } => Self::Scales { stored, codes, fan_in },
+            Holds::Units { stored, codes } => Self::Units { stored, codes, fan_in },
             Holds::Order { columns } => Self::Order { columns },
             Holds::Numbers(_) if weight.layout == "flat" => {
                 // convolutions are stored tap by tap, so their width is the middle dimension
@@ -176,17 +194,23 @@ impl Pattern {
                 fill_numbers(number, (3.0 / fan_in as f32).sqrt(), &mut bytes, &mut random);
                 bytes
             }
-            Self::Scales { stored, codes, fan_in } => {
-                let scale = 1.0 / (deviation(codes) * (fan_in as f32).sqrt());
-                let width = width_of(stored);
-                let mut bytes = vec![0; most.next_multiple_of(width)];
-                let write = |out: &mut [u8]| encode(stored, scale * random.between(0.7, 1.3), out);
-                bytes.chunks_exact_mut(width).for_each(write);
-                bytes
+            Self::Scales { stored, codes, fan_in } => scales(stored, deviation(codes), fan_in, most, &mut random),
+            Self::Units { stored, codes, fan_in } => {
+                let both = deviation(codes) * deviation(Number::I8);
+                scales(stored, both, fan_in, most, &mut random)
             }
             Self::Order { columns } => (0..columns as i32).flat_map(i32::to_le_bytes).collect(),
         }
     }
+}
+
+/// Scales of codes with a deviation, such that the sum of a row has the variance of its input.
+fn scales(stored: Number, deviation: f32, fan_in: u64, most: usize, random: &mut Random) -> Vec<u8> {
+    let scale = 1.0 / (deviation * (fan_in as f32).sqrt());
+    let width = width_of(stored);
+    let mut bytes = vec![0; most.next_multiple_of(width)];
+    bytes.chunks_exact_mut(width).for_each(|out| encode(stored, scale * random.between(0.7, 1.3), out));
+    bytes
 }
 
 /// Writes uniform numbers between plus and minus `bound`; codes that have scales are of any size.
@@ -198,7 +222,7 @@ fn fill_numbers(number: Number, bound: f32, out: &mut [u8], random: &mut Random)
             }
         }
         // any bits are a number
-        Number::I8 | Number::U4 => {
+        Number::I8 | Number::U4 | Number::U6 => {
             for out in out.chunks_mut(8) {
                 out.copy_from_slice(&random.next_bits().to_le_bytes()[..out.len()]);
             }
@@ -218,6 +242,7 @@ const fn deviation(codes: Number) -> f32 {
     match codes {
         Number::I8 => 74.0,
         Number::U4 => 4.6,
+        Number::U6 => 18.5,
         Number::E4m3 => 0.84,
         Number::F32 | Number::F16 | Number::Bf16 => 1.0,
     }

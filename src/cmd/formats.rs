@@ -16,8 +16,9 @@ pub fn run(args: &TableArgs) -> anyhow::Result<()> {
     }
     let mut text: String = FORMATS.iter().map(line).collect();
     text.push_str("\nWhat `--quant` makes of a bf16 checkpoint's matrices (`-`: as stored):\n\n");
-    text.push_str(&format!("{:<46} {:<13} {:<8} {:<8} why\n", "weights", "fp8", "q8", "q4"));
+    text.push_str(&format!("{:<10} {:<46} {:<13} {:<8} {:<8} why\n", "", "weights", "fp8", "q8", "q4"));
     text.extend(CHOICES.iter().map(choice));
+    text.push_str("\nExceptions go behind it: `--quant q4,head=q8,layers.0.*=bf16`, by the words on the left or by names of weights.\n");
     show::print(&text)
 }
 
@@ -38,5 +39,5 @@ fn line(def: &FormatDef) -> String {
 fn choice(choice: &Choice) -> String {
     let name = |format: Option<Format>| format.map_or("-".to_owned(), |f| f.to_string());
     let [fp8, q8, q4] = [choice.fp8, choice.q8, choice.q4].map(name);
-    format!("{:<46} {fp8:<13} {q8:<8} {q4:<8} {}\n", choice.what, choice.why)
+    format!("{:<10} {:<46} {fp8:<13} {q8:<8} {q4:<8} {}\n", choice.word, choice.what, choice.why)
 }

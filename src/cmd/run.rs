@@ -100,11 +100,11 @@ fn identity(file: &Path) -> anyhow::Result<String> {
     Ok(format!("{} {:?}", metadata.len(), changed))
 }
 
-/// The files of a model, in order: the file itself, or those of its folder.
+/// The files of a model, in order: the file itself and its further parts, or those of its folder.
 fn files_of(model: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let model = model.canonicalize().with_context(|| model.display().to_string())?;
     if model.is_file() {
-        return Ok(vec![model]);
+        return Ok(nextc_frontend::gguf::source::files(&model));
     }
     let entries = fs::read_dir(&model).with_context(|| model.display().to_string())?;
     let mut files: Vec<PathBuf> = entries

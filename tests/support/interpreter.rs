@@ -85,7 +85,7 @@ impl Interpreter {
 
     /// The graph with weights rounded to other formats.
     pub fn quantised(dir: &Path, quant: Option<nextc_frontend::Quant>) -> Self {
-        let options = nextc_frontend::Options { quant, ..nextc_frontend::Options::default() };
+        let options = nextc_frontend::Options { quant: quant.into(), ..nextc_frontend::Options::default() };
         let model = nextc_frontend::load(dir, &options).expect("the fixture loads");
         let module = model.module.clone();
         Self { model, module, kernels: None }

@@ -253,7 +253,14 @@ fn parts(w: &PackedWeight) -> Vec<abi::Part> {
     if let Some(blocks) = w.decl.format.blocks() {
         let stored = Format::plain(blocks.scale).map_or(abi::Number::F32, number);
         let bytes = planes.tiles() * planes.tile_scale_bytes();
-        parts.push(part(planes.scales_at(), bytes, abi::Holds::Scales { stored, codes }));
+        match blocks.unit {
+            0 => parts.push(part(planes.scales_at(), bytes, abi::Holds::Scales { stored, codes })),
+            _ => {
+                parts.push(part(planes.scales_at(), bytes, abi::Holds::Numbers(abi::Number::I8)));
+                let bytes = planes.tiles() * planes.tile_unit_bytes();
+                parts.push(part(planes.units_at(), bytes, abi::Holds::Units { stored, codes }));
+            }
+        }
         if blocks.ordered {
             let order = abi::Holds::Order { columns: planes.columns };
             parts.push(part(planes.order_at(), planes.bytes() - planes.order_at(), order));
@@ -269,7 +276,8 @@ const fn number(format: Format) -> abi::Number {
         Format::Bf16 => abi::Number::Bf16,
         Format::Fp8(_) => abi::Number::E4m3,
         Format::Q8(_) => abi::Number::I8,
-        Format::Q4(_) => abi::Number::U4,
+        Format::Q4(_) | Format::U4(_) => abi::Number::U4,
+        Format::Q6(_) => abi::Number::U6,
     }
 }
 

@@ -181,6 +181,7 @@ struct Packer<'a> {
 struct Buffers {
     packed: Vec<u8>,
     scales: Vec<u8>,
+    units: Vec<u8>,
     numbers: Vec<f32>,
     codes: Codes,
     rows: RowBuffers,
@@ -248,6 +249,7 @@ impl Packer<'_> {
         let arrangement = Arrangement::of(planes);
         buffers.packed.clear();
         buffers.scales.clear();
+        buffers.units.clear();
         for part in runs.parts(numbers.clone(), weight.decl.format) {
             let (first, end) = (runs.of(part.start).start, runs.of(part.end - 1).end);
             rows.read_codes(first, end - first, &mut buffers.codes, &mut buffers.rows)?;
@@ -258,7 +260,8 @@ impl Packer<'_> {
                 let begin = buffers.packed.len();
                 tiles::push_codes(planes, &buffers.codes, own.clone(), order.as_deref(), &mut buffers.packed);
                 arrangement.iter().for_each(|a| a.apply(&mut buffers.packed, begin));
-                let pushed = tiles::push_scales(planes, &buffers.codes, own, &mut buffers.scales);
+                let pushed = tiles::push_scales(planes, &buffers.codes, own.clone(), &mut buffers.scales);
+                let pushed = pushed.and_then(|()| tiles::push_units(planes, &buffers.codes, own, &mut buffers.units));
                 pushed.map_err(|reason| wrong(weight, reason))?;
             }
             if let Some(order) = order {
@@ -269,6 +272,9 @@ impl Packer<'_> {
         let skip = (block.first - numbers.start * tile_bytes) as usize;
         let codes = &buffers.packed[skip..skip + block.bytes as usize];
         tail.put(weight, planes.scales_at() + numbers.start * planes.tile_scale_bytes(), &buffers.scales);
+        if !buffers.units.is_empty() {
+            tail.put(weight, planes.units_at() + numbers.start * planes.tile_unit_bytes(), &buffers.units);
+        }
         match block.first < tail.first {
             true => self.write(block, block.first, codes)?,
             false => tail.put(weight, block.first, codes),
@@ -361,7 +367,7 @@ fn encode_tile(format: Format, rows: &[f32], columns: usize, out: &mut Vec<u8>) 
     match format {
         Format::F16 => encode_pairs(lanes, columns, out, |x| half::f16::from_f32(x).to_bits()),
         Format::Bf16 => encode_pairs(lanes, columns, out, |x| half::bf16::from_f32(x).to_bits()),
-        Format::F32 | Format::Fp8(_) | Format::Q8(_) | Format::Q4(_) => {
+        Format::F32 | Format::Fp8(_) | Format::Q8(_) | Format::Q4(_) | Format::U4(_) | Format::Q6(_) => {
             for i in 0..columns {
                 let column: [[u8; 4]; LANES as usize] = lanes.map(|lane| lane[i].to_le_bytes());
                 out.extend_from_slice(column.as_flattened());

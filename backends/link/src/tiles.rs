@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use nextc_ir::format::codes::Codes;
-use nextc_ir::layout::{Planes, TURN_COLUMNS, word_shift};
+use nextc_ir::layout::{Piece, Planes, TURN_COLUMNS, pieces};
 use nextc_ir::shape::{LANES, pad};
 use nextc_ir::{DType, Format, Layout};
 
@@ -82,7 +82,8 @@ impl Arrangement {
         let (tile16, mma16) = (turn(Layout::Tile16), turn(Layout::Mma16));
         let mut from = vec![0; (LANES * TURN_COLUMNS) as usize];
         for (row, column) in (0..LANES).flat_map(|r| (0..TURN_COLUMNS).map(move |c| (r, c))) {
-            let [source, place] = [&tile16, &mma16].map(|p| p.code(row, column)).map(|p| (p.byte * 8 + p.bit) / bits);
+            let [source, place] =
+                [&tile16, &mma16].map(|p| p.code(row, column)[0]).map(|p| (p.byte * 8 + p.bit) / bits);
             from[place as usize] = source as u16;
         }
         let code = (planes.format.def().encode)(0.0);
@@ -117,28 +118,51 @@ impl Arrangement {
 
 /// Appends the codes of one tile: `rows` are its rows among those of `codes`; the rest of 16 is zero.
 pub(crate) fn push_codes(planes: &Planes, codes: &Codes, rows: Range<usize>, order: Option<&[u32]>, out: &mut Vec<u8>) {
-    let per_word = planes.format.word_columns() as usize;
+    let columns = planes.format.group_columns() as usize;
+    let places: Vec<(usize, Piece)> =
+        (0..columns).flat_map(|c| pieces(planes.format, c as u64).map(move |piece| (c, piece))).collect();
     let zero = (planes.format.def().encode)(0.0);
-    let padding = (0..per_word as u64).fold(0, |word, c| word | zero << word_shift(planes.format, c));
-    for first in (0..planes.columns as usize).step_by(per_word) {
-        let begin = out.len();
-        out.extend((0..LANES).flat_map(|_| padding.to_le_bytes()));
-        for (lane, row) in rows.clone().enumerate() {
-            let row = &codes.codes[row * codes.columns..(row + 1) * codes.columns];
-            let code = |c: usize| row[order.map_or(first + c, |o| o[first + c] as usize)];
-            let word =
-                (0..per_word).fold(0, |word, c| word | u32::from(code(c)) << word_shift(planes.format, c as u64));
-            out[begin + 4 * lane..begin + 4 * lane + 4].copy_from_slice(&word.to_le_bytes());
+    for first in (0..planes.columns as usize).step_by(columns) {
+        for word in 0..planes.format.def().words {
+            let own = || places.iter().filter(|(_, piece)| piece.word == word);
+            let padding = own().fold(0, |bits, (_, piece)| bits | piece.of(zero));
+            let begin = out.len();
+            out.extend((0..LANES).flat_map(|_| padding.to_le_bytes()));
+            for (lane, row) in rows.clone().enumerate() {
+                let row = &codes.codes[row * codes.columns..(row + 1) * codes.columns];
+                let code = |c: usize| row[order.map_or(first + c, |o| o[first + c] as usize)];
+                let bits = own().fold(0, |bits, (c, piece)| bits | piece.of(code(*c).into()));
+                out[begin + 4 * lane..begin + 4 * lane + 4].copy_from_slice(&bits.to_le_bytes());
+            }
         }
     }
 }
 
-/// Appends the scales and zero points of one tile.
+/// Appends the units of one tile, where scales are counted in units.
+pub(crate) fn push_units(planes: &Planes, codes: &Codes, rows: Range<usize>, out: &mut Vec<u8>) -> Result<(), String> {
+    let blocks = planes.format.blocks().ok_or("a plain format has no units")?;
+    let (wide, begin) = (planes.row_units() as usize, out.len());
+    if codes.units.len() != codes.rows() * wide {
+        return Err(format!("{} units do not fit", codes.units.len()));
+    }
+    out.resize(begin + planes.tile_unit_bytes() as usize, 0);
+    for (lane, row) in (0u64..).zip(rows) {
+        for (column, units) in (0u64..).step_by(blocks.unit.max(1) as usize).zip(&codes.units[row * wide..][..wide]) {
+            for (part, &unit) in (0u64..).zip(units) {
+                let Some(at) = planes.unit(lane, column, part) else { continue };
+                put(blocks.scale, unit, &mut out[begin + (at - planes.units_at()) as usize..]);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Appends the scales and second numbers of one tile.
 pub(crate) fn push_scales(planes: &Planes, codes: &Codes, rows: Range<usize>, out: &mut Vec<u8>) -> Result<(), String> {
     let blocks = planes.format.blocks().ok_or("a plain format has no scales")?;
     let per_row = planes.column_blocks() as usize;
     if blocks.zero == codes.zeros.is_empty() || codes.row_blocks() != per_row {
-        return Err(format!("{} scales and {} zero points do not fit", codes.scales.len(), codes.zeros.len()));
+        return Err(format!("{} scales and {} second numbers do not fit", codes.scales.len(), codes.zeros.len()));
     }
     let begin = out.len();
     out.resize(begin + planes.tile_scale_bytes() as usize, 0);
@@ -154,6 +178,7 @@ pub(crate) fn push_scales(planes: &Planes, codes: &Codes, rows: Range<usize>, ou
                 let number = numbers[row * per_row + block];
                 let at = place(lane, block).map_or(0, |at| at - planes.scales_at()) as usize;
                 match blocks.rows {
+                    _ if blocks.unit > 0 => tile[at] = (number as i8).cast_unsigned(),
                     1 => put(blocks.scale, number, &mut tile[at..]),
                     _ if lane == 0 => put(blocks.scale, number, &mut tile[at..]),
                     _ if number == numbers[rows.start * per_row + block] => {}

@@ -18,7 +18,7 @@ pub fn codes(stored: Format, runs: &[RowRun], out: &[u64], inputs: &[u64]) -> Op
     let whole = columns.is_multiple_of(LANES) || !(blocks.zero || blocks.ordered);
     let begins = |run: &RowRun| match blocks.ordered {
         true => run.column == 0,
-        false => run.column.is_multiple_of(u64::from(blocks.columns)),
+        false => run.column.is_multiple_of(u64::from(blocks.columns.max(blocks.unit))),
     };
     if !in_place || !whole || !runs.iter().all(begins) {
         return None;
@@ -98,5 +98,7 @@ mod tests {
         assert_eq!(kept("q4", &half(64), &[64], &[64]).as_deref(), Some("q4<g32>"));
         assert_eq!(kept("q4", &half(48), &[64], &[48]), None);
         assert_eq!(kept("q4<g32,ordered>", &half(64), &[64], &[64]), None);
+        assert_eq!(kept("u4", &half(256), &[64], &[256]).as_deref(), Some("u4<g32,k256>"));
+        assert_eq!(kept("u4", &half(128), &[64], &[256]), None);
     }
 }

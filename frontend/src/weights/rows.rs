@@ -31,6 +31,13 @@ pub fn qkvz(c: &ModelConfig, tensor: &str) -> Qkvz {
     }
 }
 
+/// The same parts where projections are apart: all of q, all of k and all of v in `qkv`, and `z`, heads in natural order.
+pub fn qkv_z(c: &ModelConfig, qkv: &str, z: &str) -> Qkvz {
+    let (keys, values) = (c.num_k_heads * c.head_k_dim, c.num_v_heads * c.head_v_dim);
+    let part = |first: u64, rows: u64| vec![run(qkv, first, rows)];
+    Qkvz { q: part(0, keys), k: part(keys, keys), v: part(2 * keys, values), z: vec![run(z, 0, values)] }
+}
+
 /// The rows of `in_proj_ba`: those of b and those of a. A group, one a key head: `[b of its value heads | a of them]`.
 pub fn ba(c: &ModelConfig, tensor: &str) -> [Vec<RowRun>; 2] {
     let values = c.num_v_heads / c.num_k_heads;

@@ -32,7 +32,7 @@ const INDEX_LIMIT_BYTES: u64 = 256 << 20;
 /// dimension: experts stacked as `[E, 2I, H]` are `E · 2I` rows of `H`, convolution weights `[C, 1, K]` are `C` rows of
 /// `K`. Row runs count in these rows.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub struct Safetensors {
     shards: Vec<Shard>,
     tensors: IndexMap<String, (usize, Tensor)>,
     found: Found,
@@ -44,7 +44,7 @@ struct Shard {
     file: File,
 }
 
-impl Checkpoint {
+impl Safetensors {
     /// Opens the weights of `directory`: `model.safetensors`, or else exactly the shards that
     /// `model.safetensors.index.json` names. `None` if it has neither. Warnings go to `warnings`.
     /// # Errors
@@ -187,7 +187,7 @@ fn is_file_name(name: &str) -> bool {
         && !name.contains('\0')
 }
 
-/// Rows and elements of one row, as [`Checkpoint`] presents them.
+/// Rows and elements of one row, as [`Safetensors`] presents them.
 fn rows_of(shape: &[u64]) -> (u64, u64) {
     match shape {
         [] => (1, 1),
@@ -196,7 +196,7 @@ fn rows_of(shape: &[u64]) -> (u64, u64) {
     }
 }
 
-impl WeightSource for Checkpoint {
+impl WeightSource for Safetensors {
     fn tensor(&self, name: &str) -> Option<StoredTensor> {
         if let Some(coded) = self.coded(name) {
             return Some(StoredTensor { shape: vec![coded.rows, coded.columns], format: coded.format });
@@ -233,7 +233,7 @@ impl WeightSource for Checkpoint {
     }
 }
 
-impl Parts for Checkpoint {
+impl Parts for Safetensors {
     fn bytes(&self, name: &str, first: u64, out: &mut [u8]) -> Result<(), SourceError> {
         let (shard, tensor) = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
         let shard = &self.shards[*shard];
@@ -257,15 +257,11 @@ impl Parts for Checkpoint {
 }
 
 /// The numbers of rows that are stored in codes.
-fn read_numbers(c: &Checkpoint, coded: &Coded, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
+fn read_numbers(c: &Safetensors, coded: &Coded, name: &str, first: u64, out: &mut [f32]) -> Result<(), SourceError> {
     let rows = out.len() as u64 / coded.columns;
     let mut codes = Codes::default();
     c.read_codes(name, first, rows, &mut codes)?;
-    for (row, out) in out.chunks_exact_mut(coded.columns as usize).enumerate() {
-        for (column, x) in out.iter_mut().enumerate() {
-            *x = codes.number(coded.format, row, column) as f32;
-        }
-    }
+    codes.numbers(coded.format, out);
     Ok(())
 }
 

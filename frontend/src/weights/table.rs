@@ -11,11 +11,10 @@ use indexmap::IndexMap;
 use nextc_ir::Format;
 use nextc_ir::graph::{Origin, RowRun, WeightDecl};
 
-use super::header::PLAIN;
+use super::checkpoint::Checkpoint;
 use super::keep;
-use super::quant::Quant;
+use super::quant::{Quant, Quantise};
 use super::rows::{self, run};
-use super::safetensors::Checkpoint;
 use crate::config::{Ffn, Mixer, ModelConfig, Quantization};
 use crate::error::{Error, WeightProblem as Problem};
 
@@ -34,19 +33,15 @@ pub struct WeightTable {
 /// Makes the weight table of a model.
 /// # Errors
 /// [`Error::Weights`] with all tensors that are missing or do not fit.
-pub fn build(
-    config: &ModelConfig,
-    checkpoint: Option<&Checkpoint>,
-    quant: Option<Quant>,
-) -> Result<WeightTable, Error> {
+pub fn build(config: &ModelConfig, checkpoint: Option<&Checkpoint>, quant: &Quantise) -> Result<WeightTable, Error> {
     let mut warnings = Vec::new();
-    let quant = quant.or_else(|| assumed(config, checkpoint, &mut warnings));
+    let all = quant.all.or_else(|| assumed(config, checkpoint, &mut warnings));
     let mtp = find_mtp(config, checkpoint, &mut warnings);
     let tied = find_tied(config, checkpoint, &mut warnings);
     let mut binder = Binder {
         config,
         checkpoint,
-        quant,
+        quant: &Quantise { all, ..quant.clone() },
         weights: IndexMap::new(),
         used: HashSet::new(),
         problems: Vec::new(),
@@ -65,7 +60,28 @@ pub fn build(
     if !binder.problems.is_empty() {
         return Err(Error::Weights { problems: binder.problems });
     }
+    check_exceptions(quant, &binder.weights)?;
     Ok(WeightTable { weights: binder.weights, mtp, tied, warnings })
+}
+
+/// Each exception of `--quant` is one of some matrix.
+fn check_exceptions(quant: &Quantise, weights: &IndexMap<String, WeightDecl>) -> Result<(), Error> {
+    let matrices = || weights.iter().filter(|(_, decl)| decl.in_rank > 0).map(|(name, _)| name);
+    match quant.exceptions.iter().find(|e| !matrices().any(|name| e.matches(name))) {
+        None => Ok(()),
+        Some(exception) => {
+            let mut known: Vec<String> = matrices().map(|name| of_any_layer(name)).collect();
+            let mut seen = HashSet::new();
+            known.retain(|name| seen.insert(name.clone()));
+            Err(Error::QuantPattern { pattern: exception.pattern.clone(), known: known.join(", ") })
+        }
+    }
+}
+
+/// A weight's name with `*` for the number of its layer.
+fn of_any_layer(name: &str) -> String {
+    let last = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.'));
+    last.map_or_else(|| name.to_owned(), |(_, last)| format!("layers.*.{last}"))
 }
 
 /// Without a checkpoint no tensor says that it is quantised: the table of `--quant` stands for what the configuration promises.
@@ -85,7 +101,7 @@ fn find_mtp(c: &ModelConfig, checkpoint: Option<&Checkpoint>, warnings: &mut Vec
     let is_moe = |n: &str| n == "mtp.layers.0.mlp.gate.weight" || n.starts_with("mtp.layers.0.mlp.experts.");
     if !checkpoint.names().any(|n| n.starts_with("mtp.")) {
         if c.mtp_layers == Some(1) {
-            warnings.push("config.json promises an MTP module, but the checkpoint has no `mtp.*` tensors".into());
+            warnings.push("an MTP module is promised, but the checkpoint has no tensors of it".into());
         }
         return None;
     }
@@ -96,7 +112,7 @@ fn find_tied(c: &ModelConfig, checkpoint: Option<&Checkpoint>, warnings: &mut Ve
     if c.tie_word_embeddings {
         return true;
     }
-    let absent = checkpoint.is_some_and(|c| c.stored("lm_head.weight").is_none());
+    let absent = checkpoint.is_some_and(|c| !c.has("lm_head.weight"));
     if absent {
         warnings.push("the checkpoint has no `lm_head.weight`: the head is taken to be the embedding".into());
     }
@@ -113,7 +129,7 @@ struct Names {
 struct Binder<'a> {
     config: &'a ModelConfig,
     checkpoint: Option<&'a Checkpoint>,
-    quant: Option<Quant>,
+    quant: &'a Quantise,
     weights: IndexMap<String, WeightDecl>,
     used: HashSet<String>,
     problems: Vec<Problem>,
@@ -154,13 +170,20 @@ impl Binder<'_> {
         let (keys, values) = (c.num_k_heads * c.head_k_dim, c.num_v_heads * c.head_v_dim);
         let hidden = [c.hidden_size];
 
-        let fused = format!("{}linear_attn.in_proj_qkvz.weight", at.checkpoint);
-        let format = self.tensor(&fused, &[&[2 * keys + 2 * values, c.hidden_size]]);
-        let rows::Qkvz { q, k, v, z } = rows::qkvz(c, &fused);
+        let [fused, qkv, gate] =
+            ["qkvz", "qkv", "z"].map(|part| format!("{}linear_attn.in_proj_{part}.weight", at.checkpoint));
+        let (rows::Qkvz { q, k, v, z }, format, z_format) = if self.has(&qkv) {
+            let formats = [(&qkv, 2 * keys + values), (&gate, values)]
+                .map(|(name, rows)| self.tensor(name, &[&[rows, c.hidden_size]]));
+            (rows::qkv_z(c, &qkv, &gate), formats[0], formats[1])
+        } else {
+            let format = self.tensor(&fused, &[&[2 * keys + 2 * values, c.hidden_size]]);
+            (rows::qkvz(c, &fused), format, format)
+        };
         self.add_at(at, "w_q", &[c.num_k_heads, c.head_k_dim], &hidden, format, q);
         self.add_at(at, "w_k", &[c.num_k_heads, c.head_k_dim], &hidden, format, k);
         self.add_at(at, "w_v", &[c.num_v_heads, c.head_v_dim], &hidden, format, v);
-        self.add_at(at, "w_z", &[c.num_v_heads, c.head_v_dim], &hidden, format, z);
+        self.add_at(at, "w_z", &[c.num_v_heads, c.head_v_dim], &hidden, z_format, z);
 
         let fused = format!("{}linear_attn.in_proj_ba.weight", at.checkpoint);
         let format = self.tensor(&fused, &[&[2 * c.num_v_heads, c.hidden_size]]);
@@ -213,7 +236,7 @@ impl Binder<'_> {
         self.matrix_at(at, "mlp.shared_gate", "mlp.shared_expert_gate.weight", &[1], &hidden);
     }
 
-    /// Routed experts: one tensor an expert and projection, or stacked with gate and up in one.
+    /// Routed experts: one tensor an expert and projection, or stacked, gate and up in one or each by itself.
     fn experts(&mut self, at: &Names) {
         let c = self.config;
         let (experts, width, hidden) = (c.num_experts, c.moe_intermediate_size, c.hidden_size);
@@ -225,21 +248,21 @@ impl Binder<'_> {
             self.add_at(at, "mlp.experts_gate", &inner, &[hidden], format, part(0));
             self.add_at(at, "mlp.experts_up", &inner, &[hidden], format, part(width));
         } else {
-            self.each_expert(at, "mlp.experts_gate", "gate_proj", &inner, hidden);
-            self.each_expert(at, "mlp.experts_up", "up_proj", &inner, hidden);
+            self.all_experts(at, "mlp.experts_gate", "gate_proj", &inner, hidden);
+            self.all_experts(at, "mlp.experts_up", "up_proj", &inner, hidden);
         }
-        let down = format!("{}mlp.experts.down_proj", at.checkpoint);
-        if self.has(&down) {
-            let format = self.tensor(&down, &[&[experts, hidden, width]]);
-            self.add_at(at, "mlp.experts_down", &outer, &[width], format, vec![run(&down, 0, experts * hidden)]);
-        } else {
-            self.each_expert(at, "mlp.experts_down", "down_proj", &outer, width);
-        }
+        self.all_experts(at, "mlp.experts_down", "down_proj", &outer, width);
     }
 
-    /// One projection of all experts from one tensor each; `out_dims` are experts and rows.
-    fn each_expert(&mut self, at: &Names, name: &str, projection: &str, out_dims: &[u64; 2], columns: u64) {
+    /// One projection of all experts, from one tensor or from one each; `out_dims` are experts and rows.
+    fn all_experts(&mut self, at: &Names, name: &str, projection: &str, out_dims: &[u64; 2], columns: u64) {
         let [experts, rows] = *out_dims;
+        let stacked = format!("{}mlp.experts.{projection}", at.checkpoint);
+        if self.stacks(&stacked) {
+            let format = self.tensor(&stacked, &[&[experts, rows, columns]]);
+            self.add_at(at, name, out_dims, &[columns], format, vec![run(&stacked, 0, experts * rows)]);
+            return;
+        }
         let (mut format, mut coded) = (None, false);
         let mut runs = Vec::with_capacity(experts as usize);
         for e in 0..experts {
@@ -313,7 +336,7 @@ impl Binder<'_> {
 
     /// The format of a weight whose tensors are stored as `stored`.
     fn choose(&mut self, name: &str, out: &[u64], inputs: &[u64], stored: Format, runs: &[RowRun]) -> Format {
-        let asked = self.quant.filter(|_| !inputs.is_empty()).and_then(|q| q.format(name));
+        let asked = if inputs.is_empty() { None } else { self.quant.format(name) };
         match asked {
             Some(format) if format != stored => format,
             _ if stored.blocks().is_none() => stored,
@@ -334,50 +357,44 @@ impl Binder<'_> {
     }
 
     fn has(&self, tensor: &str) -> bool {
-        self.checkpoint.is_some_and(|c| c.stored(tensor).is_some())
+        self.checkpoint.is_some_and(|c| c.has(tensor))
+    }
+
+    /// True if experts are in one tensor, or should be: in files that have no other form.
+    fn stacks(&self, tensor: &str) -> bool {
+        self.has(tensor) || matches!(self.checkpoint, Some(Checkpoint::Gguf(_)))
     }
 
     /// Checks that a tensor is there with one of `shapes`, and gives the format in which it is stored.
     fn tensor(&mut self, name: &str, shapes: &[&[u64]]) -> Format {
         let Some(checkpoint) = self.checkpoint else { return self.config.format };
-        let expected = || shapes.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(" or ");
-        let tensor = name.to_owned();
-        if let Some(coded) = checkpoint.coded(name) {
-            let found = [coded.rows, coded.columns];
-            if !shapes.contains(&found.as_slice()) {
-                let problem = Problem::Shape { tensor: tensor.clone(), found: found.to_vec(), expected: expected() };
-                self.problems.push(problem);
-            }
-            self.used.insert(tensor);
-            return coded.format;
-        }
-        let Some(stored) = checkpoint.stored(name) else {
+        let (tensor, expected) =
+            (checkpoint.own_name(name), || shapes.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(" or "));
+        let Some(stored) = checkpoint.entry(name) else {
             self.problems.push(Problem::Missing { tensor, expected: expected() });
             return self.config.format;
         };
+        self.used.insert(name.to_owned());
         if !shapes.contains(&stored.shape.as_slice()) {
             let problem = Problem::Shape { tensor: tensor.clone(), found: stored.shape.clone(), expected: expected() };
             self.problems.push(problem);
         }
-        let format = stored.plain_format().unwrap_or_else(|| {
-            let found = stored.dtype.into();
-            self.problems.push(Problem::DType { tensor: tensor.clone(), found, expected: PLAIN });
+        stored.format.unwrap_or_else(|| {
+            let expected = checkpoint.read(stored.shape.len());
+            self.problems.push(Problem::DType { tensor, found: stored.dtype.into(), expected });
             Format::F32
-        });
-        self.used.insert(tensor);
-        format
+        })
     }
 
     /// Names what nothing has read: an error for MTP, where it would cost drafts without a sign, else a warning.
     fn check_unused(&mut self) -> Option<String> {
         const SHOWN: usize = 5;
         let checkpoint = self.checkpoint?;
-        let names = checkpoint.names().filter(|n| !checkpoint.is_part(n)).chain(checkpoint.coded_names());
-        let unused: Vec<&str> =
-            names.filter(|n| !self.used.contains(*n) && !n.ends_with("rotary_emb.inv_freq")).collect();
-        let (mtp, other): (Vec<&str>, Vec<&str>) = unused.into_iter().partition(|n| n.starts_with("mtp."));
-        self.problems.extend(mtp.into_iter().map(|n| Problem::UnknownMtp { tensor: n.to_owned() }));
-        let listed: Vec<String> = other.iter().take(SHOWN).map(|n| format!("`{n}`")).collect();
+        let unused = |n: &&str| !self.used.contains(*n) && !n.ends_with("rotary_emb.inv_freq");
+        let (mtp, other): (Vec<&str>, Vec<&str>) =
+            checkpoint.names().filter(unused).partition(|n| n.starts_with("mtp."));
+        self.problems.extend(mtp.into_iter().map(|n| Problem::UnknownMtp { tensor: checkpoint.own_name(n) }));
+        let listed: Vec<String> = other.iter().take(SHOWN).map(|n| format!("`{}`", checkpoint.own_name(n))).collect();
         let more = if other.len() > SHOWN { format!(" and {} more", other.len() - SHOWN) } else { String::new() };
         (!other.is_empty()).then(|| format!("tensors that nothing reads: {}{more}", listed.join(", ")))
     }

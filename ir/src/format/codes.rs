@@ -1,6 +1,6 @@
 //! Matrices in codes: what a quantised checkpoint stores and the packer places; and how numbers are rounded to it.
 
-use super::{Blocks, Format, encode_bf16, encode_f16};
+use super::{Blocks, Format, Shift, encode_bf16, encode_f16};
 use crate::dtype::DType;
 
 /// Rows of a scaled matrix: a code for each element, and scale and zero point for each block of columns of each row. Blocks of
@@ -11,10 +11,12 @@ pub struct Codes {
     pub columns: usize,
     /// The code of each element, row by row.
     pub codes: Vec<u8>,
-    /// The scale of each row's blocks.
+    /// The scale of each row's blocks; a whole number where it is counted in units.
     pub scales: Vec<f32>,
-    /// The zero point of each row's blocks, as a number of the code's kind; empty where the format has none.
+    /// The second number of each row's blocks, likewise (a zero point is a number of the code's kind); empty where the format has none.
     pub zeros: Vec<f32>,
+    /// The units of each row, those of second numbers behind those of scales; empty where nothing is counted in units.
+    pub units: Vec<[f32; 2]>,
     /// The block of each column, the same for all rows; empty if blocks are neighbouring columns.
     pub blocks: Vec<u32>,
 }
@@ -22,6 +24,9 @@ pub struct Codes {
 /// Why numbers have no form in a format.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum RoundError {
+    /// The format has second numbers or units, which no rounding here finds.
+    #[error("no numbers are rounded to {0}: weights have it where the checkpoint does")]
+    Format(Format),
     /// Neither NaN nor infinities have a code.
     #[error("it holds {0}, expected finite numbers")]
     NotFinite(f32),
@@ -44,6 +49,7 @@ impl Codes {
         self.codes.clear();
         self.scales.clear();
         self.zeros.clear();
+        self.units.clear();
         self.blocks.clear();
     }
 
@@ -62,17 +68,36 @@ impl Codes {
         let blocks = format.blocks().expect("codes belong to scaled formats");
         let block = self.blocks.get(column).map_or(column / blocks.columns as usize, |&b| b as usize);
         let at = row * self.row_blocks() + block;
-        let code = (format.def().decode)(u32::from(self.codes[row * self.columns + column]));
-        let zero = self.zeros.get(at).copied().unwrap_or(0.0);
-        (f64::from(code) - f64::from(zero)) * f64::from(self.scales[at])
+        let code = f64::from((format.def().decode)(u32::from(self.codes[row * self.columns + column])));
+        let [unit, second_unit] = match blocks.unit {
+            0 => [1.0; 2],
+            columns => {
+                let wide = self.columns.div_ceil(columns as usize);
+                self.units[row * wide + block * blocks.columns as usize / columns as usize].map(f64::from)
+            }
+        };
+        let scale = f64::from(self.scales[at]) * unit;
+        let second = self.zeros.get(at).map_or(0.0, |&x| f64::from(x)) * second_unit;
+        match format.def().shift {
+            Shift::Zero => (code - second) * scale,
+            Shift::Offset => code * scale + second,
+        }
+    }
+
+    /// The numbers of all elements, rounded once.
+    pub fn numbers(&self, format: Format, out: &mut [f32]) {
+        for (row, out) in out.chunks_exact_mut(self.columns).enumerate() {
+            out.iter_mut().enumerate().for_each(|(column, x)| *x = self.number(format, row, column) as f32);
+        }
     }
 
     /// Appends rows of numbers, rounded to `format` without zero points and in the order of their columns. The first row begins
     /// a block, and no block goes beyond the last.
     /// # Errors
-    /// [`RoundError`] if a number is not finite, or too large.
+    /// [`RoundError`] if a number is not finite, or too large, or nothing is rounded to the format.
     pub fn round(&mut self, format: Format, rows: &[f32]) -> Result<(), RoundError> {
-        let blocks = format.blocks().expect("plain formats have no codes");
+        let blocks =
+            format.blocks().filter(|b| !b.zero && b.unit == 0 && !b.ordered).ok_or(RoundError::Format(format))?;
         let (columns, width) = (self.columns, blocks.columns as usize);
         for band in rows.chunks(columns * blocks.rows as usize) {
             let mut scales = Vec::with_capacity(columns.div_ceil(width));
@@ -210,6 +235,21 @@ mod tests {
     }
 
     #[test]
+    fn offsets_and_units_count_as_they_should() {
+        let format = Format::from_name("u4<g32,k64>").expect("a format");
+        let codes = Codes {
+            columns: 96,
+            codes: vec![5; 96],
+            scales: vec![3.0, 2.0, 7.0],
+            zeros: vec![-1.0, 4.0, -8.0],
+            units: vec![[0.5, 0.25], [2.0, 1.0]],
+            ..Codes::default()
+        };
+        let numbers = [0, 32, 64].map(|c| codes.number(format, 0, c));
+        assert_eq!(numbers, [5.0 * 1.5 - 0.25, 5.0 * 1.0 + 1.0, 5.0 * 14.0 - 8.0]);
+    }
+
+    #[test]
     fn a_block_of_zeros_stays_one() {
         let mut x = numbers(64);
         x[..32].fill(0.0);
@@ -228,6 +268,8 @@ mod tests {
         };
         assert_eq!(refused("q4", f32::NAN), "it holds NaN, expected finite numbers");
         assert_eq!(refused("fp8", f32::INFINITY), "it holds inf, expected finite numbers");
+        assert!(refused("q4<g32,zero>", 0.0).contains("rounded to q4<g32,zero>"));
+        assert!(refused("q8<g16,k256>", 0.0).contains("rounded to"));
         assert!(refused("q8", 1e8).contains("more than f16 holds"));
         assert!(refused("q4", -1e8).contains("more than f16 holds"));
     }

@@ -17,7 +17,7 @@ use super::gpu;
 use super::matmul::{Lanes, Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
 use super::ports::{Lowered, Port, Ports, Site, describe};
 
-/// `embed`: one row of the packed matrix, which lies in one lane of a tile: `(code - zero) * scale`.
+/// `embed`: one row of the packed matrix, which lies in one lane of a tile.
 pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let planes = Matrix::of(site, site.named("w"), 1).planes;
@@ -34,17 +34,16 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (tile, lane) = (k.div_const(token, LANES), Lanes::One(k.rem_const(token, LANES)));
     let tile = Matrix { planes }.tile(&mut k, w, tile);
     let out = row_ptr(&mut k, out, t, planes.columns);
-    let (step, per_word) = (blocks.map_or(planes.columns, |b| u64::from(b.columns)), planes.format.word_columns());
+    let (step, per_word) = (blocks.map_or(planes.columns, |b| u64::from(b.columns)), planes.format.group_columns());
     let end = k.index(planes.columns);
     k.for_range(planes.columns, step, |k, first| {
         let block = k.div_const(first, step);
-        let (scale, zero) = tile.scale(k, block, lane);
+        let block = tile.block(k, block, lane);
         let last = k.add_const(first, step);
         let last = k.min_i64(last, end);
         k.for_each((first, last, per_word), |k, column| {
             for (i, code) in (0..).zip(tile.codes(k, column, lane)) {
-                let code = zero.map_or(code, |zero| k.fsub(code, zero));
-                let x = scale.map_or(code, |scale| k.fmul(code, scale));
+                let x = block.number(k, code);
                 let at = k.add_const(column, i);
                 k.store(out, at, x);
             }

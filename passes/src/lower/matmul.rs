@@ -3,13 +3,14 @@
 //! task     a group of row tiles of one weight, over all rows of the step; rows in blocks, the last one smaller
 //! prologue the rows as they are, or normalised into scratch
 //! dot      per 16 weight rows and row of x: `even += w[2j] x[2j]`, `odd += w[2j+1] x[2j+1]` over j, then `even + odd`;
-//!          of scaled formats so for each block of columns, and `sum += scale · (even + odd)` over the blocks
+//!          of scaled formats so for each block of columns, and `sum += scale · (even + odd)` over the blocks (or, where blocks
+//!          have offsets, `w = code · scale + offset` and `sum += even + odd`)
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
 //! traffic  each weight once a block of rows (bound by memory at one row, by FMAs at many)
 //!
 //! The order of a row's sums depends on neither T nor the block, so a token has the same bits alone and among others.
 
-use nextc_ir::format::Format;
+use nextc_ir::format::{Blocks, Format, Shift};
 use nextc_ir::graph::Value;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::layout::Planes;
@@ -61,7 +62,12 @@ impl Matrix {
             let bytes = k.add_const(bytes, p.order_at());
             k.offset(base, bytes)
         });
-        Tile { planes: *p, codes, scales, order }
+        let units = p.format.blocks().filter(|b| b.unit > 0).map(|_| {
+            let bytes = k.mul_const(tile, p.tile_unit_bytes());
+            let bytes = k.add_const(bytes, p.units_at());
+            k.offset(base, bytes)
+        });
+        Tile { planes: *p, codes, scales, units, order }
     }
 }
 
@@ -71,7 +77,43 @@ pub struct Tile {
     planes: Planes,
     codes: Val,
     scales: Option<Val>,
+    units: Option<Val>,
     order: Option<Val>,
+}
+
+/// What the columns of a block share: scale and second number, for the formats that have them.
+#[derive(Clone, Copy, Debug)]
+pub struct Block {
+    scale: Option<Val>,
+    second: Option<(Shift, Val)>,
+}
+
+impl Block {
+    /// What a code counts in its block's sum: a part of its number if the sum is scaled, else its number.
+    fn term(self, k: &mut KernelBuilder, code: Val) -> Val {
+        match (self.second, self.scale) {
+            (Some((Shift::Zero, zero)), _) => k.fsub(code, zero),
+            (Some((Shift::Offset, offset)), Some(scale)) => k.fma(code, scale, offset),
+            _ => code,
+        }
+    }
+
+    /// `acc` and the sum of a block's terms.
+    fn add(self, k: &mut KernelBuilder, sum: Val, acc: Val) -> Val {
+        match (self.second, self.scale) {
+            (Some((Shift::Offset, _)), _) | (_, None) => k.fadd(acc, sum),
+            (_, Some(scale)) => k.fma(sum, scale, acc),
+        }
+    }
+
+    /// The number of a code.
+    pub fn number(self, k: &mut KernelBuilder, code: Val) -> Val {
+        let term = self.term(k, code);
+        match (self.second, self.scale) {
+            (Some((Shift::Offset, _)), _) | (_, None) => term,
+            (_, Some(scale)) => k.fmul(term, scale),
+        }
+    }
 }
 
 /// What is read of a tile: all its rows, a lane each, or one row.
@@ -104,51 +146,95 @@ impl Lanes {
 }
 
 impl Tile {
-    /// The codes of column `column` and those that share a word with it, as numbers; it is the first in its word.
+    /// The codes of column `column` and those of its group, as numbers; it is the first of them.
     pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
-        let at = k.mul_const(column, LANES / self.planes.format.word_columns());
-        let words = lanes.load(k, DType::I32, self.codes, at);
-        (self.planes.format.def().unpack)(k, words)
+        let def = self.planes.format.def();
+        let at = k.mul_const(column, LANES * def.words / self.planes.format.group_columns());
+        let word = |word: u64| {
+            let at = k.add_const(at, word * LANES);
+            lanes.load(k, DType::I32, self.codes, at)
+        };
+        let words: Vec<Val> = (0..def.words).map(word).collect();
+        (def.unpack)(k, &words)
     }
 
-    /// Scale and zero point of the blocks of columns `block`, for the formats that have them.
-    pub fn scale(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> (Option<Val>, Option<Val>) {
-        let (Some(blocks), Some(scales)) = (self.planes.format.blocks(), self.scales) else { return (None, None) };
-        let number = k.mul_const(block, blocks.parts());
-        let plain = Format::plain(blocks.scale).expect("scales are floats");
-        match (blocks.rows, blocks.scale, blocks.zero) {
-            (1, DType::F32, zero) => {
-                let at = k.mul_const(number, LANES);
-                let scale = lanes.load(k, DType::F32, scales, at);
-                let next = k.add_const(at, LANES);
-                (Some(scale), zero.then(|| lanes.load(k, DType::F32, scales, next)))
+    /// What the blocks of columns `block` share.
+    pub fn block(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> Block {
+        let (Some(blocks), Some(scales)) = (self.planes.format.blocks(), self.scales) else {
+            return Block { scale: None, second: None };
+        };
+        let (scale, second) = match (blocks.rows, self.units) {
+            (1, None) => floats(k, blocks, scales, block, lanes),
+            (1, Some(units)) => {
+                let unit = quotient(k, block, u64::from(blocks.unit / blocks.columns));
+                let units = floats(k, blocks, units, unit, lanes);
+                let [scale, second] = counted(k, blocks, scales, block, lanes);
+                (k.fmul(scale, units.0), units.1.map(|unit| k.fmul(second, unit)))
             }
-            // a scale and its zero point share a word
-            (1, _, true) => {
-                let at = k.mul_const(block, LANES);
-                let words = lanes.load(k, DType::I32, scales, at);
-                let both = (plain.def().unpack)(k, words);
-                (Some(both[0]), Some(both[1]))
-            }
-            // the scales of two blocks share a word
-            (1, _, false) => {
-                let (one, sixteen) = (k.const_i64(1), k.const_i32(16));
-                let line = k.ushr(block, one);
-                let at = k.mul_const(line, LANES);
-                let words = lanes.load(k, DType::I32, scales, at);
-                let odd = k.and(block, one);
-                let odd = k.narrow(odd);
-                let shift = k.mul(odd, sixteen);
-                let shift = lanes.splat(k, shift);
-                let words = k.ushr(words, shift);
-                (Some((plain.def().unpack)(k, words)[0]), None)
-            }
-            (_, _, _) => {
+            _ => {
+                let number = k.mul_const(block, blocks.parts());
                 let scale = k.load_f32(scales, number);
-                (Some(lanes.splat(k, scale)), None)
+                (lanes.splat(k, scale), None)
             }
+        };
+        Block { scale: Some(scale), second: second.map(|x| (self.planes.format.def().shift, x)) }
+    }
+}
+
+/// Number `block` of the floats that lie in lines, and the second number behind it where there is one.
+fn floats(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes: Lanes) -> (Val, Option<Val>) {
+    let plain = Format::plain(blocks.scale).expect("scales are floats");
+    match (blocks.scale, blocks.zero) {
+        (DType::F32, zero) => {
+            let number = k.mul_const(block, blocks.parts());
+            let at = k.mul_const(number, LANES);
+            let scale = lanes.load(k, DType::F32, lines, at);
+            let next = k.add_const(at, LANES);
+            (scale, zero.then(|| lanes.load(k, DType::F32, lines, next)))
+        }
+        // a scale and its second number share a word
+        (_, true) => {
+            let at = k.mul_const(block, LANES);
+            let words = lanes.load(k, DType::I32, lines, at);
+            let both = (plain.def().unpack)(k, &[words]);
+            (both[0], Some(both[1]))
+        }
+        // the scales of two blocks share a word
+        (_, false) => {
+            let words = word_of(k, lines, block, 2, lanes);
+            ((plain.def().unpack)(k, &[words])[0], None)
         }
     }
+}
+
+/// Number `block` of the signed bytes that lie in lines, and the one behind it.
+fn counted(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes: Lanes) -> [Val; 2] {
+    let number = k.mul_const(block, blocks.parts());
+    let words = word_of(k, lines, number, 4, lanes);
+    let bytes = (Format::Q8(blocks).def().unpack)(k, &[words]);
+    [bytes[0], bytes[1]]
+}
+
+/// `x / n` of an index, by a shift where that is enough.
+fn quotient(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
+    if n > 1 && n.is_power_of_two() {
+        let bits = k.index(n.trailing_zeros().into());
+        return k.ushr(x, bits);
+    }
+    k.div_const(x, n)
+}
+
+/// The word that holds number `number` of the lines, `per_word` numbers a word, shifted so that the number is its lowest.
+fn word_of(k: &mut KernelBuilder, lines: Val, number: Val, per_word: u64, lanes: Lanes) -> Val {
+    let line = quotient(k, number, per_word);
+    let at = k.mul_const(line, LANES);
+    let words = lanes.load(k, DType::I32, lines, at);
+    let (last, bits) = (k.index(per_word - 1), k.const_i32((32 / per_word) as i32));
+    let within = k.and(number, last);
+    let within = k.narrow(within);
+    let shift = k.mul(within, bits);
+    let shift = lanes.splat(k, shift);
+    k.ushr(words, shift)
 }
 
 /// Dot products of every tile with every row: `[tile][row]`, each a vector of 16 weight rows.
@@ -175,14 +261,10 @@ fn sum_blocks(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], block_columns
     let init = vec![zero; tiles.len() * rows.len()];
     let add_block = |k: &mut KernelBuilder, block: Val, columns: u64, acc: &[Val]| -> Vec<Val> {
         let first = k.mul_const(block, block_columns);
-        let parts: Vec<_> = tiles.iter().map(|t| t.scale(k, block, Lanes::All)).collect();
-        let zeros: Vec<Val> = parts.iter().filter_map(|p| p.1).collect();
-        let sums = sum_columns(k, tiles, &zeros, rows, first, columns);
-        let scaled = (0..).zip(sums.iter().zip(acc)).map(|(i, (&sum, &acc)): (usize, _)| {
-            let scale = parts[i / rows.len()].0.expect("blocks have scales");
-            k.fma(sum, scale, acc)
-        });
-        scaled.collect()
+        let blocks: Vec<Block> = tiles.iter().map(|t| t.block(k, block, Lanes::All)).collect();
+        let sums = sum_columns(k, tiles, &blocks, rows, first, columns);
+        let added = (0..).zip(sums.iter().zip(acc));
+        added.map(|(i, (&sum, &acc)): (usize, _)| blocks[i / rows.len()].add(k, sum, acc)).collect()
     };
     let (lo, hi) = (k.const_i64(0), k.index(columns / block_columns));
     let acc = k.for_carry((lo, hi, 1), &init, |k, block, acc| add_block(k, block, block_columns, acc));
@@ -196,13 +278,13 @@ fn sum_blocks(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], block_columns
 fn sum_columns(
     k: &mut KernelBuilder,
     tiles: &[Tile],
-    zeros: &[Val],
+    blocks: &[Block],
     rows: &[Val],
     first: Val,
     columns: u64,
 ) -> Vec<Val> {
     let format = tiles[0].planes.format;
-    let per_word = format.word_columns();
+    let per_word = format.group_columns();
     let turn = match format.blocks() {
         None => TURN_COLUMNS.0.max(per_word),
         Some(_) if columns.is_multiple_of(TURN_COLUMNS.1) => TURN_COLUMNS.1,
@@ -214,7 +296,7 @@ fn sum_columns(
         let mut acc = acc.to_vec();
         for line in 0..turn / per_word {
             let column = k.add_const(column, line * per_word);
-            add_line(k, tiles, zeros, rows, (column, line * per_word), &mut acc);
+            add_line(k, tiles, blocks, rows, (column, line * per_word), &mut acc);
         }
         acc
     };
@@ -231,12 +313,12 @@ fn sum_columns(
 fn add_line(
     k: &mut KernelBuilder,
     tiles: &[Tile],
-    zeros: &[Val],
+    blocks: &[Block],
     rows: &[Val],
     (column, number): (Val, u64),
     acc: &mut [Val],
 ) {
-    let per_word = tiles[0].planes.format.word_columns();
+    let per_word = tiles[0].planes.format.group_columns();
     let shared: Vec<Vec<Val>> = match tiles[0].order {
         None => (0..per_word).map(|i| load_column(k, rows, column, i, None)).collect(),
         Some(_) => Vec::new(),
@@ -244,7 +326,7 @@ fn add_line(
     for (t, tile) in tiles.iter().enumerate() {
         let codes = tile.codes(k, column, Lanes::All);
         for (i, code) in (0..).zip(codes) {
-            let w = zeros.get(t).map_or(code, |&zero| k.fsub(code, zero));
+            let w = blocks.get(t).map_or(code, |block| block.term(k, code));
             let own = tile.order.map(|order| load_column(k, rows, column, i, Some(order)));
             let x = own.as_ref().unwrap_or_else(|| &shared[i as usize]);
             for (j, &x) in x.iter().enumerate() {

@@ -371,11 +371,18 @@ pub struct Part {
 pub enum Holds {
     /// Numbers, or codes that have scales.
     Numbers(Number),
-    /// Scales, and between them zero points where there are any.
+    /// Scales, and between them second numbers where there are any.
     Scales {
         /// How they are stored.
         stored: Number,
         /// What they scale.
+        codes: Number,
+    },
+    /// Units of scales that are signed bytes.
+    Units {
+        /// How they are stored.
+        stored: Number,
+        /// What the scales scale.
         codes: Number,
     },
     /// For each of so many stored columns the number of the column that it is, i32; for many groups of rows one after the other.
@@ -398,8 +405,10 @@ pub enum Number {
     E4m3,
     /// A signed byte.
     I8,
-    /// Four bits: a number from -8 to 7 with 8 added.
+    /// Four bits: a number from -8 to 7 with 8 added, or one from 0 to 15.
     U4,
+    /// Six bits: a number from -32 to 31 with 32 added.
+    U6,
 }
 
 /// The kinds of state.

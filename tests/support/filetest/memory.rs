@@ -100,7 +100,7 @@ fn tiles(ty: &WeightType, layout: Layout, in_rank: usize, values: &[f32]) -> Buf
     let columns: u64 = in_dims.iter().product();
     let mut bytes = vec![0; planes.bytes() as usize];
     for (i, &x) in (0u64..).zip(values) {
-        let at = planes.code(padded_index(out_dims, i / columns), padded_index(in_dims, i % columns)).byte as usize;
+        let at = planes.code(padded_index(out_dims, i / columns), padded_index(in_dims, i % columns))[0].byte as usize;
         let width = ty.format.def().bits as usize / 8;
         bytes[at..at + width].copy_from_slice(&(ty.format.def().encode)(x).to_le_bytes()[..width]);
     }

@@ -24,7 +24,7 @@ fn gemv(pairs: u64, tasks: u64) -> Kernel {
         for (tile, c) in [(first, &c[..2]), (second, &c[2..])] {
             let at = k.mul_const(pair, 16);
             let words = k.load(DType::I32, 16, tile, at);
-            let w = (Format::Bf16.def().unpack)(k, words);
+            let w = (Format::Bf16.def().unpack)(k, &[words]);
             next.push(k.fma(w[0], x_even, c[0]));
             next.push(k.fma(w[1], x_odd, c[1]));
         }

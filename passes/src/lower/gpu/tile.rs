@@ -27,9 +27,9 @@ const LOADS: u64 = 8;
 
 /// True for the formats that can lie as fragments.
 pub fn covers(format: Format) -> bool {
-    let blocks = |b: Blocks| b.columns.is_multiple_of(32) && !b.ordered;
+    let blocks = |b: Blocks| b.columns.is_multiple_of(32) && !b.ordered && b.unit == 0;
     match format {
-        Format::F32 => false,
+        Format::F32 | Format::U4(_) | Format::Q6(_) => false,
         Format::Bf16 | Format::F16 => true,
         Format::Fp8(b) | Format::Q8(b) | Format::Q4(b) => blocks(b),
     }
@@ -124,7 +124,7 @@ impl Fragments {
                 let pairs = [(0, 0), (1, 0), (0, 1), (1, 1)];
                 pairs.map(|(row, pair)| self.bytes(k, rows[row], pair, bias[row]))
             }
-            Format::Q4(_) => {
+            Format::Q4(_) | Format::U4(_) | Format::Q6(_) => {
                 let rows = [word(k, 0, half), word(k, 0, 2 + half)];
                 let pairs = [(0, 0), (1, 0), (0, 1), (1, 1)];
                 pairs.map(|(row, pair)| nibbles(k, rows[row], 2 * step as i32 + pair, bias[row]))
