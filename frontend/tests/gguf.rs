@@ -265,7 +265,7 @@ fn wrong_tensors_are_named() {
     );
     refuse(
         tensor(norm, &|t| t.1 = vec![1; 5]),
-        "tensor `blk.0.attn_norm.weight`: 5 dimensions (byte 1862), expected 1 to 4",
+        "tensor `blk.0.attn_norm.weight`: 5 dimensions (byte 1661), expected 1 to 4",
     );
     refuse(
         tensor(norm, &|t| t.1 = vec![1 << 32, 1 << 32]),

@@ -124,7 +124,7 @@ impl<'f, B: Bytes + ?Sized> Cursor<'f, B> {
         let bytes = self.bytes(count, what)?;
         String::from_utf8(bytes).map_err(|e| Problem::Text {
             what: what.to_owned(),
-            at,
+            at: at + 8,
             reason: e.utf8_error().to_string(),
         })
     }

@@ -1,5 +1,7 @@
 //! Which published tensor each tensor of a GGUF file is, and how its numbers differ from the published ones.
 
+use std::cmp::Ordering;
+
 /// How a tensor's numbers are made from the published ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
@@ -63,9 +65,13 @@ const MTP: &[Name] = &[
     ("nextn.shared_head_norm.weight", "norm.weight", Stored::PlusOne),
 ];
 
-/// Where a layer's published names begin; block `layers` is the MTP module.
-fn prefix(block: u64, layers: u64) -> String {
-    if block < layers { format!("model.layers.{block}.") } else { "mtp.layers.0.".into() }
+/// Where the published names of a block begin; block `layers` is the MTP module, and the model has no further ones.
+fn prefix(block: u64, layers: u64) -> Option<String> {
+    match block.cmp(&layers) {
+        Ordering::Less => Some(format!("model.layers.{block}.")),
+        Ordering::Equal => Some("mtp.layers.0.".into()),
+        Ordering::Greater => None,
+    }
 }
 
 /// The published name of tensor `name` in a file whose first `layers` blocks are layers of the trunk, and how its numbers are made. What the model does not
@@ -76,15 +82,16 @@ pub fn published(name: &str, layers: u64) -> (String, Stored) {
         return (published.to_owned(), stored);
     }
     let parts = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-    let Some((block, last)) = parts.and_then(|(block, last)| Some((block.parse().ok()?, last))) else {
+    let block = parts.and_then(|(block, last)| Some((block.parse().ok()?, last)));
+    let Some((block, last, prefix)) = block.and_then(|(block, last)| Some((block, last, prefix(block, layers)?))) else {
         return (name.to_owned(), Stored::Same);
     };
     if let Some((_, published, stored)) = find(LAYER, last) {
-        return (format!("{}{published}", prefix(block, layers)), stored);
+        return (format!("{prefix}{published}"), stored);
     }
     match find(MTP, last).filter(|_| block == layers) {
         Some((_, published, stored)) => (format!("mtp.{published}"), stored),
-        None if block >= layers => (format!("mtp.{name}"), Stored::Same),
+        None if block == layers => (format!("mtp.{name}"), Stored::Same),
         None => (name.to_owned(), Stored::Same),
     }
 }
@@ -122,6 +129,7 @@ mod tests {
         there_and_back("blk.4.ffn_down_exps.weight", "mtp.layers.0.mlp.experts.down_proj");
         there_and_back("blk.4.nextn.eh_proj.weight", "mtp.fc.weight");
         there_and_back("blk.4.nextn.embed_tokens.weight", "mtp.blk.4.nextn.embed_tokens.weight");
+        there_and_back("blk.5.attn_norm.weight", "blk.5.attn_norm.weight");
         there_and_back("blk.3.attn_rot_embd", "blk.3.attn_rot_embd");
         there_and_back("rope_freqs.weight", "rope_freqs.weight");
         there_and_back("blk.x.attn_norm.weight", "blk.x.attn_norm.weight");
