@@ -49,7 +49,7 @@ const PIECES: &[&[u8]] = &[
 /// Changes a few bytes, mostly near the beginning, where headers are.
 fn change(bytes: &mut Vec<u8>, others: &[Vec<u8>], random: &mut Random) {
     for _ in 0..1 + random.bits() % 4 {
-        let reach = if random.bits() % 4 > 0 { bytes.len().min(12_000) } else { bytes.len() };
+        let reach = if random.bits().is_multiple_of(4) { bytes.len() } else { bytes.len().min(12_000) };
         let at = (random.bits() as usize) % (reach + 1);
         let end = (at + (random.bits() % 16) as usize).min(bytes.len());
         match random.bits() % 8 {

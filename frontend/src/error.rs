@@ -299,7 +299,7 @@ pub enum GgufProblem {
     )]
     PartName {
         /// How many parts there are.
-        count: i128,
+        count: u64,
         /// What its name should end in.
         ending: String,
     },

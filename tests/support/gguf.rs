@@ -13,6 +13,9 @@ use serde_json::Value as Json;
 /// A tensor: its type's number, its shape, outermost dimension first, and its bytes.
 pub type Tensor = (u32, Vec<u64>, Vec<u8>);
 
+/// Published tensors, widened: shape and numbers.
+pub type Published = BTreeMap<String, (Vec<u64>, Vec<f32>)>;
+
 /// A file to be.
 #[derive(Clone, Default)]
 pub struct File {
@@ -125,8 +128,8 @@ impl File {
     }
 }
 
-/// The tensors of a folder's safetensors files, widened: shape and numbers.
-pub fn published(dir: &Path) -> BTreeMap<String, (Vec<u64>, Vec<f32>)> {
+/// The tensors of a folder's safetensors files.
+pub fn published(dir: &Path) -> Published {
     let mut tensors = BTreeMap::new();
     let mut files: Vec<_> = std::fs::read_dir(dir).expect("a folder").map(|e| e.expect("an entry").path()).collect();
     files.sort();
@@ -163,12 +166,7 @@ pub fn as_bf16(_: &str, x: &[f32]) -> (u32, Vec<u8>) {
 
 /// A published model, its configuration and its tensors, as a GGUF file whose matrices `matrix` stores; `fused` as older
 /// converters left them.
-pub fn convert(
-    config: &Json,
-    published: &BTreeMap<String, (Vec<u64>, Vec<f32>)>,
-    matrix: &Matrix,
-    fused: bool,
-) -> File {
+pub fn convert(config: &Json, published: &Published, matrix: &Matrix, fused: bool) -> File {
     let int = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{key}"));
     let mtp = published.keys().any(|n| n.starts_with("mtp."));
     let layers = int("num_hidden_layers");
@@ -235,6 +233,8 @@ struct Sizes {
     values: usize,
 }
 
+type Experts = BTreeMap<u64, (Vec<u64>, Vec<f32>)>;
+
 struct Converter<'a> {
     matrix: &'a Matrix,
     fused: bool,
@@ -242,7 +242,7 @@ struct Converter<'a> {
     sizes: Sizes,
     out: BTreeMap<String, Tensor>,
     /// Experts of a stacked tensor, by number.
-    experts: BTreeMap<String, BTreeMap<u64, (Vec<u64>, Vec<f32>)>>,
+    experts: BTreeMap<String, Experts>,
 }
 
 impl Converter<'_> {
@@ -355,7 +355,7 @@ impl Converter<'_> {
 }
 
 /// A small model whose rows are whole blocks of every type: its configuration, and tensors of numbers that look random.
-pub fn wide_model() -> (Json, BTreeMap<String, (Vec<u64>, Vec<f32>)>) {
+pub fn wide_model() -> (Json, Published) {
     let config = serde_json::json!({
         "num_hidden_layers": 4, "max_position_embeddings": 512, "hidden_size": 256, "intermediate_size": 256,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2,

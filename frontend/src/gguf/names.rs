@@ -83,7 +83,8 @@ pub fn published(name: &str, layers: u64) -> (String, Stored) {
     }
     let parts = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     let block = parts.and_then(|(block, last)| Some((block.parse().ok()?, last)));
-    let Some((block, last, prefix)) = block.and_then(|(block, last)| Some((block, last, prefix(block, layers)?))) else {
+    let Some((block, last, prefix)) = block.and_then(|(block, last)| Some((block, last, prefix(block, layers)?)))
+    else {
         return (name.to_owned(), Stored::Same);
     };
     if let Some((_, published, stored)) = find(LAYER, last) {

@@ -225,7 +225,7 @@ fn part_path(first: &Path, i: i128, count: i128) -> Result<PathBuf, Problem> {
         Some((stem, parts)) if parts == count => {
             Ok(first.with_file_name(format!("{stem}-{:05}-of-{count:05}.gguf", i + 1)))
         }
-        _ => Err(Problem::PartName { count, ending: format!("-00001-of-{count:05}.gguf") }),
+        _ => Err(Problem::PartName { count: count as u64, ending: format!("-00001-of-{count:05}.gguf") }),
     }
 }
 

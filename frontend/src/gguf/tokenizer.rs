@@ -55,7 +55,7 @@ pub fn assets(file: &str, model: &Gguf, warnings: &mut Vec<String>) -> Result<Ve
             "{file}: `{ADD_BOS}` is true, but no token is put before a prompt; its chat template may do so"
         ));
     }
-    if keys.get(TEMPLATE).is_none() {
+    if keys.get(TEMPLATE).is_none() && assets.len() > 1 {
         warnings
             .push(format!("{file}: there is no `{TEMPLATE}`: the executable will take prompts as they are (`--raw`)"));
     }
