@@ -4,6 +4,7 @@
 //! `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second. What a
 //! number that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
 
+use std::collections::VecDeque;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -46,14 +47,18 @@ impl DraftTokens {
 
 /// Most drafts that `auto` makes.
 const AUTO_MOST: usize = 4;
+/// Steps without drafts before the first with some: what they cost is what all else is compared with.
+const FIRST_STEPS: usize = 3;
 /// Least steps between two trials of another number of drafts.
-const TRIAL_STEPS: usize = 48;
+const TRIAL_STEPS: usize = 32;
+/// Most times that trials that change nothing double the steps between them.
+const MOST_DOUBLINGS: u32 = 4;
 /// Share of the time that trials may cost.
 const TRIAL_SHARE: f64 = 0.01;
-/// Least weight of the newest cost.
-const NEWEST: f64 = 0.2;
-/// A cost counts as no more than so many times what it was before: a step in which the machine did something else says little.
-const OUTLIER: f64 = 2.0;
+/// Steps of a trial whose cost counts.
+const TRIAL_LENGTH: usize = 2;
+/// Newest costs of a number of drafts, of which the lower median counts: a step in which the machine did something else says little.
+const NEWEST: usize = 9;
 /// What the older observations of drafts weigh after another one.
 const OLDER: f64 = 0.98;
 /// What is expected of a draft before any was seen: so many of two are right.
@@ -68,17 +73,52 @@ const MARGIN: f64 = 1.03;
 pub struct Planner {
     /// A fixed number.
     fixed: Option<usize>,
-    /// Seconds of a step with 0, 1, ... drafts, and how often that was measured.
-    costs: Vec<(f64, usize)>,
+    /// What steps with 0, 1, ... drafts cost.
+    costs: Vec<Costs>,
     /// Of the first, second, ... draft, where those before it were right: how many were right, and how many there were; older ones
     /// count less.
     drafts: Vec<(f64, f64)>,
-    /// Steps until the next trial.
-    until_trial: usize,
+    /// Steps since the last trial.
+    since_trial: usize,
+    /// The trial going on.
+    trial: Option<Trial>,
+    /// Trials in a row that changed nothing.
+    idle_trials: u32,
     /// The next trial is of more drafts, not of fewer.
     upwards: bool,
     /// Sequences of the newest step.
     sequences: usize,
+    /// Drafts of the newest step.
+    newest: usize,
+}
+
+/// Steps with another number of drafts than the best known.
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    drafts: usize,
+    /// The number that was the best before.
+    instead_of: usize,
+    steps_left: usize,
+}
+
+/// The newest costs of steps with one number of drafts, in seconds, the oldest first.
+#[derive(Clone, Debug, Default)]
+struct Costs(VecDeque<f64>);
+
+impl Costs {
+    fn push(&mut self, seconds: f64) {
+        if self.0.len() == NEWEST {
+            self.0.pop_front();
+        }
+        self.0.push_back(seconds);
+    }
+
+    /// The lower median; none before there are two: the first is that of code and memory never used.
+    fn median(&self) -> Option<f64> {
+        let mut sorted: Vec<f64> = self.0.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len().saturating_sub(1) / 2).copied().filter(|_| sorted.len() > 1)
+    }
 }
 
 impl Planner {
@@ -91,11 +131,14 @@ impl Planner {
     pub fn auto(most: usize) -> Self {
         Self {
             fixed: None,
-            costs: vec![(0.0, 0); most + 1],
+            costs: vec![Costs::default(); most + 1],
             drafts: vec![PRIOR; most],
-            until_trial: TRIAL_STEPS,
+            since_trial: 0,
+            trial: None,
+            idle_trials: 0,
             upwards: true,
             sequences: 0,
+            newest: 0,
         }
     }
 
@@ -109,20 +152,25 @@ impl Planner {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
-        if self.costs[0].1 == 0 {
+        if self.costs[0].0.len() < FIRST_STEPS {
             return 0;
         }
+        if let Some(trial) = self.trial {
+            return trial.drafts;
+        }
         let best = self.best();
-        self.until_trial -= 1;
-        if self.until_trial > 0 {
+        let up = best == 0 || self.upwards;
+        let drafts = if up { (best + 1).min(self.costs.len() - 1) } else { best - 1 };
+        let length = TRIAL_LENGTH + usize::from(best == 0);
+        let extra = length as f64 * (self.cost(drafts) / self.cost(best) - 1.0);
+        self.since_trial += 1;
+        if self.since_trial < (TRIAL_STEPS << self.idle_trials).max((extra / TRIAL_SHARE) as usize) {
             return best;
         }
-        let up = best == 0 || self.upwards;
-        let trial = if up { (best + 1).min(self.costs.len() - 1) } else { best - 1 };
-        let extra = self.cost(trial) / self.cost(best) - 1.0;
-        self.until_trial = TRIAL_STEPS.max((extra / TRIAL_SHARE) as usize);
+        self.since_trial = 0;
         self.upwards = !up;
-        trial
+        self.trial = Some(Trial { drafts, instead_of: best, steps_left: length });
+        drafts
     }
 
     /// Learns that a step with `drafts` drafts took `time`, and how many tokens each sequence gained.
@@ -130,34 +178,47 @@ impl Planner {
         if self.fixed.is_some() || drafts >= self.costs.len() {
             return;
         }
-        self.observe_cost(drafts, gained.len(), time.as_secs_f64());
+        // the first step with drafts after some without feeds the draft all that it missed, which the next ones will not: better than
+        // nothing, and as an upper bound no harm to the median
+        if drafts == 0 || self.newest > 0 || self.costs[drafts].0.is_empty() {
+            self.observe_cost(drafts, gained.len(), time.as_secs_f64());
+        }
+        self.newest = drafts;
         for &tokens in gained {
             for (i, (right, seen)) in self.drafts[..drafts].iter_mut().enumerate().take(tokens) {
                 *right = OLDER * *right + f64::from(i + 1 < tokens);
                 *seen = OLDER * *seen + 1.0;
             }
         }
+        if let Some(trial) = self.trial.take() {
+            let steps_left = trial.steps_left - 1;
+            if steps_left > 0 {
+                self.trial = Some(Trial { steps_left, ..trial });
+            } else {
+                let changed = self.best() != trial.instead_of;
+                self.idle_trials = if changed { 0 } else { MOST_DOUBLINGS.min(self.idle_trials + 1) };
+            }
+        }
     }
 
     fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) {
-        let (old, times) = self.costs[drafts];
-        if times > 0 && self.sequences != sequences {
+        if self.sequences != sequences
+            && let Some(old) = self.costs[drafts].median()
+        {
             // another batch: all costs change about as this one does
-            self.costs.iter_mut().for_each(|(cost, _)| *cost *= seconds / old.max(1e-9));
+            let factor = seconds / old.max(1e-9);
+            self.costs.iter_mut().flat_map(|costs| &mut costs.0).for_each(|cost| *cost *= factor);
         }
         self.sequences = sequences;
-        let (cost, times) = &mut self.costs[drafts];
-        *times += 1;
-        let weight = NEWEST.max(1.0 / *times as f64);
-        let seconds = if *times > 1 { seconds.min(OUTLIER * *cost) } else { seconds };
-        *cost += weight * (seconds - *cost);
+        self.costs[drafts].push(seconds);
     }
 
-    /// The number with the most tokens a second; none unless it is better by a margin.
+    /// The number with the most tokens a second, no more than one above those that were measured; none unless it is better by a margin.
     fn best(&self) -> usize {
         let mut best = (0, MARGIN / self.cost(0));
         let (mut chance, mut tokens) = (1.0, 1.0);
-        for (i, (right, seen)) in self.drafts.iter().enumerate() {
+        let measured = self.costs.iter().rposition(|costs| costs.median().is_some()).unwrap_or(0);
+        for (i, (right, seen)) in self.drafts.iter().enumerate().take(measured + 1) {
             chance *= right / seen;
             tokens += chance;
             let speed = tokens / self.cost(i + 1);
@@ -170,7 +231,7 @@ impl Planner {
 
     /// Seconds of a step with `drafts` drafts: measured, or on a line through what was measured with fewer and with more.
     fn cost(&self, drafts: usize) -> f64 {
-        let known = |k: usize| (self.costs[k].1 > 0).then_some((k as f64, self.costs[k].0));
+        let known = |k: usize| self.costs[k].median().map(|cost| (k as f64, cost));
         let below = (0..=drafts).rev().find_map(known).unwrap_or((0.0, 1.0));
         let above = (drafts..self.costs.len()).find_map(known);
         let further = (0..below.0 as usize).rev().find_map(known);
@@ -187,10 +248,11 @@ impl Planner {
 mod tests {
     use super::*;
 
-    /// Tokens a second of `steps` steps of a planner, where `k` drafts cost `cost(k)`, every tenth step `noise` times as much, and drafts
-    /// are right `right` of the time.
+    /// Tokens a second of `steps` steps of a planner, where `k` drafts cost `cost(k)`, every tenth step `noise` times as much, the first
+    /// of each number half as much again, one with drafts half a percent more for each without before it, and drafts are right `right` of the time.
     fn speed(mut planner: Planner, steps: usize, cost: impl Fn(usize) -> f64, noise: f64, right: f64) -> f64 {
-        let (mut tokens, mut seconds, mut chance) = (0u32, 0.0, 0.5f64);
+        let (mut tokens, mut seconds, mut chance, mut missed) = (0u32, 0.0, 0.5f64, 0.0);
+        let mut cold = [1.5; AUTO_MOST + 1];
         for step in 0..steps {
             let k = planner.next_drafts();
             let mut gained = 1;
@@ -201,13 +263,19 @@ mod tests {
                 }
                 gained += 1;
             }
-            let time = cost(k) * if step % 10 == 7 { noise } else { 1.0 };
+            missed = if k == 0 { (missed + 1.0) % MISSED } else { missed };
+            let caught_up = if k == 0 { 0.0 } else { 0.005 * cost(0) * std::mem::take(&mut missed) };
+            let slow = if step % 10 == 7 { noise } else { 1.0 };
+            let time = caught_up + cost(k) * slow * std::mem::replace(&mut cold[k], 1.0);
             planner.observe(k, &[gained], Duration::from_secs_f64(time));
             tokens += gained as u32;
             seconds += time;
         }
         f64::from(tokens) / seconds
     }
+
+    /// Tokens that a draft misses at most: then it is fed them in any case.
+    const MISSED: f64 = 256.0;
 
     #[test]
     fn auto_loses_at_most_three_percent_and_finds_what_pays() {
@@ -233,7 +301,7 @@ mod tests {
             let k = planner.next_drafts();
             let time = Duration::from_secs_f64(0.01 * (1.0 + 0.1 * k as f64) * sequences as f64);
             planner.observe(k, &vec![1 + right.min(k); sequences], time);
-            k
+            planner.best()
         };
         for _ in 0..100 {
             observe(&mut planner, 3, 4);
