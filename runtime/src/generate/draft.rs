@@ -1,8 +1,9 @@
 //! How many tokens to draft: a fixed number, or as many as pay.
 //!
-//! A step with `k` drafts costs `c_k` seconds and gives `1 + a_1 + a_1 a_2 + ...` tokens, where `a_i` is the share of drafts number
-//! `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second. What a
-//! number that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
+//! A step with `k` drafts costs `c_k` times what one without costs, and gives `1 + a_1 + a_1 a_2 + ...` tokens, where `a_i` is the share
+//! of drafts number `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second.
+//! Costs are only compared where one number follows another, so a machine that becomes slower or faster does not matter. What a number
+//! that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
 
 use std::collections::VecDeque;
 use std::str::FromStr;
@@ -47,20 +48,22 @@ impl DraftTokens {
 
 /// Most drafts that `auto` makes.
 const AUTO_MOST: usize = 4;
-/// Steps without drafts before the first with some: what they cost is what all else is compared with.
-const FIRST_STEPS: usize = 3;
+/// Steps of a stretch before its cost is compared with that of the one before it; no number of drafts is left sooner.
+const STRETCH: usize = 3;
+/// Newest costs of a stretch, of which the median counts: a step in which the machine did something else says little.
+const NEWEST: usize = 5;
 /// Least steps between two trials of another number of drafts.
 const TRIAL_STEPS: usize = 32;
 /// Most times that trials that change nothing double the steps between them.
 const MOST_DOUBLINGS: u32 = 4;
 /// Share of the time that trials may cost.
 const TRIAL_SHARE: f64 = 0.01;
-/// Steps of a trial whose cost counts.
-const TRIAL_LENGTH: usize = 2;
-/// Newest costs of a number of drafts, of which the lower median counts: a step in which the machine did something else says little.
-const NEWEST: usize = 9;
+/// Weight of the newest comparison of two costs, at least.
+const COMPARISON: f64 = 0.3;
 /// What the older observations of drafts weigh after another one.
 const OLDER: f64 = 0.98;
+/// How much better than seen a draft may be: by so much over the root of how many were seen. Few say little.
+const DOUBT: f64 = 0.3;
 /// What is expected of a draft before any was seen: so many of two are right.
 const PRIOR: (f64, f64) = (1.2, 2.0);
 /// What a draft is expected to add to a step's cost before that was measured.
@@ -73,51 +76,67 @@ const MARGIN: f64 = 1.03;
 pub struct Planner {
     /// A fixed number.
     fixed: Option<usize>,
-    /// What steps with 0, 1, ... drafts cost.
-    costs: Vec<Costs>,
+    /// What steps with 0, 1, ... drafts cost, as multiples of one without.
+    costs: Vec<Cost>,
     /// Of the first, second, ... draft, where those before it were right: how many were right, and how many there were; older ones
     /// count less.
     drafts: Vec<(f64, f64)>,
+    /// The steps since the number of drafts or of sequences changed.
+    stretch: Stretch,
+    /// Drafts and cost of a step of the stretch before, until this one is compared with it.
+    before: Option<(usize, f64)>,
+    /// The draft was fed what it missed since the last stretch with drafts.
+    caught_up: bool,
+    /// The stretches to begin with.
+    plan: VecDeque<usize>,
     /// Steps since the last trial.
     since_trial: usize,
-    /// The trial going on.
-    trial: Option<Trial>,
+    /// While a trial goes on, the number that was the best before it.
+    tried_from: Option<usize>,
     /// Trials in a row that changed nothing.
     idle_trials: u32,
     /// The next trial is of more drafts, not of fewer.
     upwards: bool,
-    /// Sequences of the newest step.
-    sequences: usize,
-    /// Drafts of the newest step.
-    newest: usize,
 }
 
-/// Steps with another number of drafts than the best known.
-#[derive(Clone, Copy, Debug)]
-struct Trial {
-    drafts: usize,
-    /// The number that was the best before.
-    instead_of: usize,
-    steps_left: usize,
+/// What steps with some number of drafts cost, as a multiple of those without.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cost {
+    multiple: f64,
+    /// How often it was compared.
+    seen: usize,
 }
 
-/// The newest costs of steps with one number of drafts, in seconds, the oldest first.
+impl Cost {
+    fn learn(&mut self, multiple: f64) {
+        self.seen += 1;
+        let weight = COMPARISON.max(1.0 / self.seen as f64);
+        self.multiple += weight * (multiple - self.multiple);
+    }
+}
+
+/// Steps in a row with as many drafts for as many sequences.
 #[derive(Clone, Debug, Default)]
-struct Costs(VecDeque<f64>);
+struct Stretch {
+    drafts: usize,
+    sequences: usize,
+    /// The newest costs, in seconds.
+    seconds: VecDeque<f64>,
+}
 
-impl Costs {
+impl Stretch {
     fn push(&mut self, seconds: f64) {
-        if self.0.len() == NEWEST {
-            self.0.pop_front();
+        if self.seconds.len() == NEWEST {
+            self.seconds.pop_front();
         }
-        self.0.push_back(seconds);
+        self.seconds.push_back(seconds);
     }
 
-    /// The lower median; none before there are two: the first is that of code and memory never used.
+    /// The median; none while there are too few.
     fn median(&self) -> Option<f64> {
-        let mut sorted: Vec<f64> = self.0.iter().copied().collect();
+        let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len().saturating_sub(1) / 2).copied().filter(|_| sorted.len() > 1)
+        sorted.get(sorted.len() / 2).copied().filter(|_| sorted.len() >= STRETCH)
     }
 }
 
@@ -129,16 +148,21 @@ impl Planner {
 
     /// As many as pay, at most `most`.
     pub fn auto(most: usize) -> Self {
+        let mut costs = vec![Cost::default(); most + 1];
+        costs[0] = Cost { multiple: 1.0, seen: 1 };
         Self {
             fixed: None,
-            costs: vec![Costs::default(); most + 1],
+            costs,
             drafts: vec![PRIOR; most],
+            stretch: Stretch::default(),
+            before: None,
+            caught_up: false,
+            // what is slow since it is done for the first time is so on one side of a comparison: so there are two
+            plan: if most > 0 { VecDeque::from([1, 0]) } else { VecDeque::new() },
             since_trial: 0,
-            trial: None,
+            tried_from: None,
             idle_trials: 0,
             upwards: true,
-            sequences: 0,
-            newest: 0,
         }
     }
 
@@ -152,25 +176,35 @@ impl Planner {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
-        if self.costs[0].0.len() < FIRST_STEPS {
-            return 0;
+        let now = self.stretch.drafts;
+        let Some(cost) = self.stretch.median() else { return now };
+        let next = self.plan.pop_front().unwrap_or_else(|| self.best_or_trial());
+        if next != now {
+            self.before = Some((now, cost));
+            self.caught_up = false;
+            self.stretch = Stretch { drafts: next, seconds: VecDeque::new(), ..self.stretch };
         }
-        if let Some(trial) = self.trial {
-            return trial.drafts;
-        }
+        next
+    }
+
+    /// The best number as far as is known; now and then a neighbour of it.
+    fn best_or_trial(&mut self) -> usize {
         let best = self.best();
-        let up = best == 0 || self.upwards;
-        let drafts = if up { (best + 1).min(self.costs.len() - 1) } else { best - 1 };
-        let length = TRIAL_LENGTH + usize::from(best == 0);
-        let extra = length as f64 * (self.cost(drafts) / self.cost(best) - 1.0);
+        if let Some(from) = self.tried_from.take() {
+            self.idle_trials = if best == from { MOST_DOUBLINGS.min(self.idle_trials + 1) } else { 0 };
+        }
         self.since_trial += 1;
-        if self.since_trial < (TRIAL_STEPS << self.idle_trials).max((extra / TRIAL_SHARE) as usize) {
+        let up = best == 0 || (self.upwards && best + 1 < self.costs.len());
+        let other = if up { best + 1 } else { best - 1 };
+        let extra = (STRETCH + 1) as f64 * (self.cost(other) / self.cost(best) - 1.0);
+        let rest = (TRIAL_STEPS << self.idle_trials).max((extra / TRIAL_SHARE) as usize);
+        if best != self.stretch.drafts || self.since_trial < rest {
             return best;
         }
         self.since_trial = 0;
         self.upwards = !up;
-        self.trial = Some(Trial { drafts, instead_of: best, steps_left: length });
-        drafts
+        self.tried_from = Some(best);
+        other
     }
 
     /// Learns that a step with `drafts` drafts took `time`, and how many tokens each sequence gained.
@@ -178,48 +212,48 @@ impl Planner {
         if self.fixed.is_some() || drafts >= self.costs.len() {
             return;
         }
-        // the first step with drafts after some without feeds the draft all that it missed, which the next ones will not: better than
-        // nothing, and as an upper bound no harm to the median
-        if drafts == 0 || self.newest > 0 || self.costs[drafts].0.is_empty() {
-            self.observe_cost(drafts, gained.len(), time.as_secs_f64());
-        }
-        self.newest = drafts;
+        self.observe_cost(drafts, gained.len(), time.as_secs_f64());
         for &tokens in gained {
             for (i, (right, seen)) in self.drafts[..drafts].iter_mut().enumerate().take(tokens) {
                 *right = OLDER * *right + f64::from(i + 1 < tokens);
                 *seen = OLDER * *seen + 1.0;
             }
         }
-        if let Some(trial) = self.trial.take() {
-            let steps_left = trial.steps_left - 1;
-            if steps_left > 0 {
-                self.trial = Some(Trial { steps_left, ..trial });
-            } else {
-                let changed = self.best() != trial.instead_of;
-                self.idle_trials = if changed { 0 } else { MOST_DOUBLINGS.min(self.idle_trials + 1) };
-            }
-        }
     }
 
     fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) {
-        if self.sequences != sequences
-            && let Some(old) = self.costs[drafts].median()
-        {
-            // another batch: all costs change about as this one does
-            let factor = seconds / old.max(1e-9);
-            self.costs.iter_mut().flat_map(|costs| &mut costs.0).for_each(|cost| *cost *= factor);
+        if (drafts, sequences) != (self.stretch.drafts, self.stretch.sequences) {
+            // another batch, or sequences that want fewer: nothing to compare with
+            self.before =
+                self.before.filter(|_| self.stretch.sequences == sequences && self.stretch.seconds.is_empty());
+            self.stretch = Stretch { drafts, sequences, seconds: VecDeque::new() };
         }
-        self.sequences = sequences;
-        self.costs[drafts].push(seconds);
+        if drafts > 0 && self.before.is_some_and(|(before, _)| before == 0) && !self.caught_up {
+            // the draft was fed all that it missed, which it will not be in the next step
+            self.caught_up = true;
+            return;
+        }
+        self.stretch.push(seconds);
+        let Some(((before, old), new)) = self.before.zip(self.stretch.median()) else { return };
+        self.before = None;
+        self.compare((before, old), (drafts, new));
+    }
+
+    /// Learns from two stretches what steps of the number of drafts that is known less cost.
+    fn compare(&mut self, a: (usize, f64), b: (usize, f64)) {
+        let known = |&(drafts, _): &(usize, f64)| (drafts == 0, self.costs[drafts].seen);
+        let (known, other) = if known(&a) >= known(&b) { (a, b) } else { (b, a) };
+        let multiple = self.cost(known.0) * other.1 / known.1.max(1e-9);
+        self.costs[other.0].learn(multiple);
     }
 
     /// The number with the most tokens a second, no more than one above those that were measured; none unless it is better by a margin.
     fn best(&self) -> usize {
         let mut best = (0, MARGIN / self.cost(0));
         let (mut chance, mut tokens) = (1.0, 1.0);
-        let measured = self.costs.iter().rposition(|costs| costs.median().is_some()).unwrap_or(0);
+        let measured = self.costs.iter().rposition(|cost| cost.seen > 0).unwrap_or(0);
         for (i, (right, seen)) in self.drafts.iter().enumerate().take(measured + 1) {
-            chance *= right / seen;
+            chance *= (right / seen + DOUBT / seen.sqrt()).min(1.0);
             tokens += chance;
             let speed = tokens / self.cost(i + 1);
             if speed > best.1 {
@@ -229,9 +263,9 @@ impl Planner {
         best.0
     }
 
-    /// Seconds of a step with `drafts` drafts: measured, or on a line through what was measured with fewer and with more.
+    /// What a step with `drafts` drafts costs: measured, or on a line through what was measured with fewer and with more.
     fn cost(&self, drafts: usize) -> f64 {
-        let known = |k: usize| self.costs[k].median().map(|cost| (k as f64, cost));
+        let known = |k: usize| (self.costs[k].seen > 0).then_some((k as f64, self.costs[k].multiple));
         let below = (0..=drafts).rev().find_map(known).unwrap_or((0.0, 1.0));
         let above = (drafts..self.costs.len()).find_map(known);
         let further = (0..below.0 as usize).rev().find_map(known);
@@ -248,47 +282,65 @@ impl Planner {
 mod tests {
     use super::*;
 
-    /// Tokens a second of `steps` steps of a planner, where `k` drafts cost `cost(k)`, every tenth step `noise` times as much, the first
-    /// of each number half as much again, one with drafts half a percent more for each without before it, and drafts are right `right` of the time.
-    fn speed(mut planner: Planner, steps: usize, cost: impl Fn(usize) -> f64, noise: f64, right: f64) -> f64 {
-        let (mut tokens, mut seconds, mut chance, mut missed) = (0u32, 0.0, 0.5f64, 0.0);
-        let mut cold = [1.5; AUTO_MOST + 1];
-        for step in 0..steps {
-            let k = planner.next_drafts();
-            let mut gained = 1;
-            for _ in 0..k {
-                chance = (chance * 997.0 + 0.123).fract();
-                if chance >= right {
-                    break;
-                }
-                gained += 1;
-            }
-            missed = if k == 0 { (missed + 1.0) % MISSED } else { missed };
-            let caught_up = if k == 0 { 0.0 } else { 0.005 * cost(0) * std::mem::take(&mut missed) };
-            let slow = if step % 10 == 7 { noise } else { 1.0 };
-            let time = caught_up + cost(k) * slow * std::mem::replace(&mut cold[k], 1.0);
-            planner.observe(k, &[gained], Duration::from_secs_f64(time));
-            tokens += gained as u32;
-            seconds += time;
-        }
-        f64::from(tokens) / seconds
+    /// What a simulated machine does.
+    #[derive(Clone, Copy, Debug)]
+    struct Machine {
+        /// A draft adds so much to a step's cost.
+        draft: f64,
+        /// So many of all drafts are right.
+        right: f64,
+        /// Every tenth step takes so many times as long.
+        noise: f64,
+        /// The first step with each number of drafts takes so many times as long.
+        cold: f64,
     }
 
-    /// Tokens that a draft misses at most: then it is fed them in any case.
-    const MISSED: f64 = 256.0;
+    /// Tokens that a draft misses at most, after which it is fed them in any case, and what each costs.
+    const MISSED: (f64, f64) = (256.0, 0.005);
+
+    impl Machine {
+        /// Tokens in the time of a step without drafts, over `steps` steps of a planner, the mean of several runs.
+        fn speed(&self, planner: &Planner, steps: usize) -> f64 {
+            const RUNS: usize = 16;
+            (0..RUNS).map(|run| self.run(planner.clone(), steps, run as f64 / RUNS as f64)).sum::<f64>() / RUNS as f64
+        }
+
+        fn run(&self, mut planner: Planner, steps: usize, mut chance: f64) -> f64 {
+            let (mut tokens, mut time, mut missed) = (0, 0.0, 0.0);
+            let mut cold = [self.cold; AUTO_MOST + 1];
+            for step in 0..steps {
+                let k = planner.next_drafts();
+                let mut gained = 1;
+                for _ in 0..k {
+                    chance = (chance * 997.0 + 0.123).fract();
+                    if chance >= self.right {
+                        break;
+                    }
+                    gained += 1;
+                }
+                missed = if k == 0 { (missed + 1.0) % MISSED.0 } else { missed };
+                let caught_up = if k == 0 { 0.0 } else { MISSED.1 * std::mem::take(&mut missed) };
+                let slow = if step % 10 == 7 { self.noise } else { 1.0 };
+                let cost = (1.0 + self.draft * k as f64) * slow * std::mem::replace(&mut cold[k], 1.0) + caught_up;
+                planner.observe(k, &[gained], Duration::from_secs_f64(0.01 * cost));
+                tokens += gained;
+                time += cost;
+            }
+            tokens as f64 / time
+        }
+    }
 
     #[test]
     fn auto_loses_at_most_three_percent_and_finds_what_pays() {
-        for (step, draft) in [(0.05, 0.1), (0.15, 0.15), (0.4, 0.2), (1.0, 0.35)] {
-            let cost = |k: usize| 0.010 * (1.0 + (step + draft) * k as f64);
+        for draft in [0.15, 0.3, 0.6, 1.35] {
             for right in [0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95] {
-                for (steps, noise) in [(256, 1.0), (4000, 1.0), (4000, 8.0)] {
-                    let fixed = |k| speed(Planner::fixed(k), steps, cost, noise, right);
-                    let auto = speed(Planner::auto(4), steps, cost, noise, right);
-                    let best = (0..=4).map(fixed).fold(0.0, f64::max);
-                    let what = format!("{step} + {draft} a draft, {right} right, {steps} steps, noise {noise}");
-                    assert!(auto > 0.97 * fixed(0), "{what}: {auto} against {} without drafts", fixed(0));
-                    assert!(auto > 0.9 * best, "{what}: {auto} against {best}");
+                for (steps, noise, cold) in [(256, 1.0, 1.0), (512, 1.0, 1.5), (4000, 1.0, 1.5), (4000, 8.0, 1.5)] {
+                    let machine = Machine { draft, right, noise, cold };
+                    let auto = machine.speed(&Planner::auto(4), steps);
+                    let fixed = [0, 1, 2, 3, 4].map(|k| machine.speed(&Planner::fixed(k), steps));
+                    let best = fixed.into_iter().fold(0.0, f64::max);
+                    assert!(auto > 0.97 * fixed[0], "{machine:?}, {steps} steps: {auto} against {}", fixed[0]);
+                    assert!(auto > 0.9 * best, "{machine:?}, {steps} steps: {auto} against {fixed:?}");
                 }
             }
         }
