@@ -50,6 +50,7 @@ const BUILD_EXAMPLES: &str = "\
 Examples:
   nextc build ~/models/Qwen3-Next-80B-A3B-Instruct -o qwen
   nextc build demo-model --cpu x86-64-v3 --embed-weights     one file for any CPU since 2013
+  nextc build demo-model --cpu x86-64-v3,sapphirerapids      the best of both, wherever it runs
   nextc build Qwen3-Next-80B-A3B-Instruct-Q4_K_M.gguf        one file with everything in it
   nextc build qwen --quant q4,head=q8                        four bits, but eight for the head
   nextc build qwen --rope-scaling yarn,factor=4              four times the context
@@ -89,8 +90,10 @@ pub struct ModelArgs {
     /// What activations may be rounded to.
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
-    /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...
-    #[arg(long, value_name = "NAME", default_value = "native")]
+    /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...; or several, `x86-64-v3,sapphirerapids`.
+    ///
+    /// An executable with code for several takes the best that the machine has when it starts, or that which NEXTC_CPU names.
+    #[arg(long, value_name = "NAME[,NAME...]", default_value = "native")]
     pub cpu: String,
     /// The GPU that code is made for.
     #[arg(long, value_name = "NAME")]

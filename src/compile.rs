@@ -16,8 +16,10 @@ use crate::show;
 /// What code is made for, and by what.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// The machine.
+    /// The machine; the best of those that are named.
     pub target: Target,
+    /// The others, the best first.
+    pub others: Vec<Target>,
     /// The backend.
     pub backend: Backend,
 }
@@ -34,7 +36,8 @@ impl Plan {
                 "this nextc was built without LLVM; use `--backend cranelift`, or build nextc with `--features llvm`"
             );
         }
-        Ok(Self { target: target(args, backend)?, backend })
+        let mut targets = targets(args, backend)?;
+        Ok(Self { target: targets.remove(0), others: targets, backend })
     }
 
     /// Its backend's name.
@@ -46,16 +49,24 @@ impl Plan {
     }
 }
 
-/// The machine that the command line names.
-fn target(args: &ModelArgs, backend: Backend) -> anyhow::Result<Target> {
+/// The machines that the command line names, the best first: at least one.
+fn targets(args: &ModelArgs, backend: Backend) -> anyhow::Result<Vec<Target>> {
     if args.target == TargetKind::Cuda {
         if backend != Backend::Llvm {
             bail!("`--target cuda`: only the LLVM backend makes PTX; use `--backend llvm`");
         }
-        return Target::gpu(args.gpu.as_deref().unwrap_or(nextc_ir::target::GPUS[0].name)).context("--gpu");
+        let gpu = Target::gpu(args.gpu.as_deref().unwrap_or(nextc_ir::target::GPUS[0].name));
+        return Ok(vec![gpu.context("--gpu")?]);
     }
-    let target = Target::named(&args.cpu).context("--cpu")?;
-    Ok(if backend == Backend::Cranelift { target.for_cranelift() } else { target })
+    let mut targets = args.cpu.split(',').map(Target::named).collect::<Result<Vec<_>, _>>().context("--cpu")?;
+    targets.sort_by_key(|target| std::cmp::Reverse((target.vector_bits, target.features.len())));
+    targets.dedup_by(|a, b| a.features == b.features);
+    if backend == Backend::Cranelift {
+        // its code is the same for all of them
+        let least = targets.pop().into_iter();
+        return Ok(least.map(Target::for_cranelift).collect());
+    }
+    Ok(targets)
 }
 
 /// LLVM where it is compiled in.
@@ -97,7 +108,11 @@ pub fn load(args: &ModelArgs) -> anyhow::Result<Model> {
 
 /// The target with what the model adds to it.
 pub fn target_of(plan: &Plan, model: &Model) -> Target {
-    Target { max_context: model.module.info.max_context, ..plan.target.clone() }
+    with_model(&plan.target, model)
+}
+
+fn with_model(target: &Target, model: &Model) -> Target {
+    Target { max_context: model.module.info.max_context, ..target.clone() }
 }
 
 /// The graph after all passes.
@@ -118,12 +133,14 @@ pub fn lower_to_kernels(fused: &Module, target: &Target) -> anyhow::Result<Kerne
 /// Objects with the machine code of every kernel.
 /// # Errors
 /// What the backend does not take.
-pub fn emit(kernels: &KernelModule, plan: &Plan) -> anyhow::Result<Vec<Vec<u8>>> {
-    show::progress(&format!("compiling {} kernels with {}", kernels.kernels.len(), plan.backend_name()));
+fn emit(kernels: &KernelModule, plan: &Plan, target: &Target) -> anyhow::Result<Vec<Vec<u8>>> {
+    let (count, backend, cpu) = (kernels.kernels.len(), plan.backend_name(), &target.cpu);
+    let of_several = if plan.others.is_empty() { String::new() } else { format!(" for {cpu}") };
+    show::progress(&format!("compiling {count} kernels{of_several} with {backend}"));
     match plan.backend {
-        Backend::Cranelift => Ok(vec![nextc_cranelift::compile(kernels, &plan.target)?]),
+        Backend::Cranelift => Ok(vec![nextc_cranelift::compile(kernels, target)?]),
         #[cfg(feature = "llvm")]
-        Backend::Llvm => Ok(nextc_llvm::compile(kernels, &plan.target)?),
+        Backend::Llvm => Ok(nextc_llvm::compile(kernels, target)?),
         #[cfg(not(feature = "llvm"))]
         Backend::Llvm => bail!("this nextc was built without LLVM"),
     }
@@ -133,19 +150,24 @@ pub fn emit(kernels: &KernelModule, plan: &Plan) -> anyhow::Result<Vec<Vec<u8>>>
 /// # Errors
 /// Whatever went wrong; then there is no output file.
 pub fn build(args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
-    let mut plan = Plan::new(args, None)?;
+    let plan = Plan::new(args, None)?;
     let model = load(args)?;
-    plan.target = target_of(&plan, &model);
-    let fused = fuse(model.module, &plan.target)?;
-    let kernels = lower_to_kernels(&fused, &plan.target)?;
-    let objects = emit(&kernels, &plan)?;
-    let default_output = PathBuf::from(&fused.info.name);
+    let mut compiled = Vec::new();
+    for target in std::iter::once(&plan.target).chain(&plan.others) {
+        let target = with_model(target, &model);
+        let fused = fuse(model.module.clone(), &target)?;
+        let kernels = lower_to_kernels(&fused, &target)?;
+        let objects = emit(&kernels, &plan, &target)?;
+        compiled.push((target, fused, kernels, objects));
+    }
+    let versions: Vec<_> = compiled
+        .iter()
+        .map(|(target, graph, module, objects)| nextc_link::Version { objects, module, graph: Some(graph), target })
+        .collect();
+    let default_output = PathBuf::from(&model.module.info.name);
     let assets: Vec<_> = model.assets.into_iter().map(|asset| (asset.name, asset.bytes)).collect();
     let report = nextc_link::link(&LinkInputs {
-        objects: &objects,
-        module: &kernels,
-        graph: Some(&fused),
-        target: &plan.target,
+        versions: &versions,
         backend: plan.backend_name(),
         compiler: env!("CARGO_PKG_VERSION"),
         source: model.source.as_ref().map(|source| source as &dyn nextc_ir::WeightSource),
@@ -154,6 +176,7 @@ pub fn build(args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report,
         embed_weights: args.embed_weights,
         progress: true,
     })?;
+    let (_, fused, ..) = compiled.swap_remove(0);
     Ok((report, fused))
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nextc_abi::metadata::NVPTX64;
-use nextc_abi::{Asset, Footer, FooterError, KernelFn, Metadata, Section, SectionKind, hash};
+use nextc_abi::{Asset, Footer, FooterError, KernelFn, Metadata, Section, SectionKind, Target, hash};
 
 use crate::cpu;
 use crate::error::Error;
@@ -59,9 +59,16 @@ impl Artifact {
 
     fn of_file(path: PathBuf, file: File) -> Result<Self, Error> {
         let footer = read_footer(&path, &file)?;
-        let metadata = read_metadata(&path, &file, &footer)?;
+        let mut metadata = read_metadata(&path, &file, &footer)?;
         let code = map_code(&path, &file, &footer, &metadata.target.arch)?;
-        check_entries(&path, &metadata, code.bytes())?;
+        for number in 0..=metadata.others.len() {
+            metadata.choose(number);
+            check_entries(&path, &metadata, code.bytes())?;
+            metadata.choose(number);
+        }
+        let targets: Vec<&Target> = metadata.targets().collect();
+        let number = cpu::choose(&targets, std::env::var(cpu::CHOICE).ok().as_deref(), cpu::suits)?;
+        metadata.choose(number);
         Ok(Self { path, file, footer, metadata, code })
     }
 

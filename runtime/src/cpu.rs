@@ -2,6 +2,38 @@
 
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
+use nextc_abi::Target;
+
+use crate::error::Error;
+
+/// The variable that names the CPU whose code is to be used, where there is code for several.
+pub const CHOICE: &str = "NEXTC_CPU";
+
+/// True if this processor has what the code for a machine uses.
+pub fn suits(target: &Target) -> bool {
+    missing_features(&target.features).is_empty()
+}
+
+/// Which of the machines that there is code for, the best first, this one is: the first that `suits`, or the one that is `asked` for. If
+/// there is none, the last: its use is refused, other commands work.
+/// # Errors
+/// [`Error::Version`] if no code is for the CPU that is asked for.
+pub fn choose(targets: &[&Target], asked: Option<&str>, suits: impl Fn(&Target) -> bool) -> Result<usize, Error> {
+    if targets.len() < 2 {
+        return Ok(0);
+    }
+    match asked {
+        Some(name) => targets.iter().position(|t| t.cpu == name).ok_or_else(|| Error::Version {
+            asked: name.to_owned(),
+            known: targets.iter().map(|t| format!("`{}`", t.cpu)).collect::<Vec<_>>().join(", "),
+        }),
+        None => {
+            let first = targets.iter().position(|target| suits(target));
+            Ok(first.unwrap_or(targets.len() - 1))
+        }
+    }
+}
+
 /// Features of `needed` (in LLVM's spelling) that this processor lacks. Names that say nothing about vector code are
 /// taken as there.
 pub fn missing_features(needed: &[String]) -> Vec<String> {
@@ -68,6 +100,21 @@ pub fn name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_best_is_chosen_that_is_here() {
+        let target = |cpu: &str| Target { cpu: cpu.to_owned(), ..Target::default() };
+        let [absent, here, least] = ["absent", "here", "least"].map(target);
+        let choose =
+            |targets: &[&Target], asked| choose(targets, asked, |t| t.cpu != "absent").map_err(|e| e.to_string());
+        assert_eq!(choose(&[&absent, &here, &least], None), Ok(1));
+        assert_eq!(choose(&[&here, &least], None), Ok(0));
+        assert_eq!(choose(&[&absent, &absent], None), Ok(1));
+        assert_eq!(choose(&[&here, &least], Some("least")), Ok(1));
+        assert_eq!(choose(&[&absent], Some("least")), Ok(0));
+        let error = choose(&[&here, &least], Some("z80")).expect_err("there is none");
+        assert_eq!(error, "there is no code for `z80` (`NEXTC_CPU`), expected `here`, `least`");
+    }
 
     #[test]
     fn unknown_names_are_not_missed() {

@@ -56,6 +56,14 @@ pub enum Error {
         /// What the code was made for.
         cpu: String,
     },
+    /// There is no code for the CPU that is asked for.
+    #[error("there is no code for `{asked}` (`NEXTC_CPU`), expected {known}")]
+    Version {
+        /// The CPU.
+        asked: String,
+        /// Those that there is code for.
+        known: String,
+    },
     /// The code is for no machine that this runtime knows.
     #[error("the code is for `{arch}`, which this runtime does not know; build it again")]
     Architecture {

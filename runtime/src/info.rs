@@ -84,6 +84,7 @@ fn facts(artifact: &Artifact, args: &InfoArgs) -> Value {
         "arch": m.target.arch,
         "cpu": m.target.cpu,
         "features": m.target.features,
+        "cpus": m.targets().map(|target| target.cpu.as_str()).collect::<Vec<_>>(),
         "compiler": m.compiler,
         "fingerprint": m.fingerprint,
         "weights_fingerprint": m.weights.fingerprint,

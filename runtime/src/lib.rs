@@ -62,5 +62,6 @@ pub(crate) fn sample_metadata() -> nextc_abi::Metadata {
         page_tokens: 16,
         tentative_tokens: 8,
         assets: Vec::new(),
+        others: Vec::new(),
     }
 }

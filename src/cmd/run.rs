@@ -81,7 +81,7 @@ fn fingerprint(args: &ModelArgs) -> anyhow::Result<String> {
     add(identity(&std::env::current_exe()?)?.as_bytes());
     let options = ModelArgs { model: PathBuf::new(), ..args.clone() };
     add(format!("{options:?}").as_bytes());
-    add(format!("{:?}", compile::Plan::new(args, None)?.target).as_bytes());
+    add(format!("{:?}", compile::Plan::new(args, None)?).as_bytes());
     for file in files_of(&args.model)? {
         add(file.to_string_lossy().as_bytes());
         let length = fs::metadata(&file).with_context(|| file.display().to_string())?.len();

@@ -2,6 +2,7 @@
 
 use nextc_abi as abi;
 use nextc_abi::hash;
+use nextc_ir::Target;
 use nextc_ir::cost::Cost;
 use nextc_ir::format::Format;
 use nextc_ir::graph::{Function, Module};
@@ -14,26 +15,46 @@ use nextc_ir::types::{StateKind, Type};
 
 use crate::error::LinkError;
 use crate::image::Image;
-use crate::{LinkInputs, pack};
+use crate::{LinkInputs, Version, pack};
 
 /// The metadata, without what only packing finds out: checksums and fingerprints.
-pub(crate) fn metadata(inputs: &LinkInputs<'_>, image: &Image) -> Result<abi::Metadata, LinkError> {
-    let module = inputs.module;
+pub(crate) fn metadata(inputs: &LinkInputs<'_>, images: &[Image]) -> Result<abi::Metadata, LinkError> {
+    let Some((first, others)) = inputs.versions.split_first() else { return Err(LinkError::NoVersion) };
+    let module = first.module;
+    if let Some(other) = others.iter().find(|v| v.module.weights != module.weights || v.module.states != module.states)
+    {
+        let [first, other] = [first, other].map(|v| v.target.cpu.clone());
+        return Err(LinkError::Versions { first, other });
+    }
+    let mut versions =
+        inputs.versions.iter().zip(images).map(|(v, image)| version(v, image)).collect::<Result<Vec<_>, _>>()?;
+    let abi::Version { target, kernels, programs, arena } = versions.remove(0);
     Ok(abi::Metadata {
         version: abi::VERSION,
         compiler: inputs.compiler.to_owned(),
         backend: inputs.backend.to_owned(),
         fingerprint: String::new(),
         model: model(module),
-        target: target(inputs),
-        kernels: kernels(module, image)?,
-        programs: module.programs.iter().map(|p| program(p, inputs)).collect(),
+        target,
+        kernels,
+        programs,
         weights: weight_table(module),
         states: module.states.iter().map(state).collect(),
-        arena: abi::Arena { fixed_bytes: module.arena.fixed_bytes, unit_bytes: module.arena.unit_bytes },
+        arena,
         page_tokens: module.page_tokens,
         tentative_tokens: nextc_ir::types::TENTATIVE_TOKENS,
         assets: assets(inputs.assets),
+        others: versions,
+    })
+}
+
+fn version(v: &Version<'_>, image: &Image) -> Result<abi::Version, LinkError> {
+    let module = v.module;
+    Ok(abi::Version {
+        target: target(v.target),
+        kernels: kernels(module, image)?,
+        programs: module.programs.iter().map(|p| program(p, v)).collect(),
+        arena: abi::Arena { fixed_bytes: module.arena.fixed_bytes, unit_bytes: module.arena.unit_bytes },
     })
 }
 
@@ -56,8 +77,7 @@ fn model(module: &KernelModule) -> abi::Model {
     }
 }
 
-fn target(inputs: &LinkInputs<'_>) -> abi::Target {
-    let target = inputs.target;
+fn target(target: &Target) -> abi::Target {
     let (arch, features) = match &target.gpu {
         None => (abi::metadata::X86_64, target.required_features()),
         Some(gpu) => (abi::metadata::NVPTX64, gpu.features.to_vec()),
@@ -153,24 +173,24 @@ fn output(o: &Output) -> abi::Output {
     abi::Output { name: o.name.clone(), at: placement(o.at), rows: sym(o.rows), width: o.width, stride: o.stride }
 }
 
-fn program(p: &Program, inputs: &LinkInputs<'_>) -> abi::Program {
+fn program(p: &Program, version: &Version<'_>) -> abi::Program {
     abi::Program {
         name: p.name.clone(),
         launches: p.launches.iter().map(launch).collect(),
         outputs: p.outputs.iter().map(output).collect(),
         row_bytes: p.row_bytes,
-        cost: cost_of_entry(inputs, p),
+        cost: cost_of_entry(version, p),
     }
 }
 
 /// The cost of an entry point: from the graph, or as if it read every weight that it is launched with.
-fn cost_of_entry(inputs: &LinkInputs<'_>, program: &Program) -> abi::Cost {
-    let entry = inputs.graph.and_then(|g| Some((g, g.function(&program.name)?)));
+fn cost_of_entry(version: &Version<'_>, program: &Program) -> abi::Cost {
+    let entry = version.graph.and_then(|g| Some((g, g.function(&program.name)?)));
     let Some((module, function)) = entry else {
         let args = program.launches.iter().flat_map(|l| &l.args);
         let weights = args.filter_map(|a| if let Arg::Weight(i) = a { Some(*i) } else { None });
         let once: std::collections::BTreeSet<u32> = weights.collect();
-        let bytes: u64 = once.iter().map(|&i| inputs.module.weights[i as usize].bytes()).sum();
+        let bytes: u64 = once.iter().map(|&i| version.module.weights[i as usize].bytes()).sum();
         return abi::Cost { weight_bytes: bytes as f64, ..abi::Cost::default() };
     };
     let (c, row_flops) = cost_of(module, function);

@@ -55,6 +55,19 @@ pub enum LinkError {
         /// The section.
         section: String,
     },
+    /// There is no code for any machine.
+    #[error("there is no code for any machine")]
+    NoVersion,
+    /// Code for different CPUs wants weights or states that lie differently.
+    #[error(
+        "code for `{other}` does not read the weights and states of that for `{first}`; build an executable for each"
+    )]
+    Versions {
+        /// The CPU of the first version.
+        first: String,
+        /// The CPU of the one that differs.
+        other: String,
+    },
     /// A kernel has no code.
     #[error("no object defines `{symbol}`, the code of kernel `{kernel}`")]
     NoCode {

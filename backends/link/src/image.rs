@@ -48,6 +48,17 @@ pub fn of_ptx(texts: &[Vec<u8>]) -> Image {
     image
 }
 
+/// Puts images one after the other, each at a page; gives all bytes, and the images with their symbols moved.
+pub fn join(mut images: Vec<Image>) -> (Vec<u8>, Vec<Image>) {
+    let mut bytes = Vec::new();
+    for image in &mut images {
+        bytes.resize(bytes.len().next_multiple_of(nextc_abi::PAGE_BYTES as usize), 0);
+        image.symbols.values_mut().for_each(|at| *at += bytes.len() as u64);
+        bytes.append(&mut image.bytes);
+    }
+    (bytes, images)
+}
+
 fn parse(index: usize, bytes: &[u8]) -> Result<File<'_>, LinkError> {
     File::parse(bytes).map_err(|e| LinkError::Object { index, reason: e.to_string() })
 }

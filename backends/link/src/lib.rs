@@ -23,8 +23,9 @@ pub use error::LinkError;
 /// How the names of files begin that are being written, beside their final place.
 pub const UNFINISHED_PREFIX: &str = ".nextc-";
 
-/// Everything that goes into an executable.
-pub struct LinkInputs<'a> {
+/// The code for one machine, and what goes with it.
+#[derive(Clone, Copy)]
+pub struct Version<'a> {
     /// Relocatable objects with the symbols `nextc_kernel_{i}` and `nextc_tail_{i}`; for a GPU one text of PTX a kernel.
     pub objects: &'a [Vec<u8>],
     /// Kernels, schedules and tables.
@@ -33,6 +34,21 @@ pub struct LinkInputs<'a> {
     pub graph: Option<&'a Module>,
     /// The machine that the code was made for.
     pub target: &'a Target,
+}
+
+impl Version<'_> {
+    fn image(&self) -> Result<image::Image, LinkError> {
+        match self.target.gpu {
+            None => image::build(self.objects),
+            Some(_) => Ok(image::of_ptx(self.objects)),
+        }
+    }
+}
+
+/// Everything that goes into an executable.
+pub struct LinkInputs<'a> {
+    /// Code for one CPU or several of one model, the best first, or for a GPU.
+    pub versions: &'a [Version<'a>],
     /// The backend that made it.
     pub backend: &'a str,
     /// Version of the compiler.
@@ -70,17 +86,14 @@ pub struct Report {
 /// # Errors
 /// [`LinkError`] says what does not fit or which file could not be written; then neither output file has been touched.
 pub fn link(inputs: &LinkInputs<'_>) -> Result<Report, LinkError> {
-    let image = match inputs.target.gpu {
-        None => image::build(inputs.objects)?,
-        Some(_) => image::of_ptx(inputs.objects),
-    };
-    let mut metadata = convert::metadata(inputs, &image)?;
+    let images = inputs.versions.iter().map(Version::image).collect::<Result<Vec<_>, _>>()?;
+    let (code, images) = image::join(images);
+    let mut metadata = convert::metadata(inputs, &images)?;
     write::check_output(inputs.output)?;
-    let weights =
-        inputs.source.map(|source| write::Weights::pack(inputs, source, image.bytes.len() as u64, &mut metadata));
+    let weights = inputs.source.map(|source| write::Weights::pack(inputs, source, code.len() as u64, &mut metadata));
     let weights = weights.transpose()?;
-    metadata.fingerprint = convert::fingerprint(&metadata, &image.bytes)?;
-    write::executable(inputs, &image, &metadata, weights)
+    metadata.fingerprint = convert::fingerprint(&metadata, &code)?;
+    write::executable(inputs, &code, &metadata, weights)
 }
 
 /// Where the weights of the executable `exe` are: its whole name with `.weights` appended.

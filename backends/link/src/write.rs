@@ -9,7 +9,6 @@ use nextc_ir::source::WeightSource;
 use tempfile::NamedTempFile;
 
 use crate::error::LinkError;
-use crate::image::Image;
 use crate::runtime::RUNTIME;
 use crate::{LinkInputs, Report, UNFINISHED_PREFIX, pack, weights_path};
 
@@ -83,7 +82,8 @@ impl Weights {
         let path = if inputs.embed_weights { inputs.output.to_owned() } else { weights_path(inputs.output) };
         let (mode, base) = if inputs.embed_weights { (0o777, layout.weights) } else { (0o666, 0) };
         let file = aside(&path, mode)?;
-        let packed = pack::pack(&inputs.module.weights, source, (file.as_file(), &path), base, inputs.progress)?;
+        let packed =
+            pack::pack(&inputs.versions[0].module.weights, source, (file.as_file(), &path), base, inputs.progress)?;
         for (entry, checksum) in metadata.weights.entries.iter_mut().zip(&packed.checksums) {
             entry.checksum = to_hex(checksum);
         }
@@ -96,31 +96,31 @@ impl Weights {
 /// Writes the executable and puts both files into their places.
 pub(crate) fn executable(
     inputs: &LinkInputs<'_>,
-    image: &Image,
+    code: &[u8],
     metadata: &Metadata,
     weights: Option<Weights>,
 ) -> Result<Report, LinkError> {
-    let plain = layout(inputs, image.bytes.len() as u64, 0);
+    let plain = layout(inputs, code.len() as u64, 0);
     let (file, layout, beside) = match weights {
         Some(Weights::Embedded(file, layout)) => (file, layout, None),
         Some(Weights::Beside(beside)) => (aside(inputs.output, 0o777)?, plain, Some(beside)),
         None => (aside(inputs.output, 0o777)?, plain, None),
     };
-    let executable_bytes = write_sections(inputs, image, metadata, file.as_file(), layout)?;
+    let executable_bytes = write_sections(inputs, code, metadata, file.as_file(), layout)?;
     let weights_file = persist(inputs.output, file, beside)?;
     Ok(Report {
         executable: inputs.output.to_owned(),
         executable_bytes,
         weights_file,
         weights_bytes: metadata.weights.bytes,
-        code_bytes: image.bytes.len() as u64,
+        code_bytes: code.len() as u64,
         fingerprint: metadata.fingerprint.clone(),
     })
 }
 
 fn write_sections(
     inputs: &LinkInputs<'_>,
-    image: &Image,
+    code: &[u8],
     metadata: &Metadata,
     file: &File,
     at: Layout,
@@ -130,19 +130,15 @@ fn write_sections(
     let embedded = if metadata.weights.place == WeightsPlace::Embedded { metadata.weights.bytes } else { 0 };
     let section = |offset, bytes: &[u8]| Section { offset, bytes: bytes.len() as u64, hash: hash::of(bytes) };
     let mut sections = [Section::default(); 4];
-    sections[SectionKind::Code as usize] = section(at.code, &image.bytes);
+    sections[SectionKind::Code as usize] = section(at.code, code);
     sections[SectionKind::Metadata as usize] = section(at.metadata, &json);
     sections[SectionKind::Assets as usize] = section(at.assets, &assets);
     sections[SectionKind::Weights as usize] = Section { offset: at.weights, bytes: embedded, hash: [0; 32] };
     let footer_at = (at.metadata + json.len() as u64).next_multiple_of(PAGE_BYTES);
     let footer = Footer::new(at.code, footer_at + Footer::BYTES, runtime_hash(at.code), sections);
-    for (offset, bytes) in [
-        (0, RUNTIME),
-        (at.code, &image.bytes),
-        (at.assets, &assets),
-        (at.metadata, &json),
-        (footer_at, footer.as_bytes()),
-    ] {
+    for (offset, bytes) in
+        [(0, RUNTIME), (at.code, code), (at.assets, &assets), (at.metadata, &json), (footer_at, footer.as_bytes())]
+    {
         file.write_all_at(bytes, offset).map_err(LinkError::io(inputs.output))?;
     }
     Ok(footer.file_bytes)

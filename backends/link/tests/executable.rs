@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use nextc_abi::{Footer, Metadata, SectionKind, WeightsPlace};
-use sample::{How, MAX_CONTEXT, WIDTH, link};
+use sample::{How, MAX_CONTEXT, WIDE, WIDTH, link};
 use tempfile::TempDir;
 
 /// A linked toy model in a directory of its own.
@@ -70,6 +70,37 @@ impl Exe {
         file.read_exact_at(&mut byte, offset).unwrap();
         file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
     }
+}
+
+#[test]
+fn the_best_code_is_picked_at_start() {
+    let exe = Exe::new(How { two_cpus: true, ..How::default() });
+    let wide = ["avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd"].map(str::to_owned);
+    let expected = if machine_has(&wide) { WIDE } else { "x86-64-v3" };
+    let info = |cpu: Option<&str>| {
+        let mut command = Command::new(&exe.path);
+        command.args(["info", "--json"]).envs(cpu.map(|name| ("NEXTC_CPU", name)));
+        let output = command.output().unwrap();
+        let text = if output.status.success() { output.stdout } else { output.stderr };
+        String::from_utf8(text).unwrap()
+    };
+    let of = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    let best = of(&info(None));
+    assert_eq!(
+        (&best["cpu"], &best["cpus"][1]),
+        (&expected.into(), &if expected == WIDE { "x86-64-v3" } else { WIDE }.into())
+    );
+    assert_eq!(of(&info(Some("x86-64-v3")))["cpu"], "x86-64-v3");
+    assert!(info(Some("z80")).contains("there is no code for `z80` (`NEXTC_CPU`), expected `x86-64-v4`, `x86-64-v3`"));
+    let one = Exe::new(How::default());
+    assert_eq!(exe.eval("[1, 2, 3]", &[]).0, one.eval("[1, 2, 3]", &[]).0);
+}
+
+/// True if this machine has all of these features.
+fn machine_has(features: &[String]) -> bool {
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let flags: Vec<&str> = flags.lines().find(|l| l.starts_with("flags")).unwrap().split_whitespace().collect();
+    features.iter().all(|f| flags.contains(&f.as_str()))
 }
 
 struct Tensors(Vec<u8>);

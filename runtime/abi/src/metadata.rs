@@ -36,12 +36,42 @@ pub struct Metadata {
     pub tentative_tokens: u64,
     /// Files of the section `assets`.
     pub assets: Vec<Asset>,
+    /// Code for lesser CPUs, the best first, where the executable has code for several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<Version>,
+}
+
+/// What differs from CPU to CPU: what [`Metadata`] says under the same names is that for the best of them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Version {
+    /// The machine that the code needs.
+    pub target: Target,
+    /// The kernels.
+    pub kernels: Vec<Kernel>,
+    /// The entry points.
+    pub programs: Vec<Program>,
+    /// The arena.
+    pub arena: Arena,
 }
 
 impl Metadata {
     /// The entry point called `name`.
     pub fn program(&self, name: &str) -> Option<&Program> {
         self.programs.iter().find(|p| p.name == name)
+    }
+
+    /// The machines that there is code for, the best first.
+    pub fn targets(&self) -> impl Iterator<Item = &Target> {
+        std::iter::once(&self.target).chain(self.others.iter().map(|version| &version.target))
+    }
+
+    /// Puts version `number`, in the order of [`Self::targets`], in the place of the first.
+    pub fn choose(&mut self, number: usize) {
+        let Some(version) = number.checked_sub(1).and_then(|i| self.others.get_mut(i)) else { return };
+        std::mem::swap(&mut self.target, &mut version.target);
+        std::mem::swap(&mut self.kernels, &mut version.kernels);
+        std::mem::swap(&mut self.programs, &mut version.programs);
+        std::mem::swap(&mut self.arena, &mut version.arena);
     }
 
     /// Bytes that one sequence takes apart from KV: all states with one entry a slot.

@@ -14,7 +14,7 @@ use nextc_ir::schedule::{
 use nextc_ir::shape::Sym;
 use nextc_ir::source::{SourceError, StoredTensor, WeightSource};
 use nextc_ir::types::{StateKind, StateType};
-use nextc_link::{LinkError, LinkInputs, Report};
+use nextc_link::{LinkError, LinkInputs, Report, Version};
 
 /// Width of everything, and size of the vocabulary.
 pub const WIDTH: usize = 16;
@@ -296,6 +296,9 @@ fn draft_rows() -> Kernel {
     k.finish()
 }
 
+/// The better of two CPUs.
+pub const WIDE: &str = "x86-64-v4";
+
 /// How the toy model is linked.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct How {
@@ -303,6 +306,8 @@ pub struct How {
     pub embed: bool,
     /// Leave the weights out.
     pub config_only: bool,
+    /// With code for two CPUs, the better one of which is [`WIDE`].
+    pub two_cpus: bool,
     /// For a GPU, with a text a kernel that says where its code for the processor is: see `stand_in/driver.c`.
     pub stand_in: bool,
 }
@@ -311,16 +316,20 @@ pub struct How {
 pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
     let module = module();
     let cpu = Target::cpu("x86-64-v3", &["avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"], 128);
+    // the same code, but it says that it needs more
+    let wide = Target::cpu(WIDE, &["avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd"], 512);
     let object = nextc_cranelift::compile(&module, &cpu).expect("the toy kernels compile");
     let (target, objects) = match how.stand_in {
         false => (cpu, vec![object]),
         true => (Target::gpu("sm_90a").expect("a GPU that is known"), stand_in_texts(output, &module, &object)),
     };
+    let version = |target, objects| Version { objects, module: &module, graph: None, target };
+    let mut versions = vec![version(&target, objects.as_slice())];
+    if how.two_cpus {
+        versions.insert(0, version(&wide, objects.as_slice()));
+    }
     nextc_link::link(&LinkInputs {
-        objects: &objects,
-        module: &module,
-        graph: None,
-        target: &target,
+        versions: &versions,
         backend: "cranelift",
         compiler: "test",
         source: (!how.config_only).then_some(&Checkpoint as &dyn WeightSource),
