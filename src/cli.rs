@@ -92,7 +92,8 @@ pub struct ModelArgs {
     pub activations: Activations,
     /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...; or several, `x86-64-v3,sapphirerapids`.
     ///
-    /// An executable with code for several takes the best that the machine has when it starts, or that which NEXTC_CPU names.
+    /// An executable with code for several takes the best that the machine has when it starts, or that which NEXTC_CPU names. `dump` and
+    /// `explain` show that for the best.
     #[arg(long, value_name = "NAME[,NAME...]", default_value = "native")]
     pub cpu: String,
     /// The GPU that code is made for.

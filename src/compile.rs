@@ -210,6 +210,21 @@ mod tests {
     }
 
     #[test]
+    fn of_several_cpus_the_best_comes_first_and_cranelift_has_one_code_for_all() {
+        let cpus = |options: &str| -> Vec<String> {
+            let plan = plan(options).expect("they are known");
+            std::iter::once(plan.target).chain(plan.others).map(|target| target.cpu).collect()
+        };
+        let named = "--cpu haswell,x86-64-v3,sapphirerapids,x86-64-v4";
+        assert_eq!(cpus(&format!("{named} --backend cranelift")), ["haswell"]);
+        if cfg!(feature = "llvm") {
+            assert_eq!(cpus(&format!("{named} --backend llvm")), ["sapphirerapids", "x86-64-v4", "haswell"]);
+        }
+        let error = plan("--cpu x86-64-v3,,").expect_err("one has no name");
+        assert!(format!("{error:#}").contains("cpu `` is unknown"), "{error:#}");
+    }
+
+    #[test]
     fn cranelift_narrows_the_target() {
         assert_eq!(plan("--backend cranelift").expect("it is always there").target.vector_bits, 128);
         assert_eq!(plan("--backend llvm").is_ok(), cfg!(feature = "llvm"));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use nextc_frontend::{Model, Options, Quant, load};
+use nextc_frontend::{Model, Options, Quant, Quantise, load};
 use nextc_ir::WeightSource;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -43,7 +43,7 @@ impl Fixture {
         self.tensors.get_mut(&format!("{UP}.{part}")).unwrap_or_else(|| panic!("no {part}"))
     }
 
-    fn load(&self, quant: Option<Quant>) -> (TempDir, Result<Model, nextc_frontend::Error>) {
+    fn load(&self, quant: impl Into<Quantise>) -> (TempDir, Result<Model, nextc_frontend::Error>) {
         let mut header = serde_json::Map::new();
         let mut data = Vec::new();
         for (name, (dtype, shape, bytes)) in &self.tensors {
@@ -62,14 +62,14 @@ impl Fixture {
 
     /// Loading says exactly this, about the projection.
     fn refuse(&self, expected: &str) {
-        let (_dir, model) = self.load(None);
+        let (_dir, model) = self.load(Quantise::default());
         let expected = format!("checkpoint: tensor `{UP}.{expected}");
         assert_eq!(model.expect_err(&expected).to_string(), expected);
     }
 
     /// Loading goes well, and reading says this.
     fn refuse_reading(&self, expected: &str) {
-        let (_dir, model) = self.load(None);
+        let (_dir, model) = self.load(Quantise::default());
         let model = model.expect("it loads");
         let mut row = vec![0.0; self.columns()];
         let source = model.source.as_ref().expect("there are weights");
@@ -188,7 +188,7 @@ fn companions_must_be_there_and_fit() {
     f.refuse(&format!("qweight` belongs to quantised weights: `desc_act` is true, but `{UP}.g_idx` is missing"));
     let mut f = Fixture::read("gptq-int4");
     f.config["quantization_config"] = Value::Null;
-    let (_dir, model) = f.load(None);
+    let (_dir, model) = f.load(Quantise::default());
     let error = model.expect_err("nothing says what it is").to_string();
     assert!(
         error.contains("qweight` belongs to quantised weights: `quantization_config` of config.json says neither"),
@@ -229,12 +229,32 @@ fn a_checkpoint_is_quantised_on_request() {
 }
 
 #[test]
+fn exceptions_have_their_own_formats() {
+    let f = Fixture::read("int4");
+    let quantise = |text: &str| text.parse::<Quantise>().expect("it is well formed");
+    let (_dir, model) = f.load(quantise("q4,head=q8,layers.0.*=bf16,experts_up=keep"));
+    let weights = &model.expect("it loads").module.weights;
+    let format = |name: &str| weights[name].format.to_string();
+    assert_eq!(format("head"), "q8<g32>");
+    assert_eq!(format("layers.0.w_q"), "bf16");
+    assert_eq!(format("layers.1.w_q"), "q4<g32>");
+    assert_eq!(format("layers.1.mlp.experts_up"), "q4<g32,bf16>");
+    assert_eq!(format("final_norm"), "f32");
+    let (_dir, model) = f.load(quantise("q4,layers.9.*=q8"));
+    let error = model.expect_err("there is no such layer").to_string();
+    let expected = "`--quant`: no matrix is called `layers.9.*`, expected a word that `nextc formats` lists, or one of embed, head, layers.*.w_q, ";
+    assert!(error.starts_with(expected), "{error}");
+    let (_dir, model) = f.load(quantise("final_norm=q8"));
+    assert!(model.expect_err("it is a vector").to_string().contains("no matrix is called `final_norm`"));
+}
+
+#[test]
 fn what_no_block_fits_is_widened_with_a_word() {
     // heads of 16 rows in blocks of 32 rows: two of q and k lie in each
     let mut f = Fixture::read("fp8");
     f.config["linear_num_key_heads"] = json!(4);
     f.config["linear_key_head_dim"] = json!(8);
-    let (_dir, model) = f.load(None);
+    let (_dir, model) = f.load(Quantise::default());
     let model = model.expect("it loads");
     assert_eq!(model.module.weights["layers.0.w_q"].format.to_string(), "fp8<128x128>");
     let mut f = Fixture::read("int4");
@@ -249,7 +269,7 @@ fn what_no_block_fits_is_widened_with_a_word() {
             (shape[0], *data) = (16, [data.as_slice(), data.as_slice()].concat());
         }
     }
-    let (_dir, model) = f.load(None);
+    let (_dir, model) = f.load(Quantise::default());
     let model = model.expect("it loads");
     assert_eq!(model.module.weights["layers.0.w_out"].format.to_string(), "f32");
     assert_eq!(model.module.weights["layers.0.w_v"].format.to_string(), "q4<g32,bf16>");
