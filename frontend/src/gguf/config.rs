@@ -1,4 +1,4 @@
-//! Metadata to the keys of `config.json`, where they are checked and read: [`KEYS`] says which is which.
+//! Metadata to the keys of `config.json`, where they are checked and read: the table `KEYS` says which is which.
 //!
 //! Keys of the architecture that the table does not have go there as they are, and are named in a warning as unknown keys of a
 //! `config.json` are.
