@@ -24,6 +24,8 @@ pub enum Extent {
     CeilDiv(Box<Extent>, u64),
     /// The smaller.
     Min(Box<Extent>, Box<Extent>),
+    /// The second extent if the symbol is larger than the number, else the third.
+    Above(Sym, u64, Box<[Extent; 2]>),
 }
 
 impl Extent {
@@ -36,6 +38,7 @@ impl Extent {
             Self::Mul(a, b) => a.eval(syms) * b.eval(syms),
             Self::CeilDiv(a, n) => a.eval(syms).div_ceil(*n),
             Self::Min(a, b) => a.eval(syms).min(b.eval(syms)),
+            Self::Above(s, n, either) => either[usize::from(syms[s.index()] <= *n)].eval(syms),
         }
     }
 
@@ -43,6 +46,12 @@ impl Extent {
     #[must_use]
     pub fn min(self, other: Self) -> Self {
         Self::Min(Box::new(self), Box::new(other))
+    }
+
+    /// This if `sym` is larger than `n`, else `otherwise`.
+    #[must_use]
+    pub fn if_above(self, sym: Sym, n: u64, otherwise: Self) -> Self {
+        Self::Above(sym, n, Box::new([self, otherwise]))
     }
 
     /// Divided by a constant, rounded up.
@@ -84,6 +93,7 @@ impl fmt::Display for Extent {
             Self::Mul(a, b) => write!(f, "({a} * {b})"),
             Self::CeilDiv(a, n) => write!(f, "ceil({a} / {n})"),
             Self::Min(a, b) => write!(f, "min({a}, {b})"),
+            Self::Above(s, n, either) => write!(f, "if({} > {n}, {}, {})", s.name(), either[0], either[1]),
         }
     }
 }

@@ -63,6 +63,8 @@ impl Emitter<'_, '_> {
             | KOp::Partials { .. }
             | KOp::Barrier
             | KOp::ShuffleXor { .. }
+            | KOp::WarpMax
+            | KOp::WarpMin
             | KOp::AtomicAdd
             | KOp::Pack { .. }
             | KOp::HalfFma { .. }

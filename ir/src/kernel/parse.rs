@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 32] = [
+const PLAIN: [KOp; 34] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -92,6 +92,8 @@ const PLAIN: [KOp; 32] = [
     KOp::Offset,
     KOp::HalfToFloat,
     KOp::Fp8ToF16,
+    KOp::WarpMax,
+    KOp::WarpMin,
 ];
 
 /// Reads one kernel.
@@ -314,9 +316,20 @@ impl<'t> Parser<'t> {
                 p.punct(")")?;
                 return Ok(a.min(b));
             }
-            p.read("a number, T, B, P, R, `ceil(` or `min(`", |w| {
-                let sym = Sym::ALL.into_iter().find(|s| s.name() == w);
-                sym.map(Extent::Sym).or_else(|| w.parse().ok().map(Extent::Const))
+            if p.eat_word("if") {
+                p.punct("(")?;
+                let sym = p.read("T, B, P or R", sym)?;
+                p.punct(">")?;
+                let n = p.read("a number", |w| w.parse().ok())?;
+                p.punct(",")?;
+                let then = p.extent()?;
+                p.punct(",")?;
+                let otherwise = p.extent()?;
+                p.punct(")")?;
+                return Ok(then.if_above(sym, n, otherwise));
+            }
+            p.read("a number, T, B, P, R, `ceil(`, `min(` or `if(`", |w| {
+                sym(w).map(Extent::Sym).or_else(|| w.parse().ok().map(Extent::Const))
             })
         })
     }
@@ -522,4 +535,8 @@ fn vector(word: &str) -> Option<(DType, u32)> {
         Some((dtype, lanes)) => Some((DType::from_name(dtype)?, lanes.parse().ok()?)),
         None => Some((DType::from_name(word)?, 1)),
     }
+}
+
+fn sym(word: &str) -> Option<Sym> {
+    Sym::ALL.into_iter().find(|s| s.name() == word)
 }

@@ -207,6 +207,11 @@ impl SequencePorts {
         }
     }
 
+    /// Where sequences begin.
+    pub const fn cu_seqlens(&self) -> Port {
+        self.cu_seqlens
+    }
+
     /// The tokens of sequence `b`.
     pub fn run(&self, k: &mut KernelBuilder, b: Val) -> Run {
         let [cu_seqlens, slot, replay, tentative] =

@@ -155,6 +155,8 @@ pub enum Extent {
     CeilDiv(Box<Extent>, u64),
     /// The smaller.
     Min(Box<Extent>, Box<Extent>),
+    /// The second extent if the symbol is larger than the number, else the third.
+    Above(Sym, u64, Box<[Extent; 2]>),
 }
 
 impl Extent {
@@ -167,6 +169,7 @@ impl Extent {
             Self::Mul(a, b) => a.eval(dims).saturating_mul(b.eval(dims)),
             Self::CeilDiv(a, n) => a.eval(dims).div_ceil((*n).max(1)),
             Self::Min(a, b) => a.eval(dims).min(b.eval(dims)),
+            Self::Above(s, n, either) => either[usize::from(dims[*s as usize] <= *n)].eval(dims),
         }
     }
 }

@@ -104,7 +104,8 @@ pub fn kernels(plain: &Module, target: &Target) -> Checked<Kernels> {
     let function = fused.functions.pop().ok_or("there is no function")?;
     let groups = partition::kernels(&function).into_iter();
     let lowered = groups.map(|group| lower_group(&function, &group, target)).collect::<Result<Vec<_>, _>>();
-    let (kernels, binds) = lowered.map_err(text)?.into_iter().map(|l| (l.kernel, l.binds)).unzip();
+    let parts = lowered.map_err(text)?.into_iter().flat_map(|l| l.parts);
+    let (kernels, binds) = parts.map(|p| (p.kernel, p.binds)).unzip();
     let module = legalise(module(kernels), target).map_err(text)?;
     for kernel in &module.kernels {
         verify_kernel(kernel).map_err(lines)?;

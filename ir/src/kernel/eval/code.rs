@@ -274,6 +274,12 @@ pub(super) enum Inst {
         a: Reg,
         mask: usize,
     },
+    /// The best of each warp.
+    Best {
+        d: Reg,
+        a: Reg,
+        largest: bool,
+    },
     AtomicAdd {
         d: Reg,
         p: Reg,

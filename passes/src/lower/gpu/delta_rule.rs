@@ -1,102 +1,185 @@
 //! `gated_delta_net` by blocks of threads.
 //!
-//! block    one key head of one sequence, with the value heads that share it (so a convolution's window has one owner); tokens in blocks of 8
-//! thread   some rows of one column of S, in registers for the whole run
+//! block    of short runs: one key head of one sequence, with the value heads that share it (so a convolution's window has one owner);
+//!          of long runs: some columns of one value head; tokens in blocks of 8
+//! thread   some rows of a few columns of S, in registers for the whole run; neighbouring threads have the other rows
 //! replay   S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
 //! conv     a thread a channel of q, k and v; its window in registers; SiLU; to shared memory
 //! norm     a warp a token: q ← scale · q / |q|,  k ← k / |k|,  k·q
 //! sweep    token by token: y = Sᵀk,  w = Sᵀq  summed over the parts of a column, d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
-//! epilogue a warp a token and value head: out = rms_norm(o, norm) · silu(z)
+//! epilogue a warp a token and value head: out = rms_norm(o, norm) · silu(z); of long runs in the tail, which moves their windows too
 //! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory at one token, by arithmetic in long runs
 //!
 //! What is kept of tentative tokens is as in [`super::super::delta_rule`].
 
 use nextc_ir::DType;
-use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
-use nextc_ir::shape::{Sym, pad};
+use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::types::TENTATIVE_TOKENS;
 
 use super::super::LowerError;
 use super::super::delta_rule::{Mixer, Run, SequencePorts, Stream};
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
-use super::{Place, begin, lanes_of, warp_sum};
+use super::attention::sequence_of;
+use super::{Place, across, begin, lanes_of, warp_sum};
 
 /// Tokens between two passes over the convolution and the norms.
 const BLOCK: u64 = TENTATIVE_TOKENS;
 /// Most threads of a block: with 128 registers each they fill a multiprocessor.
 const MOST_THREADS: u64 = 512;
-/// Most rows of a column that a thread holds.
-const MOST_ROWS: u64 = 64;
+/// Most elements of S that a thread holds.
+const MOST_HELD: u64 = 64;
+/// Threads that share a column, at most.
+const MOST_PARTS: u64 = 8;
+/// Columns of a thread in blocks of short runs and of long ones, at most.
+const THREAD_COLUMNS: [u64; 2] = [4, 2];
+/// Threads of a block of a long run, at most.
+const LONG_THREADS: u64 = 128;
+/// Tokens of a short run, at most.
+const SHORT: u64 = TENTATIVE_TOKENS;
 
-/// How the state of a key head lies in the registers of a block.
+/// How the states of a block lie in the registers of its threads.
 #[derive(Clone, Copy)]
 struct Tile {
+    /// Whether blocks are those of long runs.
+    long: bool,
     /// Value heads that are done together; those that share a key head are done in so many turns.
     heads: u64,
     turns: u64,
-    /// Columns of these heads, padding of a head included.
+    /// Columns of these heads, padding of a head included; of long runs, those of one slice of a head.
     columns: u64,
-    /// Threads of one part: the columns, rounded up to a warp.
-    lanes: u64,
-    /// Parts that a column is cut into.
+    /// Slices of a head.
+    slices: u64,
+    /// Columns of a thread.
+    own: u64,
+    /// Threads that a column is shared by.
     parts: u64,
-    /// Rows of a part.
+    /// Rows of a thread.
     rows: u64,
 }
 
 impl Tile {
-    /// The tile with the fewest turns, and of these the one with the most parts; `None` if a single head does not fit.
-    fn of(mixer: &Mixer) -> Option<Self> {
-        let (shared, dk, dv) = (mixer.shared_heads(), mixer.k.width, pad(mixer.v.width));
-        let tile = |heads: u64, parts: u64| {
-            let columns = heads * dv;
-            Self { heads, turns: shared / heads, columns, lanes: columns.next_multiple_of(32), parts, rows: dk / parts }
-        };
-        let fits = |t: &Self| t.lanes * t.parts <= MOST_THREADS && t.rows <= MOST_ROWS;
+    /// The tile of short runs with the fewest turns; `None` if a single head does not fit.
+    fn short(mixer: &Mixer) -> Option<Self> {
+        let (shared, dv) = (mixer.shared_heads(), pad(mixer.v.width));
+        let of = |heads: u64| Self::of(mixer, (heads, heads * dv), THREAD_COLUMNS[0]);
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
-        let parts =
-            |dk: u64| [16, 8, 4, 2, 1].into_iter().filter(move |p| dk.is_multiple_of(*p) && dk / p >= 4.min(dk));
-        heads.flat_map(|h| parts(dk).map(move |p| (h, p))).map(|(h, p)| tile(h, p)).find(fits)
+        heads.filter_map(of).find(|t| t.threads() <= MOST_THREADS)
+    }
+
+    /// The tile of long runs, where there is one.
+    fn long(mixer: &Mixer) -> Option<Self> {
+        let dv = pad(mixer.v.width);
+        let slices = (1..=dv / LANES).filter(|n| (dv / LANES).is_multiple_of(*n));
+        let of = |slices: u64| Some(Self { long: true, slices, ..Self::of(mixer, (1, dv / slices), THREAD_COLUMNS[1])? });
+        // a window is taken from the run's own tokens
+        let takes = mixer.q.taps <= SHORT;
+        slices.filter_map(of).find(|t| takes && t.threads() <= LONG_THREADS)
+    }
+
+    fn of(mixer: &Mixer, (heads, columns): (u64, u64), most_own: u64) -> Option<Self> {
+        let dk = mixer.k.width;
+        let parts = [MOST_PARTS, 4, 2, 1].into_iter().find(|p| dk.is_multiple_of(4 * p) || (*p == 1))?;
+        let rows = dk / parts;
+        let own = [most_own, 2, 1].into_iter().find(|own| rows * own <= MOST_HELD)?;
+        Some(Self { long: false, heads, turns: mixer.shared_heads() / heads, columns, slices: 1, own, parts, rows })
+    }
+
+    /// Columns of a warp.
+    fn warp_columns(&self) -> u64 {
+        32 / self.parts * self.own
     }
 
     fn threads(&self) -> u64 {
-        self.lanes * self.parts
+        self.columns.div_ceil(self.warp_columns()) * 32
     }
 }
 
-/// `gated_delta_net`.
+/// `gated_delta_net`: a kernel for short runs, and one for long ones.
 pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
     let mut ports = Ports::default();
     let mixer = Mixer::ports(site, &mut ports);
-    let tile = Tile::of(&mixer)?;
+    let (short, long) = (Tile::short(&mixer)?, Tile::long(&mixer));
     let sequences = SequencePorts::new(&mut ports);
     let heads = mixer.q.heads;
     let mut k = ports.builder(site, Extent::from(Sym::B) * heads.into());
-    k.threads(tile.threads() as u32);
+    k.threads(short.threads() as u32);
     let place = Place::here(&mut k);
     let task = k.task();
     let (b, head) = (k.div_const(task, heads), k.rem_const(task, heads));
-    let smem = Smem::alloc(&mut k, &mixer, &tile);
+    let smem = Smem::alloc(&mut k, &mixer, &short);
     begin(&mut k);
     let run = sequences.run(&mut k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, run.slot, zero);
-    let block = Block { mixer: &mixer, tile, place, run, head, smem };
-    k.if_else(
-        live,
-        |k| {
-            let some = k.cmp(Pred::Lt, block.run.begin, block.run.end);
-            k.if_then(some, |k| block.run(k));
-            Vec::new()
-        },
-        |k| {
-            block.zero_out(k);
-            Vec::new()
-        },
-    );
-    Some(Ok(ports.finish(k.finish())))
+    let some = k.cmp(Pred::Lt, run.begin, run.end);
+    let is_mine = match long {
+        Some(_) => {
+            let is_short = short_run(&mut k, &run);
+            k.and(some, is_short)
+        }
+        None => some,
+    };
+    let block = Block { mixer: &mixer, tile: short, place, run, head, slice: zero, smem };
+    k.if_then(is_mine, |k| {
+        k.if_else(
+            live,
+            |k| {
+                block.run(k);
+                Vec::new()
+            },
+            |k| {
+                block.zero_out(k);
+                Vec::new()
+            },
+        );
+    });
+    let lowered = ports.clone().finish(k.finish());
+    Some(Ok(match long {
+        Some(tile) => lowered.then(ports.clone().finish(long_runs(site, &ports, &mixer, &sequences, tile))),
+        None => lowered,
+    }))
+}
+
+/// The kernel of long runs.
+fn long_runs(site: &Site<'_>, ports: &Ports, mixer: &Mixer, sequences: &SequencePorts, tile: Tile) -> Kernel {
+    let (heads, shared) = (mixer.v.heads, mixer.shared_heads());
+    let only_long = |grid: Extent| grid.if_above(Sym::T, SHORT, 0.into());
+    let grid = Extent::from(Sym::B) * (heads * tile.slices).into();
+    let mut k = ports.builder_of(site, ".long", only_long(grid));
+    k.threads(tile.threads() as u32);
+    let place = Place::here(&mut k);
+    let smem = Smem::alloc(&mut k, mixer, &tile);
+    let task = k.task();
+    let (pair, slice) = (k.div_const(task, tile.slices), k.rem_const(task, tile.slices));
+    let (b, value_head) = (k.div_const(pair, heads), k.rem_const(pair, heads));
+    begin(&mut k);
+    let run = sequences.run(&mut k, b);
+    let (zero, is_short) = (k.const_i64(0), short_run(&mut k, &run));
+    let (is_long, live) = (k.not(is_short), k.cmp(Pred::Ge, run.slot, zero));
+    let is_mine = k.and(is_long, live);
+    let head = k.div_const(value_head, shared);
+    let block = Block { mixer, tile, place, run, head, slice, smem };
+    k.if_then(is_mine, |k| block.run_long(k, value_head));
+    k.finish_with_tail_grid(only_long(Sym::T.into()), |k| {
+        begin(k);
+        let place = Place::here(k);
+        let t = k.task();
+        let b = sequence_of(k, sequences.cu_seqlens(), place.lane, t);
+        let run = sequences.run(k, b);
+        let is_short = short_run(k, &run);
+        let is_long = k.not(is_short);
+        let tail = Tail { mixer, threads: tile.threads(), place, run };
+        k.if_then(is_long, |k| tail.run(k, t));
+    })
+}
+
+/// Whether a sequence's run is one of few tokens.
+fn short_run(k: &mut KernelBuilder, run: &Run) -> Val {
+    let (tokens, most) = (k.sub(run.end, run.begin), k.index(SHORT));
+    k.cmp(Pred::Le, tokens, most)
 }
 
 /// What the threads of a block share.
@@ -104,16 +187,14 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
 struct Smem {
     /// `[BLOCK][q, k, v]`: the convolutions' outputs; q and k then normed.
     tokens: Val,
-    /// `[BLOCK][columns]`.
-    o: Val,
+    /// `[BLOCK][columns]`; in short runs.
+    o: Option<Val>,
     /// `[BLOCK]`: `k · q`.
     kq: Val,
     /// `[BLOCK][heads]`.
     alpha: Val,
     /// As `alpha`.
     beta: Val,
-    /// `[2][parts][2][lanes]`: `Sᵀk` and `Sᵀq` of the parts, for tokens of even and of odd numbers.
-    sums: Val,
 }
 
 impl Smem {
@@ -121,11 +202,10 @@ impl Smem {
         let mut array = |elems: u64| k.shared(DType::F32, elems);
         Self {
             tokens: array(BLOCK * (2 * pad(mixer.k.width) + tile.columns)),
-            o: array(BLOCK * tile.columns),
+            o: (!tile.long).then(|| array(BLOCK * tile.columns)),
             kq: array(BLOCK),
             alpha: array(BLOCK * tile.heads),
             beta: array(BLOCK * tile.heads),
-            sums: array(2 * tile.parts * 2 * tile.lanes),
         }
     }
 }
@@ -150,7 +230,8 @@ struct Channel {
 struct Turn {
     /// The first value head.
     first_head: Val,
-    /// Of this thread: the column in its value head, and whether it has one.
+    /// Of this thread: its first column among those of the block, and in its value head; and whether it has one.
+    lane: Val,
     column: Val,
     live: Val,
     /// Of this thread: its part of a column.
@@ -173,6 +254,8 @@ struct Block<'a> {
     place: Place,
     run: Run,
     head: Val,
+    /// The slice of the value head.
+    slice: Val,
     smem: Smem,
 }
 
@@ -223,23 +306,51 @@ impl Block<'_> {
         });
     }
 
+    /// All tokens of a long run. What it says of tokens is not normed yet; the windows stay, since other blocks begin with them too.
+    fn run_long(&self, k: &mut KernelBuilder, value_head: Val) {
+        let positions = k.param(self.run.positions);
+        let (zero, position) = (k.const_i64(0), k.load_index(positions, self.run.begin));
+        let fresh = k.cmp(Pred::Eq, position, zero);
+        let never = k.cmp(Pred::Lt, zero, zero);
+        let turn = self.turn_of(k, value_head, never);
+        let windows = turn.channels.iter().flat_map(|c| self.load_window(k, c, fresh)).collect::<Vec<_>>();
+        let state = self.load_state(k, &turn, fresh);
+        let state = self.replay(k, &turn, &state, fresh);
+        let carried = [windows.clone(), state].concat();
+        let left = k.for_carry((self.run.begin, self.run.end, BLOCK), &carried, |k, first, carried| {
+            let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
+            let tokens = Tokens { first, count: k.min_i64(left, most) };
+            let (windows, state) = carried.split_at(windows.len());
+            self.tokens(k, &turn, &tokens, windows, state)
+        });
+        self.store_state(k, &turn, &left[windows.len()..]);
+    }
+
     fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
+        let skipped = k.mul_const(turn, self.tile.heads);
+        let first_head = self.mixer.value_head(k, self.head, skipped);
+        let last_turn = k.index(self.tile.turns - 1);
+        let last_turn = k.cmp(Pred::Eq, turn, last_turn);
+        self.turn_of(k, first_head, last_turn)
+    }
+
+    /// What is about the value heads from `first_head` on.
+    fn turn_of(&self, k: &mut KernelBuilder, first_head: Val, last_turn: Val) -> Turn {
         let (mixer, tile) = (self.mixer, &self.tile);
         let width = pad(mixer.v.width);
-        let skipped = k.mul_const(turn, tile.heads);
-        let first_head = mixer.value_head(k, self.head, skipped);
-        let (part, lane) = (k.div_const(self.place.thread, tile.lanes), k.rem_const(self.place.thread, tile.lanes));
+        let (group, part) = (k.div_const(self.place.thread, tile.parts), k.rem_const(self.place.thread, tile.parts));
+        let lane = k.mul_const(group, tile.own);
         let columns = k.index(tile.columns);
         let live = k.cmp(Pred::Lt, lane, columns);
-        let last = k.index(tile.columns - 1);
+        let last = k.index(tile.columns - tile.own);
         let lane = k.min_i64(lane, last);
         let (head, column) = (k.div_const(lane, width), k.rem_const(lane, width));
+        let skipped = k.mul_const(self.slice, tile.columns);
         let value_head = k.add(first_head, head);
-        let last_turn = k.index(tile.turns - 1);
-        let last_turn = k.cmp(Pred::Eq, turn, last_turn);
         Turn {
             first_head,
-            column,
+            lane,
+            column: k.add(column, skipped),
             live,
             part,
             state: mixer.state(k, self.run.slot, value_head),
@@ -249,8 +360,13 @@ impl Block<'_> {
 
     /// The channels of this thread: q, then k, then v of the turn's heads.
     fn channels(&self, k: &mut KernelBuilder, first_head: Val, last_turn: Val) -> Vec<Channel> {
-        let (mixer, keys) = (self.mixer, self.key_elems());
-        let streams = [(&mixer.q, self.head, 0), (&mixer.k, self.head, keys), (&mixer.v, first_head, 2 * keys)];
+        let (mixer, keys, none) = (self.mixer, self.key_elems(), k.const_i64(0));
+        let skipped = k.mul_const(self.slice, self.tile.columns);
+        let streams = [
+            (&mixer.q, self.head, 0, none),
+            (&mixer.k, self.head, keys, none),
+            (&mixer.v, first_head, 2 * keys, skipped),
+        ];
         (0..self.row_elems())
             .step_by(self.tile.threads() as usize)
             .map(|from| {
@@ -263,7 +379,10 @@ impl Block<'_> {
                     let end = k.index(end);
                     k.cmp(Pred::Lt, channel, end)
                 });
-                let places = streams.map(|(s, head, begin)| self.stream_place(k, s, head, (channel, begin)));
+                let places = streams.map(|(s, head, begin, skipped)| {
+                    let channel = k.add(channel, skipped);
+                    self.stream_place(k, s, head, (channel, begin))
+                });
                 let mut choose = |f: fn(&StreamPlace) -> Val| {
                     let [q, key, v] = [f(&places[0]), f(&places[1]), f(&places[2])];
                     let rest = k.select(ends[1], key, v);
@@ -319,35 +438,42 @@ impl Block<'_> {
         });
     }
 
-    /// Index of row `i` of this thread's part of its column.
+    /// Index of row `i` of this thread in its first column: rows lie in chunks, chunk by chunk those of all parts.
     fn state_index(&self, k: &mut KernelBuilder, turn: &Turn, i: u64) -> Val {
-        let width = pad(self.mixer.v.width);
-        let first = k.mul_const(turn.part, self.tile.rows * width);
+        let (width, chunk) = (pad(self.mixer.v.width), self.chunk() as u64);
+        let row = i / chunk * chunk * self.tile.parts + i % chunk;
+        let first = k.mul_const(turn.part, chunk * width);
         let first = k.add(first, turn.column);
-        k.add_const(first, i * width)
+        k.add_const(first, row * width)
     }
 
+    /// The state, row by row, of each this thread's columns.
     fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
         let (zero, begun) = (k.const_f32(0.0), k.not(fresh));
         let loads = k.and(begun, turn.live);
+        let tile = self.tile;
         k.if_else(
             loads,
             |k| {
                 let load = |i| {
                     let at = self.state_index(k, turn, i);
-                    k.load_f32(turn.state, at)
+                    let columns = k.load(DType::F32, tile.own as u32, turn.state, at);
+                    lanes_of(k, columns)
                 };
-                (0..self.tile.rows).map(load).collect()
+                (0..tile.rows).flat_map(load).collect()
             },
-            |_| vec![zero; self.tile.rows as usize],
+            |_| vec![zero; (tile.rows * tile.own) as usize],
         )
     }
 
     fn store_state(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val]) {
         k.if_then(turn.live, |k| {
-            for (i, &s) in (0..).zip(state) {
+            for (i, columns) in (0..).zip(state.chunks(self.tile.own as usize)) {
                 let at = self.state_index(k, turn, i);
-                k.store(turn.state, at, s);
+                for (j, &s) in (0..).zip(columns) {
+                    let at = k.add_const(at, j);
+                    k.store(turn.state, at, s);
+                }
             }
         });
     }
@@ -357,8 +483,9 @@ impl Block<'_> {
         let (zero, mixer) = (k.const_i64(0), self.mixer);
         let state = k.for_carry((zero, self.run.replay, 1), state, |k, i, state| {
             let [key, d, alpha] = mixer.update(k, turn.state, i);
-            let (d, alpha) = (k.load_f32(d, turn.column), k.load_f32(alpha, zero));
-            self.apply(k, turn, state, key, (d, alpha))
+            let d = k.load(DType::F32, self.tile.own as u32, d, turn.column);
+            let (d, alpha) = (lanes_of(k, d), k.load_f32(alpha, zero));
+            self.apply(k, turn, state, key, (&d, alpha))
         });
         let kept = k.cmp(Pred::Gt, self.run.replay, zero);
         let changed = k.or(kept, fresh);
@@ -367,14 +494,16 @@ impl Block<'_> {
         state
     }
 
-    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k.
-    fn apply(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], key: Val, (d, alpha): (Val, Val)) -> Vec<Val> {
+    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k; d is that of each of the thread's columns.
+    fn apply(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], key: Val, (d, alpha): (&[Val], Val)) -> Vec<Val> {
         let mut next = Vec::with_capacity(state.len());
-        for (i, chunk) in state.chunks(self.chunk()).enumerate() {
+        for (i, chunk) in state.chunks(self.chunk() * d.len()).enumerate() {
             let keys = self.load_rows(k, turn, key, i);
-            for (&s, ki) in chunk.iter().zip(keys) {
-                let decayed = k.fmul(alpha, s);
-                next.push(k.fma(ki, d, decayed));
+            for (row, ki) in chunk.chunks(d.len()).zip(keys) {
+                for (&s, &d) in row.iter().zip(d) {
+                    let decayed = k.fmul(alpha, s);
+                    next.push(k.fma(ki, d, decayed));
+                }
             }
         }
         next
@@ -387,10 +516,10 @@ impl Block<'_> {
 
     /// Chunk `i` of this thread's rows of a vector over rows.
     fn load_rows(&self, k: &mut KernelBuilder, turn: &Turn, from: Val, i: usize) -> Vec<Val> {
-        let lanes = self.chunk() as u32;
-        let first = k.mul_const(turn.part, self.tile.rows);
-        let at = k.add_const(first, i as u64 * u64::from(lanes));
-        let rows = k.load(DType::F32, lanes, from, at);
+        let lanes = self.chunk() as u64;
+        let first = k.mul_const(turn.part, lanes);
+        let at = k.add_const(first, i as u64 * lanes * self.tile.parts);
+        let rows = k.load(DType::F32, lanes as u32, from, at);
         lanes_of(k, rows)
     }
 
@@ -409,9 +538,11 @@ impl Block<'_> {
         self.norms(k, tokens);
         k.barrier();
         let zero = k.const_i64(0);
-        let state = k.for_carry((zero, tokens.count, 1), state, |k, i, state| self.sweep(k, turn, i, state));
+        let state = k.for_carry((zero, tokens.count, 1), state, |k, i, state| self.sweep(k, turn, (tokens, i), state));
         k.barrier();
-        self.epilogue(k, turn, tokens);
+        if let Some(o) = self.smem.o {
+            self.epilogue(k, turn, tokens, o);
+        }
         next.extend(state);
         next
     }
@@ -533,71 +664,70 @@ impl Block<'_> {
     }
 
     /// Token `i` of the block through the recurrence; gives the state after it.
-    fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, i: Val, state: &[Val]) -> Vec<Val> {
+    fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), state: &[Val]) -> Vec<Val> {
         let tile = &self.tile;
+        let own = tile.own as usize;
         let [q, key, v] = self.token(k, i);
         let zero = k.const_f32(0.0);
-        let (mut y, mut w) = (zero, zero);
-        for (c, chunk) in state.chunks(self.chunk()).enumerate() {
+        let (mut y, mut w) = (vec![zero; own], vec![zero; own]);
+        for (c, chunk) in state.chunks(self.chunk() * own).enumerate() {
             let (keys, queries) = (self.load_rows(k, turn, key, c), self.load_rows(k, turn, q, c));
-            for ((&s, ki), qi) in chunk.iter().zip(keys).zip(queries) {
-                y = k.fma(s, ki, y);
-                w = k.fma(s, qi, w);
+            for ((row, ki), qi) in chunk.chunks(own).zip(keys).zip(queries) {
+                for (column, &s) in row.iter().enumerate() {
+                    y[column] = k.fma(s, ki, y[column]);
+                    w[column] = k.fma(s, qi, w[column]);
+                }
             }
         }
-        let lane = k.rem_const(self.place.thread, tile.lanes);
-        let [y, w] = self.sum_parts(k, turn, (i, lane), [y, w]);
-        let head = k.div_const(lane, pad(self.mixer.v.width));
-        let last = k.index(tile.heads - 1);
-        let head = k.min_i64(head, last);
+        // the parts of a column are neighbours
+        let masks: Vec<u32> = [4, 2, 1].into_iter().filter(|&mask| u64::from(mask) < tile.parts).collect();
+        let [y, w] = [y, w].map(|sums| {
+            let whole = sums.into_iter().map(|x| across(k, &masks, x, |k, a, b| k.fadd(a, b)));
+            whole.collect::<Vec<_>>()
+        });
+        let head = k.div_const(turn.lane, pad(self.mixer.v.width));
         let pair = k.mul_const(i, tile.heads);
         let pair = k.add(pair, head);
         let (alpha, beta) = (k.load_f32(self.smem.alpha, pair), k.load_f32(self.smem.beta, pair));
-        let last = k.index(tile.columns - 1);
-        let lane = k.min_i64(lane, last);
-        let (v, kq) = (k.load_f32(v, lane), k.load_f32(self.smem.kq, i));
-        let decayed = k.fmul(alpha, y);
-        let error = k.fsub(v, decayed);
-        let d = k.fmul(beta, error);
-        let mixed = k.fmul(alpha, w);
-        let out = k.fma(kq, d, mixed);
+        let v = k.load(DType::F32, tile.own as u32, v, turn.lane);
+        let (v, kq) = (lanes_of(k, v), k.load_f32(self.smem.kq, i));
+        let (mut d, mut out) = (Vec::with_capacity(own), Vec::with_capacity(own));
+        for column in 0..own {
+            let decayed = k.fmul(alpha, y[column]);
+            let error = k.fsub(v[column], decayed);
+            d.push(k.fmul(beta, error));
+            let mixed = k.fmul(alpha, w[column]);
+            out.push(k.fma(kq, d[column], mixed));
+        }
         let first = k.const_i64(0);
         let writes = k.cmp(Pred::Eq, turn.part, first);
         let writes = k.and(writes, turn.live);
         k.if_then(writes, |k| {
-            let o = row_ptr(k, self.smem.o, i, tile.columns);
-            k.store(o, lane, out);
-            k.if_then(self.run.tentative, |k| {
-                let [_, kept, _] = self.mixer.update(k, turn.state, i);
-                k.store(kept, turn.column, d);
-            });
+            let (o, at) = match self.smem.o {
+                Some(o) => (row_ptr(k, o, i, tile.columns), turn.lane),
+                None => {
+                    let t = k.add(tokens.first, i);
+                    (self.mixer.out_row(k, t, turn.first_head), turn.column)
+                }
+            };
+            for (j, &out) in (0..).zip(&out) {
+                let at = k.add_const(at, j);
+                k.store(o, at, out);
+            }
+            if !tile.long {
+                k.if_then(self.run.tentative, |k| {
+                    let [_, kept, _] = self.mixer.update(k, turn.state, i);
+                    for (j, &d) in (0..).zip(&d) {
+                        let at = k.add_const(turn.column, j);
+                        k.store(kept, at, d);
+                    }
+                });
+            }
         });
-        k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
-        self.apply(k, turn, state, key, (d, alpha))
-    }
-
-    /// Sums of all parts of this thread's column, in order. Token by token they lie in two places, so that one barrier is enough.
-    fn sum_parts(&self, k: &mut KernelBuilder, turn: &Turn, (i, lane): (Val, Val), own: [Val; 2]) -> [Val; 2] {
-        let tile = &self.tile;
-        if tile.parts == 1 {
-            return own;
+        if !tile.long {
+            k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
         }
-        let parity = k.rem_const(i, 2);
-        let sums = row_ptr(k, self.smem.sums, parity, tile.parts * 2 * tile.lanes);
-        let mine = row_ptr(k, sums, turn.part, 2 * tile.lanes);
-        for (which, x) in (0..).zip(own) {
-            let at = k.add_const(lane, which * tile.lanes);
-            k.store(mine, at, x);
-        }
-        k.barrier();
-        [0, 1].map(|which| {
-            let parts = (0..tile.parts).map(|part| {
-                let at = k.add_const(lane, (2 * part + which) * tile.lanes);
-                k.load_f32(sums, at)
-            });
-            let parts: Vec<Val> = parts.collect();
-            parts[1..].iter().fold(parts[0], |sum, &x| k.fadd(sum, x))
-        })
+        self.apply(k, turn, state, key, (&d, alpha))
     }
 
     /// Keeps k and α of token `i` with every head of the turn; its d is kept by the threads that have it.
@@ -622,32 +752,89 @@ impl Block<'_> {
         });
     }
 
-    /// `out = rms_norm(o, norm) · silu(z)`: a warp a token and value head.
-    fn epilogue(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
-        let (mixer, width) = (self.mixer, pad(self.mixer.v.width));
+    /// The norms of what the block says of its tokens: a warp a token and value head.
+    fn epilogue(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, o: Val) {
+        let width = pad(self.mixer.v.width);
         let pairs = k.mul_const(tokens.count, self.tile.heads);
         k.for_each((self.place.warp, pairs, self.tile.threads() / 32), |k, pair| {
             let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
             let (t, value_head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
-            let (norm, z) = (k.param(mixer.norm), k.param(mixer.z));
-            let z = row_ptr(k, z, t, mixer.v.row());
-            let z = row_ptr(k, z, value_head, width);
-            let o = row_ptr(k, self.smem.o, pair, width);
-            let places = self.place.places(k, width);
-            let [o, norm, z] = [o, norm, z].map(|p| places.iter().map(|at| at.load(k, p)).collect::<Vec<_>>());
-            let zero = k.const_f32(0.0);
-            let sum = o.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
-            let sum = warp_sum(k, sum);
-            let scale = mean_rsqrt(k, sum, mixer.v.width, mixer.norm_eps);
-            let out = mixer.out_row(k, t, value_head);
-            for (i, place) in places.iter().enumerate() {
-                let normed = k.fmul(o[i], scale);
-                let normed = k.fmul(normed, norm[i]);
-                let gate = k.silu(z[i]);
-                let value = k.fmul(normed, gate);
-                place.store(k, out, value);
-            }
+            let o = row_ptr(k, o, pair, width);
+            norm_out(k, self.mixer, &self.place, (t, value_head), o);
         });
+    }
+}
+
+/// `out = rms_norm(o, norm) · silu(z)` of a value head of token `t`, by a warp.
+fn norm_out(k: &mut KernelBuilder, mixer: &Mixer, place: &Place, (t, head): (Val, Val), o: Val) {
+    let width = pad(mixer.v.width);
+    let (norm, z) = (k.param(mixer.norm), k.param(mixer.z));
+    let z = row_ptr(k, z, t, mixer.v.row());
+    let z = row_ptr(k, z, head, width);
+    let places = place.places(k, width);
+    let [o, norm, z] = [o, norm, z].map(|p| places.iter().map(|at| at.load(k, p)).collect::<Vec<_>>());
+    let zero = k.const_f32(0.0);
+    let sum = o.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
+    let sum = warp_sum(k, sum);
+    let scale = mean_rsqrt(k, sum, mixer.v.width, mixer.norm_eps);
+    let out = mixer.out_row(k, t, head);
+    for (i, place) in places.iter().enumerate() {
+        let normed = k.fmul(o[i], scale);
+        let normed = k.fmul(normed, norm[i]);
+        let gate = k.silu(z[i]);
+        let value = k.fmul(normed, gate);
+        place.store(k, out, value);
+    }
+}
+
+/// The tail of long runs at work on a token.
+struct Tail<'a> {
+    mixer: &'a Mixer,
+    threads: u64,
+    place: Place,
+    run: Run,
+}
+
+impl Tail<'_> {
+    fn run(&self, k: &mut KernelBuilder, t: Val) {
+        let zero = k.const_i64(0);
+        let live = k.cmp(Pred::Ge, self.run.slot, zero);
+        k.if_else(
+            live,
+            |k| {
+                let heads = k.index(self.mixer.v.heads);
+                k.for_each((self.place.warp, heads, self.threads / 32), |k, head| {
+                    let o = self.mixer.out_row(k, t, head);
+                    norm_out(k, self.mixer, &self.place, (t, head), o);
+                });
+                let next = k.add_const(t, 1);
+                let is_last = k.cmp(Pred::Eq, next, self.run.end);
+                k.if_then(is_last, |k| self.move_windows(k));
+                Vec::new()
+            },
+            |k| {
+                let (out, nothing) = (self.mixer.out_row(k, t, zero), k.const_f32(0.0));
+                let elems = k.index(self.mixer.v.row());
+                k.for_each((self.place.thread, elems, self.threads), |k, c| k.store(out, c, nothing));
+                Vec::new()
+            },
+        );
+    }
+
+    /// Puts the run's last inputs into the windows.
+    fn move_windows(&self, k: &mut KernelBuilder) {
+        let zero = k.const_i64(0);
+        for stream in [&self.mixer.q, &self.mixer.k, &self.mixer.v] {
+            let (x, window) = (k.param(stream.x), stream.window(k, self.run.slot, zero));
+            let taken = k.index(stream.taps - 1);
+            let first = k.sub(self.run.end, taken);
+            let x = row_ptr(k, x, first, stream.row());
+            let elems = k.index(stream.row() * (stream.taps - 1));
+            k.for_each((self.place.thread, elems, self.threads), |k, i| {
+                let value = k.load_f32(x, i);
+                k.store(window, i, value);
+            });
+        }
     }
 }
 

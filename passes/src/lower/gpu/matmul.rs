@@ -1,19 +1,22 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! task     some tiles of 16 weight rows ([`tile`](super::tile)), over all rows of the step in groups of eight
+//! Of few rows, and of [`many`](super::many):
+//!
+//! task     some tiles of 16 weight rows ([`tile`](super::tile)), for at most eight rows
 //! ahead    the warps' first codes into registers, the rest of the tiles towards L2
 //! prologue the rows as they are, or `x · rms_scale · (1 + gain)`, in registers
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
-//! traffic  each weight once for eight rows: bound by memory
+//! traffic  each weight once: bound by memory
 
 use nextc_ir::graph::Value;
-use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::{DType, Op};
 
 use super::super::LowerError;
-use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, row_ptr};
+use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
+use super::many::{self, FEW_ROWS, MANY_TOKENS, Pair, TILES, WARP_TILES, WARPS, few, many, token_blocks};
 use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
 use super::{Place, across, begin, half_warp_sum};
 
@@ -47,8 +50,8 @@ pub struct Sum {
     pub values: Vec<Val>,
 }
 
-/// Runs the products of a block: the first eight rows with the codes that were asked for ahead, then the others. `row_of` gives the row of x of token `i`
-/// of the step's `count`; `epilogue` gets each sum with the number of its token, and whether there is such a token.
+/// Runs the products of a block with `count` rows, at most eight; `ahead` is what was asked for before. `row_of` gives the row of x of a token;
+/// `epilogue` gets each sum with the number of its token, and whether there is such a token.
 pub fn products(
     k: &mut KernelBuilder,
     split: Split,
@@ -56,39 +59,29 @@ pub fn products(
     rows: &Rows,
     count: Val,
     row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &Block, &Sum),
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
 ) {
-    let zero = k.const_i64(0);
-    let mut group = |k: &mut KernelBuilder, first: Val, ahead| {
-        let token = k.add(first, product.token());
-        let (one, all) = (k.const_i64(1), count);
-        let last = k.sub(all, one);
-        let token = k.min_i64(token, last);
-        let row = row_of(k, token);
-        let x = load_row(k, rows, row, product.q());
-        let sums = product.run(k, x, ahead);
-        for (i, sums) in sums.into_iter().enumerate() {
-            let at = k.mul_const(product.warp(), split.tiles);
-            let at = k.add_const(at, i as u64);
-            product.store(k, shared, at, sums);
-        }
-        k.barrier();
-        each_sum(k, split, shared, product.thread(), |k, sum| {
-            let token = k.add(first, sum.token);
-            let exists = k.cmp(Pred::Lt, token, count);
-            epilogue(k, &Block { token, exists }, sum);
-        });
-    };
-    group(k, zero, ahead);
-    let eight = k.index(TOKENS);
-    k.for_each((eight, count, TOKENS), |k, first| {
-        k.barrier();
-        group(k, first, None);
+    let one = k.const_i64(1);
+    let last = k.sub(count, one);
+    let token = k.min_i64(product.token(), last);
+    let row = row_of(k, token);
+    let x = load_row(k, rows, row, product.q());
+    let sums = product.run(k, x, ahead);
+    for (i, sums) in sums.into_iter().enumerate() {
+        let at = k.mul_const(product.warp(), split.tiles);
+        let at = k.add_const(at, i as u64);
+        product.store(k, shared, at, sums);
+    }
+    k.barrier();
+    each_sum(k, split, shared, product.thread(), |k, sum| {
+        let exists = k.cmp(Pred::Lt, sum.token, count);
+        epilogue(k, &At { token: sum.token, exists }, sum);
     });
 }
 
 /// The token of a sum.
-pub struct Block {
+#[derive(Clone, Copy, Debug)]
+pub struct At {
     /// Its number among those of the product.
     pub token: Val,
     /// Whether there is such a token.
@@ -163,7 +156,7 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let warps = splits.iter().map(|s| s.warps).max().unwrap_or(1);
     let splits: Vec<Split> = splits.into_iter().map(|s| Split { warps, ..s }).collect();
     let tasks = |i: usize| groups[i].iter().map(|s| s.fragments.planes.tiles().div_ceil(splits[i].tiles)).sum::<u64>();
-    let mut k = ports.builder(site, (0..groups.len()).map(tasks).sum::<u64>().into());
+    let mut k = ports.builder(site, few(sym, (0..groups.len()).map(tasks).sum::<u64>().into()));
     k.threads(warps as u32 * 32);
     let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
     let shared = widest.shared(&mut k);
@@ -177,7 +170,59 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
         first_task = end_task;
     }
-    Ok(ports.finish(k.finish()))
+    let many = ports.clone().finish(linears_of_many(site, &ports, (&groups, warps), (&rows, sym)));
+    Ok(ports.finish(k.finish()).then(many))
+}
+
+/// The kernel for many rows; `warps` share the columns in the one for few.
+fn linears_of_many(
+    site: &Site<'_>,
+    ports: &Ports,
+    (groups, warps): (&[Vec<Segment>], u64),
+    (rows, sym): (&Rows, Sym),
+) -> Kernel {
+    let tasks = |group: &[Segment]| group.iter().map(|s| s.fragments.planes.tiles().div_ceil(TILES)).sum::<u64>();
+    let all: u64 = groups.iter().map(|g| tasks(g)).sum();
+    let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * all.into()));
+    let place = many::begin_block(&mut k);
+    let operands = groups.iter().map(|g| g[0].fragments.operands()).max().unwrap_or(1);
+    let stage = many::stage(&mut k, operands);
+    let (task, count) = (k.task(), k.dim(sym));
+    let (block, number) = (k.div_const(task, all), k.rem_const(task, all));
+    let first = k.mul_const(block, MANY_TOKENS);
+    let mut first_task = 0;
+    for group in groups {
+        let range = (first_task, first_task + tasks(group));
+        number_in_range(&mut k, number, range, |k, number| {
+            let fragments = group[0].fragments;
+            let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
+            let own = k.mul_const(place.warp, WARP_TILES);
+            let own = k.add(chosen.first, own);
+            let numbers = [0, 1].map(|i| k.add_const(own, i));
+            let tiles = numbers.map(|n| {
+                let n = k.min_i64(n, chosen.last);
+                fragments.tile(k, chosen.weight, chosen.scales_at, n)
+            });
+            let product = Product::new(k, &fragments, tiles.to_vec(), place, warps);
+            many::products(k, (&product, stage), rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
+                let row = k.mul(at.token, chosen.stride);
+                let row = row_ptr(k, chosen.out, row, 1);
+                for (&tile, values) in numbers.iter().zip(&pair.values) {
+                    let exists = k.cmp(Pred::Le, tile, chosen.last);
+                    let exists = k.and(exists, at.exists);
+                    k.if_then(exists, |k| {
+                        let column = k.mul_const(tile, LANES);
+                        let column = k.add(column, pair.row);
+                        let lower = k.add_const(column, LANES / 2);
+                        k.store(row, column, values[0]);
+                        k.store(row, lower, values[1]);
+                    });
+                }
+            });
+        });
+        first_task = range.1;
+    }
+    k.finish()
 }
 
 fn tiles_of(group: &[Segment]) -> u64 {
@@ -295,12 +340,12 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let sym = site.rows(x)?;
     let tiles = fragments.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
-    let mut k = ports.builder(site, tiles.into());
+    let mut k = ports.builder(site, few(sym, tiles.into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
-    let (weight, tile) = (k.param(weight), k.task());
-    let own = fragments.own_tile(&mut k, weight, tile);
+    let (base, tile) = (k.param(weight), k.task());
+    let own = fragments.own_tile(&mut k, base, tile);
     let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
     let ahead = ask_ahead(&mut k, &product);
     begin(&mut k);
@@ -308,7 +353,38 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
         store_residual(k, &residual, tile, at, sum.row, sum.values[0]);
     });
-    Ok(ports.finish(k.finish()))
+    let few = k.finish();
+
+    let groups = tiles.div_ceil(TILES);
+    let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * groups.into()));
+    let place = many::begin_block(&mut k);
+    let stage = many::stage(&mut k, fragments.operands());
+    let (base, task, last) = (k.param(weight), k.task(), k.index(tiles - 1));
+    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+    let first = k.mul_const(block, MANY_TOKENS);
+    let numbers = own_tiles(&mut k, group, place);
+    let own = numbers.map(|n| {
+        let n = k.min_i64(n, last);
+        fragments.own_tile(&mut k, base, n)
+    });
+    let product = Product::new(&mut k, &fragments, own.to_vec(), place, split.warps);
+    many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
+        for (&tile, &values) in numbers.iter().zip(&pair.values) {
+            let exists = k.cmp(Pred::Le, tile, last);
+            let exists = k.and(exists, at.exists);
+            store_residual_pair(k, &residual, tile, &At { exists, ..*at }, pair.row, values);
+        }
+    });
+    let many = ports.clone().finish(k.finish());
+    Ok(ports.finish(few).then(many))
+}
+
+/// The numbers of a warp's tiles in group `group` of [`TILES`].
+pub fn own_tiles(k: &mut KernelBuilder, group: Val, place: Place) -> [Val; WARP_TILES as usize] {
+    let first = k.mul_const(group, WARPS);
+    let first = k.add(first, place.warp);
+    let first = k.mul_const(first, WARP_TILES);
+    std::array::from_fn(|i| k.add_const(first, i as u64))
 }
 
 /// `linear_wanted`: minus infinity where a tile is not wanted.
@@ -333,9 +409,16 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
         is_wanted,
         |k| {
             let product = Product::new(k, &fragments, vec![own], place, split.warps);
-            let ahead = product.ahead(k);
-            products(k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
-                k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, sum.values[0]));
+            // however many rows: the tiles that are wanted are few
+            k.for_each((zero, count, FEW_ROWS), |k, first| {
+                let (left, most) = (k.sub(count, first), k.index(FEW_ROWS));
+                let some = k.min_i64(left, most);
+                let mut row_of = |k: &mut KernelBuilder, token| k.add(first, token);
+                k.barrier();
+                products(k, split, (&product, None, shared), &rows, some, &mut row_of, &mut |k, at, sum| {
+                    let row = k.add(first, at.token);
+                    k.if_then(at.exists, |k| store_one(k, (out, stride), row, tile, sum.row, sum.values[0]));
+                });
             });
             Vec::new()
         },
@@ -352,13 +435,40 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
 }
 
 /// `out = residual + value`, and the sum of squares of the tile's 16 rows, which 16 neighbouring threads hold. All threads of a warp come along.
-pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &Block, row: Val, value: Val) {
+pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, value: Val) {
     let column = k.mul_const(tile, LANES);
     let column = k.add(column, row);
     let zero = k.const_f32(0.0);
     let new = k.if_else(at.exists, |k| vec![residual.add_one(k, at.token, column, value)], |_| vec![zero])[0];
     let square = k.fmul(new, new);
     let sum = half_warp_sum(k, square);
+    let first = k.const_i64(0);
+    let leads = k.cmp(Pred::Eq, row, first);
+    let leads = k.and(leads, at.exists);
+    k.if_then(leads, |k| residual.store_sum(k, tile, at.token, sum));
+}
+
+/// The same where a thread has rows `row` and `row + 8`, and the others of a token lie four threads apart.
+pub fn store_residual_pair(
+    k: &mut KernelBuilder,
+    residual: &Residual,
+    tile: Val,
+    at: &At,
+    row: Val,
+    values: [Val; 2],
+) {
+    let column = k.mul_const(tile, LANES);
+    let column = k.add(column, row);
+    let lower = k.add_const(column, LANES / 2);
+    let zero = k.const_f32(0.0);
+    let new = k.if_else(
+        at.exists,
+        |k| vec![residual.add_one(k, at.token, column, values[0]), residual.add_one(k, at.token, lower, values[1])],
+        |_| vec![zero; 2],
+    );
+    let squares = [k.fmul(new[0], new[0]), k.fmul(new[1], new[1])];
+    let sum = k.fadd(squares[0], squares[1]);
+    let sum = across(k, &[16, 8, 4], sum, |k, a, b| k.fadd(a, b));
     let first = k.const_i64(0);
     let leads = k.cmp(Pred::Eq, row, first);
     let leads = k.and(leads, at.exists);
@@ -379,11 +489,11 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let out = ports.write("out", result);
     let (sym, stride): (Sym, u64) = (site.rows(result)?, site.stride(result));
     let split = pair_split(site, &fragments);
-    let mut k = ports.builder(site, fragments.planes.tiles().into());
+    let mut k = ports.builder(site, few(sym, fragments.planes.tiles().into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
-    let (task, out) = (k.task(), k.param(out));
+    let (task, to) = (k.task(), k.param(out));
     let tiles = weights.map(|w| {
         let base = k.param(w);
         fragments.own_tile(&mut k, base, task)
@@ -394,9 +504,80 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let count = k.dim(sym);
     products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
         let value = swiglu(k, sum);
-        k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, task, sum.row, value));
+        k.if_then(at.exists, |k| store_one(k, (to, stride), at.token, task, sum.row, value));
     });
-    Ok(ports.finish(k.finish()))
+    let few = k.finish();
+
+    let groups = fragments.planes.tiles().div_ceil(WARPS);
+    let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * groups.into()));
+    let place = many::begin_block(&mut k);
+    let stage = many::stage(&mut k, fragments.operands());
+    let (task, to) = (k.task(), k.param(out));
+    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+    let first = k.mul_const(block, MANY_TOKENS);
+    let pair = GatePair::of(&mut k, (&fragments, weights), (group, fragments.planes.tiles()), place);
+    let product = Product::new(&mut k, &fragments, pair.tiles.to_vec(), place, split.warps);
+    many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, sums| {
+        pair.store(k, at, sums, (to, stride), at.token);
+    });
+    let many = ports.clone().finish(k.finish());
+    Ok(ports.finish(few).then(many))
+}
+
+/// A gate tile and an up tile of one warp in a product of many rows.
+pub struct GatePair {
+    /// Both tiles.
+    pub tiles: [Tile; 2],
+    /// Their number, and whether there is such a tile.
+    tile: Val,
+    exists: Val,
+}
+
+impl GatePair {
+    /// That of a warp in group `group` of pairs; `tiles` is how many pairs there are.
+    pub fn of(
+        k: &mut KernelBuilder,
+        (fragments, weights): (&Fragments, [Port; 2]),
+        (group, tiles): (Val, u64),
+        place: Place,
+    ) -> Self {
+        let zero = k.const_i64(0);
+        Self::of_expert(k, (fragments, weights), zero, (group, tiles), place)
+    }
+
+    /// The same of expert `expert`, of `tiles` pairs each.
+    pub fn of_expert(
+        k: &mut KernelBuilder,
+        (fragments, weights): (&Fragments, [Port; 2]),
+        expert: Val,
+        (group, tiles): (Val, u64),
+        place: Place,
+    ) -> Self {
+        let tile = k.mul_const(group, WARPS);
+        let tile = k.add(tile, place.warp);
+        let last = k.index(tiles - 1);
+        let exists = k.cmp(Pred::Le, tile, last);
+        let within = k.min_i64(tile, last);
+        let number = k.mul_const(expert, tiles);
+        let number = k.add(number, within);
+        let tiles = weights.map(|w| {
+            let base = k.param(w);
+            fragments.own_tile(k, base, number)
+        });
+        Self { tiles, tile, exists }
+    }
+
+    /// `out[row] = silu(gate) · up` of a token.
+    pub fn store(&self, k: &mut KernelBuilder, at: &At, sums: &Pair, out: (Val, u64), row: Val) {
+        let exists = k.and(at.exists, self.exists);
+        k.if_then(exists, |k| {
+            for i in 0..2 {
+                let value = silu_times(k, sums.values[0][i], sums.values[1][i]);
+                let within = k.add_const(sums.row, 8 * i as u64);
+                store_one(k, out, row, self.tile, within, value);
+            }
+        });
+    }
 }
 
 /// How a block computes a gate and an up tile.
@@ -406,8 +587,12 @@ pub fn pair_split(site: &Site<'_>, fragments: &Fragments) -> Split {
 
 /// `silu(gate) · up` of the block's two tiles.
 pub fn swiglu(k: &mut KernelBuilder, sum: &Sum) -> Val {
-    let gate = k.silu(sum.values[0]);
-    k.fmul(gate, sum.values[1])
+    silu_times(k, sum.values[0], sum.values[1])
+}
+
+fn silu_times(k: &mut KernelBuilder, gate: Val, up: Val) -> Val {
+    let gate = k.silu(gate);
+    k.fmul(gate, up)
 }
 
 /// `out[token][tile * 16 + row] = value`.

@@ -6,11 +6,14 @@
 pub mod attention;
 pub mod delta_rule;
 pub mod experts;
+pub mod many;
+pub mod many_experts;
 pub mod matmul;
 pub mod rows;
 pub mod tile;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::schedule::Extent;
 use nextc_ir::{Layout, Op};
 
 use super::LowerError;
@@ -206,4 +209,35 @@ pub fn warp_sums(k: &mut KernelBuilder, lane: Val, mut x: Vec<Val>) -> Val {
             .collect();
     }
     x[0]
+}
+
+/// The value of an extent in a kernel.
+pub fn extent(k: &mut KernelBuilder, e: &Extent) -> Val {
+    match e {
+        Extent::Const(n) => k.index(*n),
+        Extent::Sym(s) => k.dim(*s),
+        Extent::Add(a, b) => {
+            let (a, b) = (extent(k, a), extent(k, b));
+            k.add(a, b)
+        }
+        Extent::Mul(a, b) => {
+            let (a, b) = (extent(k, a), extent(k, b));
+            k.mul(a, b)
+        }
+        Extent::CeilDiv(a, n) => {
+            let a = extent(k, a);
+            let up = k.add_const(a, n - 1);
+            k.div_const(up, *n)
+        }
+        Extent::Min(a, b) => {
+            let (a, b) = (extent(k, a), extent(k, b));
+            k.min_i64(a, b)
+        }
+        Extent::Above(s, n, either) => {
+            let [a, b] = [&either[0], &either[1]].map(|e| extent(k, e));
+            let (sym, n) = (k.dim(*s), k.index(*n));
+            let above = k.cmp(Pred::Gt, sym, n);
+            k.select(above, a, b)
+        }
+    }
 }

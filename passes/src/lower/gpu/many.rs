@@ -1,0 +1,231 @@
+//! Products of many rows: 32 tokens at a time.
+//!
+//! task     16 tiles of weight rows by 32 tokens; a warp has two tiles, for all columns and all tokens
+//! stage    four turns of columns: the threads make operand B of the tokens in shared memory, once for all warps
+//! products as in [`tile`](super::tile): the columns in the same parts, summed in the same order, so a token has the bits that it has in a step of few
+//! epilogue a thread has rows `r` and `r + 8` of a tile, of two tokens of each group of eight
+//! traffic  each weight once for 32 tokens: bound by tensor cores
+//!
+//! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
+
+use nextc_ir::DType;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::schedule::Extent;
+use nextc_ir::shape::Sym;
+
+use super::super::matmul::Rows;
+use super::matmul::{At, load_row};
+use super::tile::{Operand, Product, TOKENS};
+use super::{Place, begin};
+
+/// Most rows of a step in which the kernels for few do the work.
+pub const FEW_ROWS: u64 = 8;
+/// Warps of a block.
+pub const WARPS: u64 = 8;
+/// Tiles of a warp.
+pub const WARP_TILES: u64 = 2;
+/// Tiles of a block.
+pub const TILES: u64 = WARPS * WARP_TILES;
+/// Groups of eight tokens of a block.
+const GROUPS: u64 = 4;
+/// Tokens of a block.
+pub const MANY_TOKENS: u64 = GROUPS * TOKENS;
+/// Turns of a stage: each warp makes the operands of two turns for one group.
+const STAGE_TURNS: u64 = 2 * WARPS / GROUPS;
+
+/// The grid of a kernel for few rows.
+pub fn few(sym: Sym, grid: Extent) -> Extent {
+    Extent::from(0).if_above(sym, FEW_ROWS, grid)
+}
+
+/// The grid of a kernel for many rows.
+pub fn many(sym: Sym, grid: Extent) -> Extent {
+    grid.if_above(sym, FEW_ROWS, 0.into())
+}
+
+/// Blocks over `rows` tokens.
+pub fn token_blocks(rows: impl Into<Extent>) -> Extent {
+    rows.into().ceil_div(MANY_TOKENS)
+}
+
+/// Begins a block of this kind.
+pub fn begin_block(k: &mut KernelBuilder) -> Place {
+    k.threads(WARPS as u32 * 32);
+    begin(k);
+    Place::here(k)
+}
+
+/// Shared memory for the operands of a stage of a product with `operands` operands a turn.
+pub fn stage(k: &mut KernelBuilder, operands: u64) -> Val {
+    k.shared(DType::I32, STAGE_TURNS * GROUPS * operands * 2 * 32 * 4)
+}
+
+/// Two rows of a tile, 8 apart, of one token.
+pub struct Pair {
+    /// The first of the rows.
+    pub row: Val,
+    /// The sums of both, of each tile of the warp.
+    pub values: Vec<[Val; 2]>,
+}
+
+/// The products of a block with tokens `first .. first + 32` of `count`; `row_of` gives the row of x of a token. `product` has the warp's tiles
+/// and the parts of the kernel for few. `epilogue` gets each token with the sums of its pair of rows; all threads of a warp come along.
+pub fn products(
+    k: &mut KernelBuilder,
+    (product, stage): (&Product<'_>, Val),
+    rows: &Rows,
+    (first, count): (Val, Val),
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair),
+) {
+    let groups = Groups { product, stage };
+    let sums = groups.sums(k, rows, (first, count), row_of);
+    for (g, sums) in (0..).zip(sums) {
+        let sums = product.split_sums(k, &sums);
+        let pair = k.mul_const(product.q(), 2);
+        let token = k.add(first, pair);
+        for j in 0..2 {
+            let token = k.add_const(token, g * TOKENS + j);
+            let exists = k.cmp(Pred::Lt, token, count);
+            let values = sums.iter().map(|s| [s[j as usize], s[2 + j as usize]]).collect();
+            epilogue(k, &At { token, exists }, &Pair { row: product.token(), values });
+        }
+    }
+}
+
+/// The groups of tokens of a block.
+struct Groups<'a> {
+    product: &'a Product<'a>,
+    stage: Val,
+}
+
+impl Groups<'_> {
+    /// The sums of all columns, of each group as [`Product::split_sums`] takes them.
+    fn sums(
+        &self,
+        k: &mut KernelBuilder,
+        rows: &Rows,
+        (first, count): (Val, Val),
+        row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    ) -> Vec<Vec<Val>> {
+        let product = self.product;
+        let own_group = k.rem_const(product.warp(), GROUPS);
+        let token = k.mul_const(own_group, TOKENS);
+        let token = k.add(token, product.token());
+        let token = k.add(token, first);
+        let one = k.const_i64(1);
+        let last = k.sub(count, one);
+        let token = k.min_i64(token, last);
+        let row = row_of(k, token);
+        let x = load_row(k, rows, row, product.q());
+
+        let all = product.all_turns();
+        let (zero, end) = (k.const_i64(0), k.index(all));
+        let no_sums = product.no_sums(k);
+        let sums: Vec<Val> = (0..GROUPS).flat_map(|_| no_sums.clone()).collect();
+        let codes = product.codes(k, zero).concat();
+        let parts = product.part_turns() < all;
+        let carried: Vec<Val> =
+            [sums.clone(), if parts { sums.clone() } else { Vec::new() }, codes.clone()].concat();
+        let left = k.for_carry((zero, end, STAGE_TURNS), &carried, |k, turn, carried| {
+            k.barrier();
+            self.fill(k, turn, (own_group, x));
+            k.barrier();
+            let stop = k.add_const(turn, STAGE_TURNS);
+            let stop = k.min_i64(stop, end);
+            k.for_carry((turn, stop, 1), carried, |k, t, carried| {
+                let (own, rest) = carried.split_at(sums.len());
+                let (before, codes) = rest.split_at(rest.len() - codes.len());
+                let next = k.add_const(t, 1);
+                let last = k.index(all - 1);
+                let next = k.min_i64(next, last);
+                let ahead = product.codes(k, next).concat();
+                let (own, before) = if parts { self.end_part(k, t, own, before) } else { (own.to_vec(), Vec::new()) };
+                let mut own: Vec<Vec<Val>> = own.chunks(no_sums.len()).map(<[Val]>::to_vec).collect();
+                let codes: Vec<Vec<Val>> = codes.chunks(codes.len() / product.tiles.len()).map(<[Val]>::to_vec).collect();
+                let within = k.sub(t, turn);
+                for operand in 0..product.operands() {
+                    let groups: Vec<Operand> = (0..GROUPS).map(|g| self.operand(k, (within, g), operand)).collect();
+                    product.turn_sums(k, t, &codes, &groups, &mut own);
+                }
+                [own.concat(), before, ahead].concat()
+            })
+        });
+        let (own, rest) = left.split_at(sums.len());
+        let all: Vec<Val> = match parts {
+            true => own.iter().zip(rest).map(|(&own, &before)| k.fadd(before, own)).collect(),
+            false => own.to_vec(),
+        };
+        all.chunks(no_sums.len()).map(<[Val]>::to_vec).collect()
+    }
+
+    /// Where a part of the columns begins with turn `t`, its sums begin anew, and those before are added to the ones before them.
+    fn end_part(&self, k: &mut KernelBuilder, t: Val, own: &[Val], before: &[Val]) -> (Vec<Val>, Vec<Val>) {
+        let within = k.rem_const(t, self.product.part_turns());
+        let zero = k.const_i64(0);
+        let begins = k.cmp(Pred::Eq, within, zero);
+        let both = k.if_else(
+            begins,
+            |k| {
+                let none = self.product.no_sums(k);
+                let anew = own.iter().zip(none.iter().cycle()).map(|(_, &none)| none).collect::<Vec<_>>();
+                let added = before.iter().zip(own).map(|(&before, &own)| k.fadd(before, own)).collect();
+                [anew, added].concat()
+            },
+            |_| [own, before].concat(),
+        );
+        let (own, before) = both.split_at(own.len());
+        (own.to_vec(), before.to_vec())
+    }
+
+    /// Makes the operands of a stage: this warp those of one group, every other turn.
+    fn fill(&self, k: &mut KernelBuilder, first: Val, (group, x): (Val, super::tile::Row)) {
+        let own = k.div_const(self.product.warp(), GROUPS);
+        for i in (0..STAGE_TURNS).step_by((WARPS / GROUPS) as usize) {
+            let within = k.add_const(own, i);
+            let turn = k.add(first, within);
+            let make = |k: &mut KernelBuilder| {
+                for (operand, b) in (0..).zip(self.product.tokens(k, turn, x)) {
+                    for (half, b) in (0..).zip(b) {
+                        let at = self.place(k, (within, group), operand, half);
+                        for (i, word) in (0..).zip(b.into_iter().flatten()) {
+                            let at = k.add_const(at, i);
+                            k.store(self.stage, at, word);
+                        }
+                    }
+                }
+            };
+            if self.product.all_turns().is_multiple_of(STAGE_TURNS) {
+                make(k);
+            } else {
+                let end = k.index(self.product.all_turns());
+                let exists = k.cmp(Pred::Lt, turn, end);
+                k.if_then(exists, make);
+            }
+        }
+    }
+
+    /// Where this thread's four words of a turn of the stage, group, operand and half turn lie.
+    fn place(&self, k: &mut KernelBuilder, (turn, group): (Val, Val), operand: u64, half: u64) -> Val {
+        let at = k.mul_const(turn, GROUPS);
+        let at = k.add(at, group);
+        let at = k.mul_const(at, self.product.operands());
+        let at = k.add_const(at, operand);
+        let at = k.mul_const(at, 2);
+        let at = k.add_const(at, half);
+        let at = k.mul_const(at, 32);
+        let at = k.add(at, self.product.lane());
+        k.mul_const(at, 4)
+    }
+
+    /// Operand B of a group in a turn of the stage.
+    fn operand(&self, k: &mut KernelBuilder, (turn, group): (Val, u64), operand: u64) -> Operand {
+        let group = k.index(group);
+        [0, 1].map(|half| {
+            let at = self.place(k, (turn, group), operand, half);
+            let words = k.load(DType::I32, 4, self.stage, at);
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| k.extract(words, i));
+            [[a, b], [c, d]]
+        })
+    }
+}
