@@ -63,6 +63,7 @@ impl Emitter<'_, '_> {
             | KOp::Partials { .. }
             | KOp::Barrier
             | KOp::ShuffleXor { .. }
+            | KOp::Quad
             | KOp::WarpMax
             | KOp::WarpMin
             | KOp::AtomicAdd

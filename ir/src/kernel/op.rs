@@ -191,6 +191,8 @@ kops! {
     Partials { dtype: DType, elems: u64 } = "partials" Block;
     /// Waits until every thread of the block is here; what was written before is seen by all after.
     Barrier = "barrier" Block;
+    /// Four 32-bit scalars of one type as the lanes of a vector.
+    Quad = "quad" Block;
     /// The 32-bit scalar that the thread `lane ^ mask` of the warp has. Every thread of the warp is here.
     ShuffleXor { mask: u32 } = "shuffle_xor" Block;
     /// The largest i32 of the warp's threads, in all of them. Every thread of the warp is here.

@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 34] = [
+const PLAIN: [KOp; 35] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -94,6 +94,7 @@ const PLAIN: [KOp; 34] = [
     KOp::Fp8ToF16,
     KOp::WarpMax,
     KOp::WarpMin,
+    KOp::Quad,
 ];
 
 /// Reads one kernel.

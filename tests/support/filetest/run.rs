@@ -68,7 +68,7 @@ struct Backend {
 type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
 
 /// One for each width of vectors, and blocks of threads.
-fn backends() -> [Backend; 4] {
+fn backends() -> [Backend; 5] {
     let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
     let runs_wide = Target::native().is_ok_and(|native| native.vector_bits == 512);
     [
@@ -76,6 +76,7 @@ fn backends() -> [Backend; 4] {
         Backend { name: "256 bits", target: graph::target(), objects: LLVM, rounds: None },
         Backend { name: "512 bits", target: graph::wide_target(), objects: LLVM.filter(|_| runs_wide), rounds: None },
         Backend { name: "gpu", target: graph::gpu_target(), objects: None, rounds: Some("half") },
+        Backend { name: "small gpu", target: graph::small_gpu_target(), objects: None, rounds: Some("half") },
     ]
 }
 

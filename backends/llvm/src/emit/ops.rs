@@ -74,6 +74,7 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Partials { dtype: _, elems: _ } => self.grid_param(0),
             KOp::Barrier => return self.barrier(),
             KOp::ShuffleXor { mask } => self.shuffle_xor(stmt, mask)?,
+            KOp::Quad => self.quad(stmt)?,
             KOp::WarpMax => self.warp_best(stmt, "llvm.nvvm.redux.sync.max")?,
             KOp::WarpMin => self.warp_best(stmt, "llvm.nvvm.redux.sync.min")?,
             KOp::AtomicAdd => self.atomic_add(stmt)?,

@@ -274,6 +274,10 @@ pub(super) enum Inst {
         a: Reg,
         mask: usize,
     },
+    Quad {
+        d: Reg,
+        from: [Reg; 4],
+    },
     /// The best of each warp.
     Best {
         d: Reg,

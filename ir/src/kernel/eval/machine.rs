@@ -286,6 +286,9 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 self.masks.whole_warps()?;
                 (0..threads).for_each(|t| self.narrow[d + t] = self.narrow[a + (t ^ mask)]);
             }
+            Inst::Quad { d, from } => {
+                (0..4).for_each(|lane| self.narrow.copy_within(from[lane]..from[lane] + threads, d + lane * threads));
+            }
             Inst::Best { d, a, largest } => {
                 for first in self.masks.whole_warps()? {
                     let warp = || (first..first + Kernel::WARP as usize).map(|t| self.narrow[a + t].cast_signed());

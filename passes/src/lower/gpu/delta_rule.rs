@@ -34,9 +34,9 @@ const MOST_HELD: u64 = 64;
 /// Threads that share a column, at most.
 const MOST_PARTS: u64 = 8;
 /// Columns of a thread in blocks of short runs and of long ones, at most.
-const THREAD_COLUMNS: [u64; 2] = [4, 2];
+const THREAD_COLUMNS: [u64; 2] = [4, 1];
 /// Threads of a block of a long run, at most.
-const LONG_THREADS: u64 = 128;
+const LONG_THREADS: u64 = 256;
 /// Tokens of a short run, at most.
 const SHORT: u64 = TENTATIVE_TOKENS;
 
@@ -66,7 +66,7 @@ impl Tile {
         let (shared, dv) = (mixer.shared_heads(), pad(mixer.v.width));
         let of = |heads: u64| Self::of(mixer, (heads, heads * dv), THREAD_COLUMNS[0]);
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
-        heads.filter_map(of).find(|t| t.threads() <= MOST_THREADS)
+        heads.filter_map(of).find(|t| t.threads() <= MOST_THREADS && t.threads() >= BLOCK * t.heads)
     }
 
     /// The tile of long runs, where there is one.
@@ -241,6 +241,24 @@ struct Turn {
     channels: Vec<Channel>,
 }
 
+/// What a thread reads of a block of tokens.
+struct Inputs {
+    /// What α and β of its token and value head are made of.
+    gates: [Val; 2],
+    /// Its channels' inputs, each of all tokens.
+    x: Vec<Val>,
+}
+
+impl Inputs {
+    fn flat(&self) -> Vec<Val> {
+        [&self.gates, self.x.as_slice()].concat()
+    }
+
+    fn of(flat: &[Val]) -> Self {
+        Self { gates: [flat[0], flat[1]], x: flat[2..].to_vec() }
+    }
+}
+
 /// A block of tokens.
 struct Tokens {
     first: Val,
@@ -294,7 +312,9 @@ impl Block<'_> {
                 let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
                 let tokens = Tokens { first, count: k.min_i64(left, most) };
                 let (windows, state) = carried.split_at(windows.len());
-                self.tokens(k, &turn, &tokens, windows, state)
+                let inputs = self.inputs(k, &turn, first);
+                let (windows, state) = self.tokens(k, &turn, &tokens, windows, &inputs, state);
+                [windows, state].concat()
             });
             let (windows, state) = left.split_at(windows.len());
             let windows = windows.chunks((self.mixer.q.taps - 1).max(1) as usize);
@@ -316,14 +336,20 @@ impl Block<'_> {
         let windows = turn.channels.iter().flat_map(|c| self.load_window(k, c, fresh)).collect::<Vec<_>>();
         let state = self.load_state(k, &turn, fresh);
         let state = self.replay(k, &turn, &state, fresh);
-        let carried = [windows.clone(), state].concat();
+        // what comes next is asked for before it is needed
+        let inputs = self.inputs(k, &turn, self.run.begin).flat();
+        let carried = [windows.clone(), inputs.clone(), state].concat();
         let left = k.for_carry((self.run.begin, self.run.end, BLOCK), &carried, |k, first, carried| {
             let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
             let tokens = Tokens { first, count: k.min_i64(left, most) };
-            let (windows, state) = carried.split_at(windows.len());
-            self.tokens(k, &turn, &tokens, windows, state)
+            let next = k.add_const(first, BLOCK);
+            let next = self.inputs(k, &turn, next).flat();
+            let (windows, rest) = carried.split_at(windows.len());
+            let (inputs, state) = rest.split_at(inputs.len());
+            let (windows, state) = self.tokens(k, &turn, &tokens, windows, &Inputs::of(inputs), state);
+            [windows, next, state].concat()
         });
-        self.store_state(k, &turn, &left[windows.len()..]);
+        self.store_state(k, &turn, &left[windows.len() + inputs.len()..]);
     }
 
     fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
@@ -470,6 +496,11 @@ impl Block<'_> {
         k.if_then(turn.live, |k| {
             for (i, columns) in (0..).zip(state.chunks(self.tile.own as usize)) {
                 let at = self.state_index(k, turn, i);
+                if let &[a, b, c, d] = columns {
+                    let columns = k.quad([a, b, c, d]);
+                    k.store(turn.state, at, columns);
+                    continue;
+                }
                 for (j, &s) in (0..).zip(columns) {
                     let at = k.add_const(at, j);
                     k.store(turn.state, at, s);
@@ -524,12 +555,19 @@ impl Block<'_> {
     }
 
     /// A block of tokens; gives the windows and the state after it.
-    fn tokens(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, windows: &[Val], state: &[Val]) -> Vec<Val> {
+    fn tokens(
+        &self,
+        k: &mut KernelBuilder,
+        turn: &Turn,
+        tokens: &Tokens,
+        windows: &[Val],
+        inputs: &Inputs,
+        state: &[Val],
+    ) -> (Vec<Val>, Vec<Val>) {
         let per = (self.mixer.q.taps - 1) as usize;
-        let inputs: Vec<Vec<Val>> = turn.channels.iter().map(|c| self.inputs(k, c, tokens)).collect();
-        self.gates(k, turn, tokens);
-        let mut next = Vec::with_capacity(windows.len() + state.len());
-        for (i, (channel, inputs)) in turn.channels.iter().zip(&inputs).enumerate() {
+        self.gates(k, turn, tokens, inputs.gates);
+        let mut next = Vec::with_capacity(windows.len());
+        for (i, (channel, inputs)) in turn.channels.iter().zip(inputs.x.chunks(BLOCK as usize)).enumerate() {
             let history = [&windows[i * per..(i + 1) * per], inputs].concat();
             self.convolve(k, channel, tokens, &history);
             next.extend(self.moved_window(k, tokens, &history));
@@ -543,34 +581,46 @@ impl Block<'_> {
         if let Some(o) = self.smem.o {
             self.epilogue(k, turn, tokens, o);
         }
-        next.extend(state);
-        next
+        (next, state)
     }
 
-    /// A channel's inputs of the block; of tokens that do not exist, the last one's.
-    fn inputs(&self, k: &mut KernelBuilder, channel: &Channel, tokens: &Tokens) -> Vec<Val> {
-        let (x, row) = channel.x;
+    /// What this thread reads of the block that begins with token `first`; of tokens that do not exist, the last one's.
+    fn inputs(&self, k: &mut KernelBuilder, turn: &Turn, first: Val) -> Inputs {
         let one = k.const_i64(1);
         let last = k.sub(self.run.end, one);
-        (0..BLOCK)
-            .map(|i| {
-                let t = k.add_const(tokens.first, i);
+        let of_channel = |channel: &Channel| {
+            let (x, row) = channel.x;
+            let load = |i| {
+                let t = k.add_const(first, i);
                 let t = k.min_i64(t, last);
                 let at = k.mul(t, row);
                 k.load_f32(x, at)
-            })
-            .collect()
+            };
+            (0..BLOCK).map(load).collect::<Vec<_>>()
+        };
+        let x = turn.channels.iter().flat_map(of_channel).collect();
+        let (t, head) = self.gate_place(k, turn, self.place.thread, first);
+        let t = k.min_i64(t, last);
+        Inputs { gates: self.mixer.gate_inputs(k, t, head), x }
     }
 
-    /// α and β of the block: a thread a token and value head.
-    fn gates(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
+    /// The token and the value head of gate number `pair` of a block of tokens, or of the last.
+    fn gate_place(&self, k: &mut KernelBuilder, turn: &Turn, pair: Val, first: Val) -> (Val, Val) {
+        let last = k.index(BLOCK * self.tile.heads - 1);
+        let pair = k.min_i64(pair, last);
+        let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
+        (k.add(first, i), k.add(turn.first_head, head))
+    }
+
+    /// α and β of the block: a thread a token and value head; there are threads enough.
+    fn gates(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, inputs: [Val; 2]) {
         let pairs = k.mul_const(tokens.count, self.tile.heads);
-        k.for_each((self.place.thread, pairs, self.tile.threads()), |k, pair| {
-            let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
-            let (t, head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
-            let (alpha, beta) = self.mixer.gate(k, t, head);
-            k.store(self.smem.alpha, pair, alpha);
-            k.store(self.smem.beta, pair, beta);
+        let exists = k.cmp(Pred::Lt, self.place.thread, pairs);
+        k.if_then(exists, |k| {
+            let (_, head) = self.gate_place(k, turn, self.place.thread, tokens.first);
+            let (alpha, beta) = self.mixer.gate_of(k, inputs, head);
+            k.store(self.smem.alpha, self.place.thread, alpha);
+            k.store(self.smem.beta, self.place.thread, beta);
         });
     }
 

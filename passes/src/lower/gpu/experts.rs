@@ -19,9 +19,11 @@ use super::super::LowerError;
 use super::super::experts::Table;
 use super::super::matmul::{Normed, Residual, Rows, in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::many::{FEW_ROWS, few};
+use super::many::{FEW_ROWS, TILES, few, few_rows};
 use super::many_experts;
-use super::matmul::{At, ask_ahead, load_row, pair_split, products, store_one, store_residual, swiglu};
+use super::matmul::{
+    At, ask_ahead, load_row, pair_split, products, products_of_all, store_one, store_residual, swiglu,
+};
 use super::tile::{Fragments, Product, Split};
 use super::{Place, begin, warp_sum};
 
@@ -38,7 +40,8 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let sym = site.rows(site.result(0))?;
     let tiles = router_matrix.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &router_matrix.planes) };
-    let mut k = ports.builder(site, few(sym, (tiles + 1).into()));
+    let most = few_rows(site.target, tiles.div_ceil(TILES) + 1);
+    let mut k = ports.builder(site, few(sym, most, (tiles + 1).into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let (place, count) = (Place::here(&mut k), k.dim(sym));
@@ -50,7 +53,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
         begin(k);
         let out = k.param(outs[if is_gate { 4 } else { 5 }]);
         let stride = if is_gate { LANES } else { pad(experts) };
-        products(k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+        products_of_all(k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
             let value = if is_gate { k.sigmoid(sum.values[0]) } else { sum.values[0] };
             k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, value));
         });
@@ -68,7 +71,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
         threads: u64::from(split.threads()),
         tokens: count,
     };
-    let few = k.finish_with_tail_grid(few(sym, 1.into()), |k| choice.emit(k, &outs));
+    let few = k.finish_with_tail_grid(few(sym, FEW_ROWS, 1.into()), |k| choice.emit(k, &outs));
     let router = many_experts::Router { rows: &rows, matrices: [(router_matrix, router), (gate_matrix, gate)], split };
     let many = router.kernels(site, &ports, &outs, (sym, &choice));
     Ok(ports.finish(few).then(many))
@@ -412,7 +415,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (expert_tiles, shared_tiles) = (pad(width) / LANES, dense.planes.tiles());
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
     let split = pair_split(site, &routed);
-    let mut k = ports.builder(site, few(sym, Extent::from(shared_tiles) + most * expert_tiles.into()));
+    let mut k = ports.builder(site, few(sym, FEW_ROWS, Extent::from(shared_tiles) + most * expert_tiles.into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
@@ -543,7 +546,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         tiles: pad(shape[1]) / LANES,
     };
     let sym = site.rows(site.result(0))?;
-    let mut k = ports.builder(site, few(sym, down.tiles.into()));
+    let mut k = ports.builder(site, few(sym, FEW_ROWS, down.tiles.into()));
     k.threads(DOWN_WARPS as u32 * 32);
     let sums = k.shared(DType::F32, FEW_ROWS * (choices + 1) * LANES);
     let place = Place::here(&mut k);

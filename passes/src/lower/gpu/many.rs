@@ -8,7 +8,7 @@
 //!
 //! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
 
-use nextc_ir::DType;
+use nextc_ir::{DType, Target};
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::Sym;
@@ -18,7 +18,7 @@ use super::matmul::{At, load_row};
 use super::tile::{Operand, Product, TOKENS};
 use super::{Place, begin};
 
-/// Most rows of a step in which the kernels for few do the work.
+/// Rows of a product of few, and most rows of a step of which kernels that work on experts count as few.
 pub const FEW_ROWS: u64 = 8;
 /// Warps of a block.
 pub const WARPS: u64 = 8;
@@ -33,14 +33,24 @@ pub const MANY_TOKENS: u64 = GROUPS * TOKENS;
 /// Turns of a stage: each warp makes the operands of two turns for one group.
 const STAGE_TURNS: u64 = 2 * WARPS / GROUPS;
 
-/// The grid of a kernel for few rows.
-pub fn few(sym: Sym, grid: Extent) -> Extent {
-    Extent::from(0).if_above(sym, FEW_ROWS, grid)
+/// Most rows that a kernel for few is used for at all.
+const MOST_FEW_ROWS: u64 = 256;
+
+/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below them it would have
+/// fewer blocks than the machine has multiprocessors.
+pub fn few_rows(target: &Target, groups: u64) -> u64 {
+    let multiprocessors = target.gpu.as_ref().map_or(1, |g| u64::from(g.multiprocessors));
+    (multiprocessors / groups * MANY_TOKENS).clamp(FEW_ROWS, MOST_FEW_ROWS)
 }
 
-/// The grid of a kernel for many rows.
-pub fn many(sym: Sym, grid: Extent) -> Extent {
-    grid.if_above(sym, FEW_ROWS, 0.into())
+/// The grid of a kernel for at most `rows` rows.
+pub fn few(sym: Sym, rows: u64, grid: Extent) -> Extent {
+    Extent::from(0).if_above(sym, rows, grid)
+}
+
+/// The grid of a kernel for more rows than that.
+pub fn many(sym: Sym, rows: u64, grid: Extent) -> Extent {
+    grid.if_above(sym, rows, 0.into())
 }
 
 /// Blocks over `rows` tokens.
@@ -188,10 +198,8 @@ impl Groups<'_> {
                 for (operand, b) in (0..).zip(self.product.tokens(k, turn, x)) {
                     for (half, b) in (0..).zip(b) {
                         let at = self.place(k, (within, group), operand, half);
-                        for (i, word) in (0..).zip(b.into_iter().flatten()) {
-                            let at = k.add_const(at, i);
-                            k.store(self.stage, at, word);
-                        }
+                        let words = k.quad([b[0][0], b[0][1], b[1][0], b[1][1]]);
+                        k.store(self.stage, at, words);
                     }
                 }
             };

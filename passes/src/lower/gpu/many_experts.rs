@@ -1,6 +1,7 @@
 //! `experts` of many tokens on a GPU.
 //!
-//! norm_router      blocks as in [`many`](super::many); tail: a block for eight tokens, a warp chooses for one
+//! norm_router      blocks as in [`many`](super::many)
+//! .choose          a warp a token
 //! .dispatch        a block for 1024 choices: a thread an expert counts them; tail: where each begins among all, and lists them
 //! experts_gate_up  blocks (32 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
 //! experts_down     blocks as before, by 16 tiles of the residual stream, hand all products to the tail: a block a token adds up those of
@@ -17,7 +18,7 @@ use super::super::experts::Table;
 use super::super::matmul::{Rows, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::experts::{Choice, Down};
-use super::many::{self, MANY_TOKENS, TILES, WARP_TILES, WARPS, many, token_blocks};
+use super::many::{self, FEW_ROWS, MANY_TOKENS, TILES, WARP_TILES, WARPS, few_rows, many, token_blocks};
 use super::matmul::{At, GatePair, own_tiles, store_one, store_residual};
 use super::tile::{Fragments, Product, Split};
 use super::{Place, begin, lanes_before, warp_count};
@@ -40,14 +41,19 @@ const DISPATCHED: u64 = 1024;
 impl Router<'_> {
     /// The kernels; `outs` are the results of the node.
     pub fn kernels(&self, site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Lowered {
-        let logits = ports.clone().finish(self.logits(site, ports, outs, (sym, choice)));
-        logits.then(ports.clone().finish(dispatch(site, ports, outs, (sym, choice))))
+        let kernels = [
+            self.logits(site, ports, outs, (sym, choice)),
+            choose(site, ports, outs, (sym, choice)),
+            dispatch(site, ports, outs, (sym, choice)),
+        ];
+        let [logits, choose, dispatch] = kernels.map(|kernel| ports.clone().finish(kernel));
+        logits.then(choose).then(dispatch)
     }
 
     fn logits(&self, site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
         let groups = self.matrices.map(|(m, _)| m.planes.tiles().div_ceil(TILES));
         let all: u64 = groups.iter().sum();
-        let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * all.into()));
+        let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
         let place = many::begin_block(&mut k);
         let stage = many::stage(&mut k, 2);
         let (task, count) = (k.task(), k.dim(sym));
@@ -81,20 +87,26 @@ impl Router<'_> {
                 });
             });
         }
-        let choice = Choice { threads: WARPS * 32, ..*choice };
-        let grid = many(sym, Extent::from(sym).ceil_div(CHOOSING));
-        k.finish_with_tail_grid(grid, |k| {
-            begin(k);
-            let place = Place::here(k);
-            let [weights, ids, logits] = [0, 1, 5].map(|i: usize| k.param(outs[i]));
-            let t = k.mul_const(k.task(), CHOOSING);
-            let t = k.add(t, place.warp);
-            let exists = k.cmp(Pred::Lt, t, choice.tokens);
-            k.if_then(exists, |k| {
-                choice.choose(k, place, t, (logits, weights, ids));
-            });
-        })
+        k.finish()
     }
+}
+
+/// Chooses: a warp a token.
+fn choose(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
+    let choice = Choice { threads: CHOOSING * 32, ..*choice };
+    let mut k = ports.builder_of(site, ".choose", many(sym, FEW_ROWS, Extent::from(sym).ceil_div(CHOOSING)));
+    k.threads(choice.threads as u32);
+    begin(&mut k);
+    let place = Place::here(&mut k);
+    let [weights, ids, logits] = [0, 1, 5].map(|i: usize| k.param(outs[i]));
+    let task = k.task();
+    let t = k.mul_const(task, CHOOSING);
+    let t = k.add(t, place.warp);
+    let exists = k.cmp(Pred::Lt, t, choice.tokens);
+    k.if_then(exists, |k| {
+        choice.choose(k, place, t, (logits, weights, ids));
+    });
+    k.finish()
 }
 
 /// Lists the choices by expert.
@@ -102,7 +114,7 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
     let threads = choice.experts.next_multiple_of(32).clamp(64, 512);
     let choice = Choice { threads, ..*choice };
     let chunks = (Extent::from(sym) * choice.k.into()).ceil_div(DISPATCHED);
-    let mut k = ports.builder_of(site, ".dispatch", many(sym, chunks.clone()));
+    let mut k = ports.builder_of(site, ".dispatch", many(sym, FEW_ROWS, chunks.clone()));
     k.threads(threads as u32);
     let near = k.shared(DType::I32, DISPATCHED);
     let counts = k.partials(DType::I32, choice.slots() * threads);
@@ -125,7 +137,7 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
     let task = k.task();
     let mine = row_ptr(&mut k, counts, task, choice.slots() * threads);
     own.iter().zip(found).for_each(|(&e, count)| k.store(mine, e, count));
-    k.finish_with_tail_grid(many(sym, chunks), |k| {
+    k.finish_with_tail_grid(many(sym, FEW_ROWS, chunks), |k| {
         let scan: [Val; 4] = std::array::from_fn(|_| k.shared(DType::I32, choice.slots() * threads));
         let near = k.shared(DType::I32, DISPATCHED);
         let counts = k.partials(DType::I32, choice.slots() * threads);
@@ -326,7 +338,7 @@ impl GateUp<'_> {
         let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(WARPS));
         let shared_tasks = token_blocks(sym) * dense_groups.into();
         let grid = shared_tasks.clone() + self.dispatch.units(sym) * groups.into();
-        let mut k = ports.builder_of(site, ".many", many(sym, grid));
+        let mut k = ports.builder_of(site, ".many", many(sym, FEW_ROWS, grid));
         let place = many::begin_block(&mut k);
         let operands = [self.routed.0, self.dense.0].map(|f| f.operands()).into_iter().max();
         let stage = many::stage(&mut k, operands.unwrap_or(1));
@@ -384,7 +396,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, sym: Sym) -> Kernel {
     let (groups, stride) = (down.tiles.div_ceil(TILES), down.tiles * LANES);
     let shared_tasks = token_blocks(sym) * groups.into();
     let grid = shared_tasks.clone() + dispatch.units(sym) * groups.into();
-    let mut k = ports.builder_of(site, ".many", many(sym, grid));
+    let mut k = ports.builder_of(site, ".many", many(sym, FEW_ROWS, grid));
     let place = many::begin_block(&mut k);
     let operands = [down.routed, down.dense].map(|f| f.operands()).into_iter().max();
     let stage = many::stage(&mut k, operands.unwrap_or(1));
@@ -417,7 +429,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, sym: Sym) -> Kernel {
             Vec::new()
         },
     );
-    k.finish_with_tail_grid(many(sym, sym.into()), |k| {
+    k.finish_with_tail_grid(many(sym, FEW_ROWS, sym.into()), |k| {
         let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
         begin(k);
         let (thread, token) = (k.thread(), k.task());

@@ -2,11 +2,11 @@
 //!
 //! Of few rows, and of [`many`](super::many):
 //!
-//! task     some tiles of 16 weight rows ([`tile`](super::tile)), for at most eight rows
+//! task     some tiles of 16 weight rows ([`tile`](super::tile)), for all rows of the step, eight at a time
 //! ahead    the warps' first codes into registers, the rest of the tiles towards L2
 //! prologue the rows as they are, or `x · rms_scale · (1 + gain)`, in registers
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
-//! traffic  each weight once: bound by memory
+//! traffic  each weight once for eight rows: bound by memory
 
 use nextc_ir::graph::Value;
 use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
@@ -16,7 +16,7 @@ use nextc_ir::{DType, Op};
 use super::super::LowerError;
 use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::many::{self, FEW_ROWS, MANY_TOKENS, Pair, TILES, WARP_TILES, WARPS, few, many, token_blocks};
+use super::many::{self, MANY_TOKENS, Pair, TILES, WARP_TILES, WARPS, few, few_rows, many, token_blocks};
 use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
 use super::{Place, across, begin, half_warp_sum};
 
@@ -61,9 +61,41 @@ pub fn products(
     row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
     epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
 ) {
+    let zero = k.const_i64(0);
+    eight(k, split, (product, ahead, shared), rows, (zero, count), row_of, epilogue);
+}
+
+/// The same of any number of rows of the step, eight at a time: the first with the codes that were asked for ahead.
+pub fn products_of_all(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    count: Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+) {
+    let (zero, next) = (k.const_i64(0), k.index(TOKENS));
+    eight(k, split, (product, ahead, shared), rows, (zero, count), &mut |_, token| token, epilogue);
+    k.for_each((next, count, TOKENS), |k, first| {
+        k.barrier();
+        eight(k, split, (product, None, shared), rows, (first, count), &mut |_, token| token, epilogue);
+    });
+}
+
+/// The products with rows `first .. first + 8` of `count`.
+fn eight(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    (first, count): (Val, Val),
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+) {
     let one = k.const_i64(1);
     let last = k.sub(count, one);
-    let token = k.min_i64(product.token(), last);
+    let token = k.add(first, product.token());
+    let token = k.min_i64(token, last);
     let row = row_of(k, token);
     let x = load_row(k, rows, row, product.q());
     let sums = product.run(k, x, ahead);
@@ -74,8 +106,9 @@ pub fn products(
     }
     k.barrier();
     each_sum(k, split, shared, product.thread(), |k, sum| {
-        let exists = k.cmp(Pred::Lt, sum.token, count);
-        epilogue(k, &At { token: sum.token, exists }, sum);
+        let token = k.add(first, sum.token);
+        let exists = k.cmp(Pred::Lt, token, count);
+        epilogue(k, &At { token, exists }, sum);
     });
 }
 
@@ -156,7 +189,8 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let warps = splits.iter().map(|s| s.warps).max().unwrap_or(1);
     let splits: Vec<Split> = splits.into_iter().map(|s| Split { warps, ..s }).collect();
     let tasks = |i: usize| groups[i].iter().map(|s| s.fragments.planes.tiles().div_ceil(splits[i].tiles)).sum::<u64>();
-    let mut k = ports.builder(site, few(sym, (0..groups.len()).map(tasks).sum::<u64>().into()));
+    let most = few_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
+    let mut k = ports.builder(site, few(sym, most, (0..groups.len()).map(tasks).sum::<u64>().into()));
     k.threads(warps as u32 * 32);
     let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
     let shared = widest.shared(&mut k);
@@ -181,9 +215,8 @@ fn linears_of_many(
     (groups, warps): (&[Vec<Segment>], u64),
     (rows, sym): (&Rows, Sym),
 ) -> Kernel {
-    let tasks = |group: &[Segment]| group.iter().map(|s| s.fragments.planes.tiles().div_ceil(TILES)).sum::<u64>();
-    let all: u64 = groups.iter().map(|g| tasks(g)).sum();
-    let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * all.into()));
+    let all: u64 = groups.iter().map(|g| many_tasks(g)).sum();
+    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
     let place = many::begin_block(&mut k);
     let operands = groups.iter().map(|g| g[0].fragments.operands()).max().unwrap_or(1);
     let stage = many::stage(&mut k, operands);
@@ -192,7 +225,7 @@ fn linears_of_many(
     let first = k.mul_const(block, MANY_TOKENS);
     let mut first_task = 0;
     for group in groups {
-        let range = (first_task, first_task + tasks(group));
+        let range = (first_task, first_task + many_tasks(group));
         number_in_range(&mut k, number, range, |k, number| {
             let fragments = group[0].fragments;
             let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
@@ -223,6 +256,11 @@ fn linears_of_many(
         first_task = range.1;
     }
     k.finish()
+}
+
+/// Groups of [`TILES`] tiles.
+fn many_tasks(group: &[Segment]) -> u64 {
+    group.iter().map(|s| s.fragments.planes.tiles().div_ceil(TILES)).sum()
 }
 
 fn tiles_of(group: &[Segment]) -> u64 {
@@ -271,7 +309,7 @@ fn linears_block(
     let product = Product::new(k, &fragments, tiles, place, split.warps);
     let ahead = ask_ahead(k, &product);
     begin(k);
-    products(k, split, (&product, ahead, shared), rows, count, &mut |_, token| token, &mut |k, at, sum| {
+    products_of_all(k, split, (&product, ahead, shared), rows, count, &mut |k, at, sum| {
         let row = k.mul(at.token, chosen.stride);
         let row = row_ptr(k, chosen.out, row, 1);
         for (&tile, &value) in numbers.iter().zip(&sum.values) {
@@ -340,7 +378,8 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let sym = site.rows(x)?;
     let tiles = fragments.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
-    let mut k = ports.builder(site, few(sym, tiles.into()));
+    let groups = tiles.div_ceil(TILES);
+    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), tiles.into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
@@ -350,13 +389,12 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let ahead = ask_ahead(&mut k, &product);
     begin(&mut k);
     let count = k.dim(sym);
-    products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+    products_of_all(&mut k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
         store_residual(k, &residual, tile, at, sum.row, sum.values[0]);
     });
     let few = k.finish();
 
-    let groups = tiles.div_ceil(TILES);
-    let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * groups.into()));
+    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.operands());
     let (base, task, last) = (k.param(weight), k.task(), k.index(tiles - 1));
@@ -409,16 +447,10 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
         is_wanted,
         |k| {
             let product = Product::new(k, &fragments, vec![own], place, split.warps);
-            // however many rows: the tiles that are wanted are few
-            k.for_each((zero, count, FEW_ROWS), |k, first| {
-                let (left, most) = (k.sub(count, first), k.index(FEW_ROWS));
-                let some = k.min_i64(left, most);
-                let mut row_of = |k: &mut KernelBuilder, token| k.add(first, token);
-                k.barrier();
-                products(k, split, (&product, None, shared), &rows, some, &mut row_of, &mut |k, at, sum| {
-                    let row = k.add(first, at.token);
-                    k.if_then(at.exists, |k| store_one(k, (out, stride), row, tile, sum.row, sum.values[0]));
-                });
+            let ahead = product.ahead(k);
+            // however many rows there are: the tiles that are wanted are few
+            products_of_all(k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
+                k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, sum.values[0]));
             });
             Vec::new()
         },
@@ -489,7 +521,8 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let out = ports.write("out", result);
     let (sym, stride): (Sym, u64) = (site.rows(result)?, site.stride(result));
     let split = pair_split(site, &fragments);
-    let mut k = ports.builder(site, few(sym, fragments.planes.tiles().into()));
+    let groups = fragments.planes.tiles().div_ceil(WARPS);
+    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), fragments.planes.tiles().into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
@@ -502,14 +535,13 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let ahead = ask_ahead(&mut k, &product);
     begin(&mut k);
     let count = k.dim(sym);
-    products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+    products_of_all(&mut k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
         let value = swiglu(k, sum);
         k.if_then(at.exists, |k| store_one(k, (to, stride), at.token, task, sum.row, value));
     });
     let few = k.finish();
 
-    let groups = fragments.planes.tiles().div_ceil(WARPS);
-    let mut k = ports.builder_of(site, ".many", many(sym, token_blocks(sym) * groups.into()));
+    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.operands());
     let (task, to) = (k.task(), k.param(out));
