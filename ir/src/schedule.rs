@@ -24,8 +24,8 @@ pub enum Extent {
     CeilDiv(Box<Extent>, u64),
     /// The smaller.
     Min(Box<Extent>, Box<Extent>),
-    /// The second extent if the symbol is larger than the number, else the third.
-    Above(Sym, u64, Box<[Extent; 2]>),
+    /// `[a, b, then, otherwise]`: `then` if `a` is larger than `b`, else `otherwise`.
+    Above(Box<[Extent; 4]>),
 }
 
 impl Extent {
@@ -38,7 +38,10 @@ impl Extent {
             Self::Mul(a, b) => a.eval(syms) * b.eval(syms),
             Self::CeilDiv(a, n) => a.eval(syms).div_ceil(*n),
             Self::Min(a, b) => a.eval(syms).min(b.eval(syms)),
-            Self::Above(s, n, either) => either[usize::from(syms[s.index()] <= *n)].eval(syms),
+            Self::Above(parts) => {
+                let [a, b, then, otherwise] = &**parts;
+                if a.eval(syms) > b.eval(syms) { then.eval(syms) } else { otherwise.eval(syms) }
+            }
         }
     }
 
@@ -48,10 +51,10 @@ impl Extent {
         Self::Min(Box::new(self), Box::new(other))
     }
 
-    /// This if `sym` is larger than `n`, else `otherwise`.
+    /// This if `a` is larger than `b`, else `otherwise`.
     #[must_use]
-    pub fn if_above(self, sym: Sym, n: u64, otherwise: Self) -> Self {
-        Self::Above(sym, n, Box::new([self, otherwise]))
+    pub fn if_above(self, a: impl Into<Self>, b: impl Into<Self>, otherwise: Self) -> Self {
+        Self::Above(Box::new([a.into(), b.into(), self, otherwise]))
     }
 
     /// Divided by a constant, rounded up.
@@ -93,7 +96,10 @@ impl fmt::Display for Extent {
             Self::Mul(a, b) => write!(f, "({a} * {b})"),
             Self::CeilDiv(a, n) => write!(f, "ceil({a} / {n})"),
             Self::Min(a, b) => write!(f, "min({a}, {b})"),
-            Self::Above(s, n, either) => write!(f, "if({} > {n}, {}, {})", s.name(), either[0], either[1]),
+            Self::Above(parts) => {
+                let [a, b, then, otherwise] = &**parts;
+                write!(f, "if({a} > {b}, {then}, {otherwise})")
+            }
         }
     }
 }

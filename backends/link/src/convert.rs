@@ -109,7 +109,7 @@ fn extent(e: &Extent) -> abi::Extent {
         Extent::Mul(a, b) => abi::Extent::Mul(boxed(a), boxed(b)),
         Extent::CeilDiv(a, n) => abi::Extent::CeilDiv(boxed(a), *n),
         Extent::Min(a, b) => abi::Extent::Min(boxed(a), boxed(b)),
-        Extent::Above(s, n, either) => abi::Extent::Above(sym(*s), *n, Box::new([extent(&either[0]), extent(&either[1])])),
+        Extent::Above(parts) => abi::Extent::Above(Box::new(std::array::from_fn(|i| extent(&parts[i])))),
     }
 }
 

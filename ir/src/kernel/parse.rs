@@ -319,18 +319,19 @@ impl<'t> Parser<'t> {
             }
             if p.eat_word("if") {
                 p.punct("(")?;
-                let sym = p.read("T, B, P or R", sym)?;
+                let a = p.extent()?;
                 p.punct(">")?;
-                let n = p.read("a number", |w| w.parse().ok())?;
+                let b = p.extent()?;
                 p.punct(",")?;
                 let then = p.extent()?;
                 p.punct(",")?;
                 let otherwise = p.extent()?;
                 p.punct(")")?;
-                return Ok(then.if_above(sym, n, otherwise));
+                return Ok(then.if_above(a, b, otherwise));
             }
             p.read("a number, T, B, P, R, `ceil(`, `min(` or `if(`", |w| {
-                sym(w).map(Extent::Sym).or_else(|| w.parse().ok().map(Extent::Const))
+                let sym = Sym::ALL.into_iter().find(|s| s.name() == w);
+                sym.map(Extent::Sym).or_else(|| w.parse().ok().map(Extent::Const))
             })
         })
     }
@@ -536,8 +537,4 @@ fn vector(word: &str) -> Option<(DType, u32)> {
         Some((dtype, lanes)) => Some((DType::from_name(dtype)?, lanes.parse().ok()?)),
         None => Some((DType::from_name(word)?, 1)),
     }
-}
-
-fn sym(word: &str) -> Option<Sym> {
-    Sym::ALL.into_iter().find(|s| s.name() == word)
 }

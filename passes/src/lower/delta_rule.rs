@@ -26,7 +26,7 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// One of q, k, v: its projection, its convolution and its window.
 #[derive(Clone, Copy)]
-pub(super) struct Stream {
+pub struct Stream {
     /// The projection.
     pub x: Port,
     /// Taps of the convolution, the oldest first.
@@ -123,17 +123,25 @@ impl Stream {
 }
 
 /// Everything the kernel is connected to.
-pub(super) struct Mixer {
+pub struct Mixer {
+    /// Queries.
     pub q: Stream,
+    /// Keys.
     pub k: Stream,
+    /// Values.
     pub v: Stream,
     gates: [Port; 4],
+    /// The gate of the output.
     pub z: Port,
+    /// The gain of the output's norm.
     pub norm: Port,
     delta: Port,
     out: Port,
+    /// Added to the squared length of q and k.
     pub eps: f32,
+    /// What q is multiplied with.
     pub scale: f32,
+    /// The epsilon of the output's norm.
     pub norm_eps: f32,
     vector_bits: u32,
     /// The type of the delta state: where its matrix and its kept updates lie.
@@ -448,23 +456,9 @@ impl Mixer {
 
     /// `(α, β)` of one token and value head.
     pub(super) fn gate(&self, k: &mut KernelBuilder, t: Val, head: Val) -> (Val, Val) {
-        let inputs = self.gate_inputs(k, t, head);
-        self.gate_of(k, inputs, head)
-    }
-
-    /// What α and β of a token and value head are made of.
-    pub(super) fn gate_inputs(&self, k: &mut KernelBuilder, t: Val, head: Val) -> [Val; 2] {
-        [0, 1].map(|i: usize| {
-            let row = k.param(self.gates[i]);
-            let row = row_ptr(k, row, t, pad(self.v.heads));
-            k.load_f32(row, head)
-        })
-    }
-
-    /// α and β of a value head.
-    pub(super) fn gate_of(&self, k: &mut KernelBuilder, [a, b]: [Val; 2], head: Val) -> (Val, Val) {
-        let [a_log, dt_bias] = [self.gates[2], self.gates[3]].map(|p| k.param(p));
-        let [a_log, dt_bias] = [a_log, dt_bias].map(|p| k.load_f32(p, head));
+        let [a, b, a_log, dt_bias] = self.gates.map(|p| k.param(p));
+        let (a, b) = (row_ptr(k, a, t, pad(self.v.heads)), row_ptr(k, b, t, pad(self.v.heads)));
+        let [a, b, a_log, dt_bias] = [a, b, a_log, dt_bias].map(|p| k.load_f32(p, head));
         let shifted = k.fadd(a, dt_bias);
         let dt = k.softplus(shifted);
         let rate = k.exp(a_log);

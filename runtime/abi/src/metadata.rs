@@ -155,8 +155,8 @@ pub enum Extent {
     CeilDiv(Box<Extent>, u64),
     /// The smaller.
     Min(Box<Extent>, Box<Extent>),
-    /// The second extent if the symbol is larger than the number, else the third.
-    Above(Sym, u64, Box<[Extent; 2]>),
+    /// `[a, b, then, otherwise]`: `then` if `a` is larger than `b`, else `otherwise`.
+    Above(Box<[Extent; 4]>),
 }
 
 impl Extent {
@@ -169,7 +169,10 @@ impl Extent {
             Self::Mul(a, b) => a.eval(dims).saturating_mul(b.eval(dims)),
             Self::CeilDiv(a, n) => a.eval(dims).div_ceil((*n).max(1)),
             Self::Min(a, b) => a.eval(dims).min(b.eval(dims)),
-            Self::Above(s, n, either) => either[usize::from(dims[*s as usize] <= *n)].eval(dims),
+            Self::Above(parts) => {
+                let [a, b, then, otherwise] = &**parts;
+                if a.eval(dims) > b.eval(dims) { then.eval(dims) } else { otherwise.eval(dims) }
+            }
         }
     }
 }

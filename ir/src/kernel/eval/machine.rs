@@ -62,7 +62,10 @@ fn tasks(extent: &Extent, syms: &[u64; 4]) -> Option<u64> {
         Extent::Mul(a, b) => tasks(a, syms)?.checked_mul(tasks(b, syms)?)?,
         Extent::CeilDiv(a, n) => tasks(a, syms)?.div_ceil(*n),
         Extent::Min(a, b) => tasks(a, syms)?.min(tasks(b, syms)?),
-        Extent::Above(s, n, either) => tasks(&either[usize::from(syms[s.index()] <= *n)], syms)?,
+        Extent::Above(parts) => {
+            let [a, b, then, otherwise] = &**parts;
+            tasks(if tasks(a, syms)? > tasks(b, syms)? { then } else { otherwise }, syms)?
+        }
     })
 }
 

@@ -1,115 +1,125 @@
 //! `gated_delta_net` by blocks of threads.
 //!
-//! block    of short runs: one key head of one sequence, with the value heads that share it (so a convolution's window has one owner);
-//!          of long runs: some columns of one value head; tokens in blocks of 8
-//! thread   some rows of a few columns of S, in registers for the whole run; neighbouring threads have the other rows
+//! Of short runs; long ones are for [`super::delta_long`]:
+//!
+//! block    one key head of one sequence, with the value heads that share it, so a convolution's window has one owner; tokens in blocks of 8
+//! thread   some rows of a few columns of S, in registers for the whole run; a warp reads whole lines of a state
 //! replay   S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
 //! conv     a thread a channel of q, k and v; its window in registers; SiLU; to shared memory
 //! norm     a warp a token: q ← scale · q / |q|,  k ← k / |k|,  k·q
 //! sweep    token by token: y = Sᵀk,  w = Sᵀq  summed over the parts of a column, d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
-//! epilogue a warp a token and value head: out = rms_norm(o, norm) · silu(z); of long runs in the tail, which moves their windows too
-//! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory at one token, by arithmetic in long runs
+//! epilogue a warp a token and value head: out = rms_norm(o, norm) · silu(z)
+//! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory
 //!
 //! What is kept of tentative tokens is as in [`super::super::delta_rule`].
 
 use nextc_ir::DType;
-use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
-use nextc_ir::shape::{LANES, Sym, pad};
+use nextc_ir::shape::{Sym, pad};
 use nextc_ir::types::TENTATIVE_TOKENS;
 
 use super::super::LowerError;
 use super::super::delta_rule::{Mixer, Run, SequencePorts, Stream};
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
-use super::attention::sequence_of;
+use super::delta_long;
 use super::{Place, across, begin, lanes_of, warp_sum};
 
 /// Tokens between two passes over the convolution and the norms.
-const BLOCK: u64 = TENTATIVE_TOKENS;
+pub const BLOCK: u64 = TENTATIVE_TOKENS;
 /// Most threads of a block: with 128 registers each they fill a multiprocessor.
 const MOST_THREADS: u64 = 512;
 /// Most elements of S that a thread holds.
 const MOST_HELD: u64 = 64;
 /// Threads that share a column, at most.
 const MOST_PARTS: u64 = 8;
-/// Columns of a thread in blocks of short runs and of long ones, at most.
-const THREAD_COLUMNS: [u64; 2] = [4, 1];
-/// Threads of a block of a long run, at most.
-const LONG_THREADS: u64 = 256;
+/// Columns of a thread, at most.
+const OWN_COLUMNS: u64 = 4;
 /// Tokens of a short run, at most.
-const SHORT: u64 = TENTATIVE_TOKENS;
+pub const SHORT: u64 = TENTATIVE_TOKENS;
 
 /// How the states of a block lie in the registers of its threads.
 #[derive(Clone, Copy)]
-struct Tile {
-    /// Whether blocks are those of long runs.
-    long: bool,
+pub struct Tile {
     /// Value heads that are done together; those that share a key head are done in so many turns.
-    heads: u64,
+    pub heads: u64,
     turns: u64,
     /// Columns of these heads, padding of a head included; of long runs, those of one slice of a head.
-    columns: u64,
-    /// Slices of a head.
-    slices: u64,
+    pub columns: u64,
     /// Columns of a thread.
-    own: u64,
+    pub own: u64,
     /// Threads that a column is shared by.
-    parts: u64,
+    pub parts: u64,
     /// Rows of a thread.
-    rows: u64,
+    pub rows: u64,
+    /// Whether the threads of a column are neighbours; else they are in different warps.
+    pub neighbours: bool,
 }
 
 impl Tile {
     /// The tile of short runs with the fewest turns; `None` if a single head does not fit.
     fn short(mixer: &Mixer) -> Option<Self> {
         let (shared, dv) = (mixer.shared_heads(), pad(mixer.v.width));
-        let of = |heads: u64| Self::of(mixer, (heads, heads * dv), THREAD_COLUMNS[0]);
+        let (parts, rows) = Self::parts(mixer);
+        let own = [OWN_COLUMNS, 2, 1].into_iter().find(|own| rows * own <= MOST_HELD)?;
+        let tile = |heads: u64| Self {
+            heads,
+            turns: shared / heads,
+            columns: heads * dv,
+            own,
+            parts,
+            rows,
+            neighbours: false,
+        };
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
-        heads.filter_map(of).find(|t| t.threads() <= MOST_THREADS && t.threads() >= BLOCK * t.heads)
+        heads.map(tile).find(|t| t.threads() <= MOST_THREADS && t.threads() >= BLOCK * t.heads)
     }
 
-    /// The tile of long runs, where there is one.
-    fn long(mixer: &Mixer) -> Option<Self> {
-        let dv = pad(mixer.v.width);
-        let slices = (1..=dv / LANES).filter(|n| (dv / LANES).is_multiple_of(*n));
-        let of = |slices: u64| Some(Self { long: true, slices, ..Self::of(mixer, (1, dv / slices), THREAD_COLUMNS[1])? });
-        // a window is taken from the run's own tokens
-        let takes = mixer.q.taps <= SHORT;
-        slices.filter_map(of).find(|t| takes && t.threads() <= LONG_THREADS)
+    /// The tile of `columns` columns of a head in a long run.
+    pub fn long(mixer: &Mixer, columns: u64) -> Self {
+        let (parts, rows) = Self::parts(mixer);
+        Self { heads: 1, turns: 1, columns, own: 1, parts, rows, neighbours: true }
     }
 
-    fn of(mixer: &Mixer, (heads, columns): (u64, u64), most_own: u64) -> Option<Self> {
+    /// Threads that share a column, and rows of each: the order in which a column is summed, the same in all blocks.
+    fn parts(mixer: &Mixer) -> (u64, u64) {
         let dk = mixer.k.width;
-        let parts = [MOST_PARTS, 4, 2, 1].into_iter().find(|p| dk.is_multiple_of(4 * p) || (*p == 1))?;
-        let rows = dk / parts;
-        let own = [most_own, 2, 1].into_iter().find(|own| rows * own <= MOST_HELD)?;
-        Some(Self { long: false, heads, turns: mixer.shared_heads() / heads, columns, slices: 1, own, parts, rows })
+        let parts = [MOST_PARTS, 4, 2].into_iter().find(|p| dk.is_multiple_of(4 * p)).unwrap_or(1);
+        (parts, dk / parts)
     }
 
-    /// Columns of a warp.
+    /// Columns of a warp, and of the warps that share them.
     fn warp_columns(&self) -> u64 {
-        32 / self.parts * self.own
+        if self.neighbours { 32 / self.parts * self.own } else { 32 * self.own }
     }
 
-    fn threads(&self) -> u64 {
-        self.columns.div_ceil(self.warp_columns()) * 32
+    /// Threads of a block.
+    pub fn threads(&self) -> u64 {
+        let warps = self.columns.div_ceil(self.warp_columns());
+        32 * if self.neighbours { warps } else { warps * self.parts }
+    }
+
+    /// Columns with those that nobody has.
+    fn padded_columns(&self) -> u64 {
+        self.columns.next_multiple_of(self.warp_columns())
     }
 }
 
-/// `gated_delta_net`: a kernel for short runs, and one for long ones.
+/// `gated_delta_net`: a kernel for short runs, and those of long ones.
 pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
     let mut ports = Ports::default();
     let mixer = Mixer::ports(site, &mut ports);
-    let (short, long) = (Tile::short(&mixer)?, Tile::long(&mixer));
+    let tile = Tile::short(&mixer)?;
     let sequences = SequencePorts::new(&mut ports);
+    let long = delta_long::Long::of(&mixer, &sequences);
     let heads = mixer.q.heads;
     let mut k = ports.builder(site, Extent::from(Sym::B) * heads.into());
-    k.threads(short.threads() as u32);
+    k.threads(tile.threads() as u32);
     let place = Place::here(&mut k);
     let task = k.task();
     let (b, head) = (k.div_const(task, heads), k.rem_const(task, heads));
-    let smem = Smem::alloc(&mut k, &mixer, &short);
+    let smem = Smem::short(&mut k, &mixer, &tile);
     begin(&mut k);
     let run = sequences.run(&mut k, b);
     let zero = k.const_i64(0);
@@ -122,7 +132,7 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
         }
         None => some,
     };
-    let block = Block { mixer: &mixer, tile: short, place, run, head, slice: zero, smem };
+    let block = Block { mixer: &mixer, tile, place, run, head, slice: zero, smem };
     k.if_then(is_mine, |k| {
         k.if_else(
             live,
@@ -136,77 +146,65 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
             },
         );
     });
-    let lowered = ports.clone().finish(k.finish());
+    let short = ports.clone().finish(k.finish());
     Some(Ok(match long {
-        Some(tile) => lowered.then(ports.clone().finish(long_runs(site, &ports, &mixer, &sequences, tile))),
-        None => lowered,
+        Some(long) => short.then(long.kernels(site, &ports)),
+        None => short,
     }))
 }
 
-/// The kernel of long runs.
-fn long_runs(site: &Site<'_>, ports: &Ports, mixer: &Mixer, sequences: &SequencePorts, tile: Tile) -> Kernel {
-    let (heads, shared) = (mixer.v.heads, mixer.shared_heads());
-    let only_long = |grid: Extent| grid.if_above(Sym::T, SHORT, 0.into());
-    let grid = Extent::from(Sym::B) * (heads * tile.slices).into();
-    let mut k = ports.builder_of(site, ".long", only_long(grid));
-    k.threads(tile.threads() as u32);
-    let place = Place::here(&mut k);
-    let smem = Smem::alloc(&mut k, mixer, &tile);
-    let task = k.task();
-    let (pair, slice) = (k.div_const(task, tile.slices), k.rem_const(task, tile.slices));
-    let (b, value_head) = (k.div_const(pair, heads), k.rem_const(pair, heads));
-    begin(&mut k);
-    let run = sequences.run(&mut k, b);
-    let (zero, is_short) = (k.const_i64(0), short_run(&mut k, &run));
-    let (is_long, live) = (k.not(is_short), k.cmp(Pred::Ge, run.slot, zero));
-    let is_mine = k.and(is_long, live);
-    let head = k.div_const(value_head, shared);
-    let block = Block { mixer, tile, place, run, head, slice, smem };
-    k.if_then(is_mine, |k| block.run_long(k, value_head));
-    k.finish_with_tail_grid(only_long(Sym::T.into()), |k| {
-        begin(k);
-        let place = Place::here(k);
-        let t = k.task();
-        let b = sequence_of(k, sequences.cu_seqlens(), place.lane, t);
-        let run = sequences.run(k, b);
-        let is_short = short_run(k, &run);
-        let is_long = k.not(is_short);
-        let tail = Tail { mixer, threads: tile.threads(), place, run };
-        k.if_then(is_long, |k| tail.run(k, t));
-    })
-}
-
 /// Whether a sequence's run is one of few tokens.
-fn short_run(k: &mut KernelBuilder, run: &Run) -> Val {
+pub fn short_run(k: &mut KernelBuilder, run: &Run) -> Val {
     let (tokens, most) = (k.sub(run.end, run.begin), k.index(SHORT));
     k.cmp(Pred::Le, tokens, most)
 }
 
 /// What the threads of a block share.
 #[derive(Clone, Copy)]
-struct Smem {
+pub struct Smem {
     /// `[BLOCK][q, k, v]`: the convolutions' outputs; q and k then normed.
-    tokens: Val,
-    /// `[BLOCK][columns]`; in short runs.
-    o: Option<Val>,
+    pub tokens: Val,
     /// `[BLOCK]`: `k · q`.
-    kq: Val,
+    pub kq: Val,
     /// `[BLOCK][heads]`.
-    alpha: Val,
+    pub alpha: Val,
     /// As `alpha`.
-    beta: Val,
+    pub beta: Val,
+    /// Of short runs only.
+    short: Option<Short>,
+}
+
+/// What the threads of a block share in short runs.
+#[derive(Clone, Copy)]
+struct Short {
+    /// `[BLOCK][columns]`.
+    o: Val,
+    /// `[parts][2][columns]`: `Sᵀk` and `Sᵀq` of the parts.
+    parts: Val,
+    /// `[2][columns]`: their sums.
+    sums: Val,
 }
 
 impl Smem {
-    fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
+    /// What all blocks share.
+    pub fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
         let mut array = |elems: u64| k.shared(DType::F32, elems);
         Self {
             tokens: array(BLOCK * (2 * pad(mixer.k.width) + tile.columns)),
-            o: (!tile.long).then(|| array(BLOCK * tile.columns)),
             kq: array(BLOCK),
             alpha: array(BLOCK * tile.heads),
             beta: array(BLOCK * tile.heads),
+            short: None,
         }
+    }
+
+    fn short(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
+        let all = Self::alloc(k, mixer, tile);
+        let columns = tile.padded_columns();
+        let mut array = |elems: u64| k.shared(DType::F32, elems);
+        let short =
+            Short { o: array(BLOCK * tile.columns), parts: array(2 * tile.parts * columns), sums: array(2 * columns) };
+        Self { short: Some(short), ..all }
     }
 }
 
@@ -227,63 +225,61 @@ struct Channel {
 }
 
 /// Some value heads that share a key head: what one turn is about.
-struct Turn {
+pub struct Turn {
     /// The first value head.
-    first_head: Val,
-    /// Of this thread: its first column among those of the block, and in its value head; and whether it has one.
-    lane: Val,
-    column: Val,
-    live: Val,
-    /// Of this thread: its part of a column.
+    pub first_head: Val,
+    /// The columns of this thread.
+    own: Vec<Column>,
+    /// Its part of each.
     part: Val,
-    /// Pointer to the state of its head.
-    state: Val,
     channels: Vec<Channel>,
 }
 
-/// What a thread reads of a block of tokens.
-struct Inputs {
-    /// What α and β of its token and value head are made of.
-    gates: [Val; 2],
-    /// Its channels' inputs, each of all tokens.
-    x: Vec<Val>,
-}
-
-impl Inputs {
-    fn flat(&self) -> Vec<Val> {
-        [&self.gates, self.x.as_slice()].concat()
-    }
-
-    fn of(flat: &[Val]) -> Self {
-        Self { gates: [flat[0], flat[1]], x: flat[2..].to_vec() }
-    }
+/// A column of a thread.
+struct Column {
+    /// Its number among those of the block, and in its value head.
+    lane: Val,
+    column: Val,
+    /// Whether there is such a column; else it is the last one.
+    live: Val,
+    /// Pointer to the state of its head.
+    state: Val,
 }
 
 /// A block of tokens.
-struct Tokens {
-    first: Val,
-    count: Val,
+pub struct Tokens {
+    /// The first, and how many.
+    pub first: Val,
+    /// See `first`.
+    pub count: Val,
 }
 
 /// A block of threads at work on a sequence.
-struct Block<'a> {
-    mixer: &'a Mixer,
-    tile: Tile,
-    place: Place,
-    run: Run,
-    head: Val,
-    /// The slice of the value head.
-    slice: Val,
-    smem: Smem,
+pub struct Block<'a> {
+    /// What the kernel is connected to.
+    pub mixer: &'a Mixer,
+    /// How states lie.
+    pub tile: Tile,
+    /// The thread.
+    pub place: Place,
+    /// The sequence's tokens.
+    pub run: Run,
+    /// The key head.
+    pub head: Val,
+    /// The slice of a value head, in long runs.
+    pub slice: Val,
+    /// Shared memory.
+    pub smem: Smem,
 }
 
 impl Block<'_> {
-    fn key_elems(&self) -> u64 {
+    /// Elements of a key.
+    pub fn key_elems(&self) -> u64 {
         pad(self.mixer.k.width)
     }
 
     /// Elements of one token in shared memory.
-    fn row_elems(&self) -> u64 {
+    pub fn row_elems(&self) -> u64 {
         2 * self.key_elems() + self.tile.columns
     }
 
@@ -312,9 +308,7 @@ impl Block<'_> {
                 let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
                 let tokens = Tokens { first, count: k.min_i64(left, most) };
                 let (windows, state) = carried.split_at(windows.len());
-                let inputs = self.inputs(k, &turn, first);
-                let (windows, state) = self.tokens(k, &turn, &tokens, windows, &inputs, state);
-                [windows, state].concat()
+                self.tokens(k, &turn, &tokens, windows, state)
             });
             let (windows, state) = left.split_at(windows.len());
             let windows = windows.chunks((self.mixer.q.taps - 1).max(1) as usize);
@@ -326,73 +320,45 @@ impl Block<'_> {
         });
     }
 
-    /// All tokens of a long run. What it says of tokens is not normed yet; the windows stay, since other blocks begin with them too.
-    fn run_long(&self, k: &mut KernelBuilder, value_head: Val) {
-        let positions = k.param(self.run.positions);
-        let (zero, position) = (k.const_i64(0), k.load_index(positions, self.run.begin));
-        let fresh = k.cmp(Pred::Eq, position, zero);
-        let never = k.cmp(Pred::Lt, zero, zero);
-        let turn = self.turn_of(k, value_head, never);
-        let windows = turn.channels.iter().flat_map(|c| self.load_window(k, c, fresh)).collect::<Vec<_>>();
-        let state = self.load_state(k, &turn, fresh);
-        let state = self.replay(k, &turn, &state, fresh);
-        // what comes next is asked for before it is needed
-        let inputs = self.inputs(k, &turn, self.run.begin).flat();
-        let carried = [windows.clone(), inputs.clone(), state].concat();
-        let left = k.for_carry((self.run.begin, self.run.end, BLOCK), &carried, |k, first, carried| {
-            let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
-            let tokens = Tokens { first, count: k.min_i64(left, most) };
-            let next = k.add_const(first, BLOCK);
-            let next = self.inputs(k, &turn, next).flat();
-            let (windows, rest) = carried.split_at(windows.len());
-            let (inputs, state) = rest.split_at(inputs.len());
-            let (windows, state) = self.tokens(k, &turn, &tokens, windows, &Inputs::of(inputs), state);
-            [windows, next, state].concat()
-        });
-        self.store_state(k, &turn, &left[windows.len() + inputs.len()..]);
-    }
-
     fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
         let skipped = k.mul_const(turn, self.tile.heads);
         let first_head = self.mixer.value_head(k, self.head, skipped);
         let last_turn = k.index(self.tile.turns - 1);
         let last_turn = k.cmp(Pred::Eq, turn, last_turn);
-        self.turn_of(k, first_head, last_turn)
+        let channels = self.channels(k, first_head, last_turn);
+        Turn { channels, ..self.turn_of(k, first_head) }
     }
 
-    /// What is about the value heads from `first_head` on.
-    fn turn_of(&self, k: &mut KernelBuilder, first_head: Val, last_turn: Val) -> Turn {
+    /// What is about the value heads from `first_head` on, without channels.
+    pub fn turn_of(&self, k: &mut KernelBuilder, first_head: Val) -> Turn {
         let (mixer, tile) = (self.mixer, &self.tile);
         let width = pad(mixer.v.width);
-        let (group, part) = (k.div_const(self.place.thread, tile.parts), k.rem_const(self.place.thread, tile.parts));
-        let lane = k.mul_const(group, tile.own);
-        let columns = k.index(tile.columns);
-        let live = k.cmp(Pred::Lt, lane, columns);
-        let last = k.index(tile.columns - tile.own);
-        let lane = k.min_i64(lane, last);
-        let (head, column) = (k.div_const(lane, width), k.rem_const(lane, width));
+        let (which, of) =
+            if tile.neighbours { (self.place.thread, tile.own) } else { (self.place.warp, 32 * tile.own) };
+        let (group, part) = (k.div_const(which, tile.parts), k.rem_const(which, tile.parts));
+        let first = k.mul_const(group, of);
+        let first = if tile.neighbours { first } else { k.add(first, self.place.lane) };
+        let step = if tile.neighbours { 1 } else { 32 };
         let skipped = k.mul_const(self.slice, tile.columns);
-        let value_head = k.add(first_head, head);
-        Turn {
-            first_head,
-            lane,
-            column: k.add(column, skipped),
-            live,
-            part,
-            state: mixer.state(k, self.run.slot, value_head),
-            channels: self.channels(k, first_head, last_turn),
-        }
+        let own = (0..tile.own)
+            .map(|i| {
+                let (lane, columns) = (k.add_const(first, i * step), k.index(tile.columns));
+                let live = k.cmp(Pred::Lt, lane, columns);
+                let last = k.index(tile.columns - 1);
+                let lane = k.min_i64(lane, last);
+                let (head, column) = (k.div_const(lane, width), k.rem_const(lane, width));
+                let value_head = k.add(first_head, head);
+                let column = k.add(column, skipped);
+                Column { lane, column, live, state: mixer.state(k, self.run.slot, value_head) }
+            })
+            .collect();
+        Turn { first_head, own, part, channels: Vec::new() }
     }
 
     /// The channels of this thread: q, then k, then v of the turn's heads.
     fn channels(&self, k: &mut KernelBuilder, first_head: Val, last_turn: Val) -> Vec<Channel> {
-        let (mixer, keys, none) = (self.mixer, self.key_elems(), k.const_i64(0));
-        let skipped = k.mul_const(self.slice, self.tile.columns);
-        let streams = [
-            (&mixer.q, self.head, 0, none),
-            (&mixer.k, self.head, keys, none),
-            (&mixer.v, first_head, 2 * keys, skipped),
-        ];
+        let (mixer, keys) = (self.mixer, self.key_elems());
+        let streams = [(&mixer.q, self.head, 0), (&mixer.k, self.head, keys), (&mixer.v, first_head, 2 * keys)];
         (0..self.row_elems())
             .step_by(self.tile.threads() as usize)
             .map(|from| {
@@ -405,10 +371,7 @@ impl Block<'_> {
                     let end = k.index(end);
                     k.cmp(Pred::Lt, channel, end)
                 });
-                let places = streams.map(|(s, head, begin, skipped)| {
-                    let channel = k.add(channel, skipped);
-                    self.stream_place(k, s, head, (channel, begin))
-                });
+                let places = streams.map(|(s, head, begin)| self.stream_place(k, s, head, (channel, begin)));
                 let mut choose = |f: fn(&StreamPlace) -> Val| {
                     let [q, key, v] = [f(&places[0]), f(&places[1]), f(&places[2])];
                     let rest = k.select(ends[1], key, v);
@@ -464,59 +427,59 @@ impl Block<'_> {
         });
     }
 
-    /// Index of row `i` of this thread in its first column: rows lie in chunks, chunk by chunk those of all parts.
-    fn state_index(&self, k: &mut KernelBuilder, turn: &Turn, i: u64) -> Val {
+    /// Index of row `i` of this thread in a column: rows lie in chunks, chunk by chunk those of all parts.
+    fn state_index(&self, k: &mut KernelBuilder, turn: &Turn, column: &Column, i: u64) -> Val {
         let (width, chunk) = (pad(self.mixer.v.width), self.chunk() as u64);
         let row = i / chunk * chunk * self.tile.parts + i % chunk;
         let first = k.mul_const(turn.part, chunk * width);
-        let first = k.add(first, turn.column);
+        let first = k.add(first, column.column);
         k.add_const(first, row * width)
     }
 
-    /// The state, row by row, of each this thread's columns.
-    fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
+    /// The state: row by row, of each this thread's columns.
+    pub fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
         let (zero, begun) = (k.const_f32(0.0), k.not(fresh));
-        let loads = k.and(begun, turn.live);
-        let tile = self.tile;
-        k.if_else(
-            loads,
-            |k| {
-                let load = |i| {
-                    let at = self.state_index(k, turn, i);
-                    let columns = k.load(DType::F32, tile.own as u32, turn.state, at);
-                    lanes_of(k, columns)
+        let columns: Vec<Vec<Val>> = turn
+            .own
+            .iter()
+            .map(|column| {
+                let loads = k.and(begun, column.live);
+                let load = |k: &mut KernelBuilder, i| {
+                    let at = self.state_index(k, turn, column, i);
+                    k.load_f32(column.state, at)
                 };
-                (0..tile.rows).flat_map(load).collect()
-            },
-            |_| vec![zero; (tile.rows * tile.own) as usize],
-        )
+                let rows = 0..self.tile.rows;
+                k.if_else(
+                    loads,
+                    |k| rows.clone().map(|i| load(k, i)).collect(),
+                    |_| rows.clone().map(|_| zero).collect(),
+                )
+            })
+            .collect();
+        (0..self.tile.rows as usize).flat_map(|i| columns.iter().map(move |column| column[i])).collect()
     }
 
-    fn store_state(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val]) {
-        k.if_then(turn.live, |k| {
-            for (i, columns) in (0..).zip(state.chunks(self.tile.own as usize)) {
-                let at = self.state_index(k, turn, i);
-                if let &[a, b, c, d] = columns {
-                    let columns = k.quad([a, b, c, d]);
-                    k.store(turn.state, at, columns);
-                    continue;
+    /// Stores what [`Self::load_state`] gives.
+    pub fn store_state(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val]) {
+        for (j, column) in turn.own.iter().enumerate() {
+            k.if_then(column.live, |k| {
+                for (i, row) in (0..).zip(state.chunks(turn.own.len())) {
+                    let at = self.state_index(k, turn, column, i);
+                    k.store(column.state, at, row[j]);
                 }
-                for (j, &s) in (0..).zip(columns) {
-                    let at = k.add_const(at, j);
-                    k.store(turn.state, at, s);
-                }
-            }
-        });
+            });
+        }
     }
 
     /// The state after the accepted tokens; in memory too, where it is not written at the end.
-    fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], fresh: Val) -> Vec<Val> {
+    pub fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], fresh: Val) -> Vec<Val> {
         let (zero, mixer) = (k.const_i64(0), self.mixer);
         let state = k.for_carry((zero, self.run.replay, 1), state, |k, i, state| {
-            let [key, d, alpha] = mixer.update(k, turn.state, i);
-            let d = k.load(DType::F32, self.tile.own as u32, d, turn.column);
-            let (d, alpha) = (lanes_of(k, d), k.load_f32(alpha, zero));
-            self.apply(k, turn, state, key, (&d, alpha))
+            let updates: Vec<_> = turn.own.iter().map(|c| (c.column, mixer.update(k, c.state, i))).collect();
+            let d: Vec<Val> = updates.iter().map(|&(column, [_, d, _])| k.load_f32(d, column)).collect();
+            let alpha: Vec<Val> = updates.iter().map(|&(_, [_, _, alpha])| k.load_f32(alpha, zero)).collect();
+            // the heads of a block share their keys
+            self.apply(k, turn, state, updates[0].1[0], (&d, &alpha))
         });
         let kept = k.cmp(Pred::Gt, self.run.replay, zero);
         let changed = k.or(kept, fresh);
@@ -525,13 +488,20 @@ impl Block<'_> {
         state
     }
 
-    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k; d is that of each of the thread's columns.
-    fn apply(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], key: Val, (d, alpha): (&[Val], Val)) -> Vec<Val> {
+    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k; d and α are those of each of the thread's columns.
+    fn apply(
+        &self,
+        k: &mut KernelBuilder,
+        turn: &Turn,
+        state: &[Val],
+        key: Val,
+        (d, alpha): (&[Val], &[Val]),
+    ) -> Vec<Val> {
         let mut next = Vec::with_capacity(state.len());
         for (i, chunk) in state.chunks(self.chunk() * d.len()).enumerate() {
             let keys = self.load_rows(k, turn, key, i);
             for (row, ki) in chunk.chunks(d.len()).zip(keys) {
-                for (&s, &d) in row.iter().zip(d) {
+                for ((&s, &d), &alpha) in row.iter().zip(d).zip(alpha) {
                     let decayed = k.fmul(alpha, s);
                     next.push(k.fma(ki, d, decayed));
                 }
@@ -555,19 +525,12 @@ impl Block<'_> {
     }
 
     /// A block of tokens; gives the windows and the state after it.
-    fn tokens(
-        &self,
-        k: &mut KernelBuilder,
-        turn: &Turn,
-        tokens: &Tokens,
-        windows: &[Val],
-        inputs: &Inputs,
-        state: &[Val],
-    ) -> (Vec<Val>, Vec<Val>) {
+    fn tokens(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, windows: &[Val], state: &[Val]) -> Vec<Val> {
         let per = (self.mixer.q.taps - 1) as usize;
-        self.gates(k, turn, tokens, inputs.gates);
-        let mut next = Vec::with_capacity(windows.len());
-        for (i, (channel, inputs)) in turn.channels.iter().zip(inputs.x.chunks(BLOCK as usize)).enumerate() {
+        let inputs: Vec<Vec<Val>> = turn.channels.iter().map(|c| self.inputs(k, c, tokens)).collect();
+        self.gates(k, turn, tokens);
+        let mut next = Vec::with_capacity(windows.len() + state.len());
+        for (i, (channel, inputs)) in turn.channels.iter().zip(&inputs).enumerate() {
             let history = [&windows[i * per..(i + 1) * per], inputs].concat();
             self.convolve(k, channel, tokens, &history);
             next.extend(self.moved_window(k, tokens, &history));
@@ -578,49 +541,37 @@ impl Block<'_> {
         let zero = k.const_i64(0);
         let state = k.for_carry((zero, tokens.count, 1), state, |k, i, state| self.sweep(k, turn, (tokens, i), state));
         k.barrier();
-        if let Some(o) = self.smem.o {
-            self.epilogue(k, turn, tokens, o);
-        }
-        (next, state)
+        self.epilogue(k, turn, tokens);
+        next.extend(state);
+        next
     }
 
-    /// What this thread reads of the block that begins with token `first`; of tokens that do not exist, the last one's.
-    fn inputs(&self, k: &mut KernelBuilder, turn: &Turn, first: Val) -> Inputs {
+    /// A channel's inputs of the block; of tokens that do not exist, the last one's.
+    fn inputs(&self, k: &mut KernelBuilder, channel: &Channel, tokens: &Tokens) -> Vec<Val> {
+        let (x, row) = channel.x;
         let one = k.const_i64(1);
         let last = k.sub(self.run.end, one);
-        let of_channel = |channel: &Channel| {
-            let (x, row) = channel.x;
-            let load = |i| {
-                let t = k.add_const(first, i);
+        (0..BLOCK)
+            .map(|i| {
+                let t = k.add_const(tokens.first, i);
                 let t = k.min_i64(t, last);
                 let at = k.mul(t, row);
                 k.load_f32(x, at)
-            };
-            (0..BLOCK).map(load).collect::<Vec<_>>()
-        };
-        let x = turn.channels.iter().flat_map(of_channel).collect();
-        let (t, head) = self.gate_place(k, turn, self.place.thread, first);
-        let t = k.min_i64(t, last);
-        Inputs { gates: self.mixer.gate_inputs(k, t, head), x }
-    }
-
-    /// The token and the value head of gate number `pair` of a block of tokens, or of the last.
-    fn gate_place(&self, k: &mut KernelBuilder, turn: &Turn, pair: Val, first: Val) -> (Val, Val) {
-        let last = k.index(BLOCK * self.tile.heads - 1);
-        let pair = k.min_i64(pair, last);
-        let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
-        (k.add(first, i), k.add(turn.first_head, head))
+            })
+            .collect()
     }
 
     /// α and β of the block: a thread a token and value head; there are threads enough.
-    fn gates(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, inputs: [Val; 2]) {
+    fn gates(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
+        let pair = self.place.thread;
         let pairs = k.mul_const(tokens.count, self.tile.heads);
-        let exists = k.cmp(Pred::Lt, self.place.thread, pairs);
+        let exists = k.cmp(Pred::Lt, pair, pairs);
         k.if_then(exists, |k| {
-            let (_, head) = self.gate_place(k, turn, self.place.thread, tokens.first);
-            let (alpha, beta) = self.mixer.gate_of(k, inputs, head);
-            k.store(self.smem.alpha, self.place.thread, alpha);
-            k.store(self.smem.beta, self.place.thread, beta);
+            let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
+            let (t, head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
+            let (alpha, beta) = self.mixer.gate(k, t, head);
+            k.store(self.smem.alpha, pair, alpha);
+            k.store(self.smem.beta, pair, beta);
         });
     }
 
@@ -700,21 +651,13 @@ impl Block<'_> {
     fn normed(&self, k: &mut KernelBuilder, x: Val, scale: f32) -> Vec<Val> {
         let places = self.place.places(k, self.key_elems());
         let elements: Vec<Val> = places.iter().map(|p| p.load(k, x)).collect();
-        let zero = k.const_f32(0.0);
-        let sum = elements.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
-        let sum = warp_sum(k, sum);
-        let eps = k.const_f32(self.mixer.eps);
-        let sum = k.fadd(sum, eps);
-        let root = k.rsqrt(sum);
-        let scale = k.const_f32(scale);
-        let factor = k.fmul(root, scale);
-        let normed: Vec<Val> = elements.iter().map(|&x| k.fmul(x, factor)).collect();
+        let normed = normed(k, self.mixer, &elements, scale);
         places.iter().zip(&normed).for_each(|(p, &y)| p.store(k, x, y));
         normed
     }
 
     /// Token `i` of the block through the recurrence; gives the state after it.
-    fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), state: &[Val]) -> Vec<Val> {
+    pub fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), state: &[Val]) -> Vec<Val> {
         let tile = &self.tile;
         let own = tile.own as usize;
         let [q, key, v] = self.token(k, i);
@@ -729,55 +672,103 @@ impl Block<'_> {
                 }
             }
         }
-        // the parts of a column are neighbours
-        let masks: Vec<u32> = [4, 2, 1].into_iter().filter(|&mask| u64::from(mask) < tile.parts).collect();
-        let [y, w] = [y, w].map(|sums| {
-            let whole = sums.into_iter().map(|x| across(k, &masks, x, |k, a, b| k.fadd(a, b)));
-            whole.collect::<Vec<_>>()
-        });
-        let head = k.div_const(turn.lane, pad(self.mixer.v.width));
-        let pair = k.mul_const(i, tile.heads);
-        let pair = k.add(pair, head);
-        let (alpha, beta) = (k.load_f32(self.smem.alpha, pair), k.load_f32(self.smem.beta, pair));
-        let v = k.load(DType::F32, tile.own as u32, v, turn.lane);
-        let (v, kq) = (lanes_of(k, v), k.load_f32(self.smem.kq, i));
-        let (mut d, mut out) = (Vec::with_capacity(own), Vec::with_capacity(own));
-        for column in 0..own {
-            let decayed = k.fmul(alpha, y[column]);
-            let error = k.fsub(v[column], decayed);
-            d.push(k.fmul(beta, error));
-            let mixed = k.fmul(alpha, w[column]);
-            out.push(k.fma(kq, d[column], mixed));
+        let [y, w] = self.sum_parts(k, turn, [y, w]);
+        let kq = k.load_f32(self.smem.kq, i);
+        let (mut d, mut alphas) = (Vec::with_capacity(own), Vec::with_capacity(own));
+        for (j, column) in turn.own.iter().enumerate() {
+            let head = k.div_const(column.lane, pad(self.mixer.v.width));
+            let pair = k.mul_const(i, tile.heads);
+            let pair = k.add(pair, head);
+            let (alpha, beta) = (k.load_f32(self.smem.alpha, pair), k.load_f32(self.smem.beta, pair));
+            let v = k.load_f32(v, column.lane);
+            let decayed = k.fmul(alpha, y[j]);
+            let error = k.fsub(v, decayed);
+            let update = k.fmul(beta, error);
+            let mixed = k.fmul(alpha, w[j]);
+            let out = k.fma(kq, update, mixed);
+            let first = k.const_i64(0);
+            let writes = k.cmp(Pred::Eq, turn.part, first);
+            let writes = k.and(writes, column.live);
+            k.if_then(writes, |k| self.say(k, turn, (tokens, i), column, (out, update)));
+            d.push(update);
+            alphas.push(alpha);
         }
-        let first = k.const_i64(0);
-        let writes = k.cmp(Pred::Eq, turn.part, first);
-        let writes = k.and(writes, turn.live);
-        k.if_then(writes, |k| {
-            let (o, at) = match self.smem.o {
-                Some(o) => (row_ptr(k, o, i, tile.columns), turn.lane),
-                None => {
-                    let t = k.add(tokens.first, i);
-                    (self.mixer.out_row(k, t, turn.first_head), turn.column)
-                }
-            };
-            for (j, &out) in (0..).zip(&out) {
-                let at = k.add_const(at, j);
-                k.store(o, at, out);
-            }
-            if !tile.long {
-                k.if_then(self.run.tentative, |k| {
-                    let [_, kept, _] = self.mixer.update(k, turn.state, i);
-                    for (j, &d) in (0..).zip(&d) {
-                        let at = k.add_const(turn.column, j);
-                        k.store(kept, at, d);
-                    }
-                });
-            }
-        });
-        if !tile.long {
+        if self.smem.short.is_some() {
             k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
         }
-        self.apply(k, turn, state, key, (&d, alpha))
+        self.apply(k, turn, state, key, (&d, &alphas))
+    }
+
+    /// Stores what a column says of token `i`, and keeps its update where that may have to be replayed.
+    fn say(
+        &self,
+        k: &mut KernelBuilder,
+        turn: &Turn,
+        (tokens, i): (&Tokens, Val),
+        column: &Column,
+        (out, update): (Val, Val),
+    ) {
+        let Some(short) = self.smem.short else {
+            let t = k.add(tokens.first, i);
+            let row = self.mixer.out_row(k, t, turn.first_head);
+            k.store(row, column.column, out);
+            return;
+        };
+        let row = row_ptr(k, short.o, i, self.tile.columns);
+        k.store(row, column.lane, out);
+        k.if_then(self.run.tentative, |k| {
+            let [_, kept, _] = self.mixer.update(k, column.state, i);
+            k.store(kept, column.column, update);
+        });
+    }
+
+    /// Sums over the parts of this thread's columns, as a tree: those of parts `p` and `p ^ mask`, as in [`across`].
+    fn sum_parts(&self, k: &mut KernelBuilder, turn: &Turn, sums: [Vec<Val>; 2]) -> [Vec<Val>; 2] {
+        let tile = &self.tile;
+        let masks: Vec<u32> = [4, 2, 1].into_iter().filter(|&mask| u64::from(mask) < tile.parts).collect();
+        let Some(short) = self.smem.short else {
+            let whole = |k: &mut KernelBuilder, x: Val| across(k, &masks, x, |k, a, b| k.fadd(a, b));
+            return sums.map(|sums| sums.into_iter().map(|x| whole(k, x)).collect());
+        };
+        let columns = tile.padded_columns();
+        let mine = row_ptr(k, short.parts, turn.part, 2 * columns);
+        let lanes: Vec<Val> = self.padded_lanes(k, turn);
+        for (which, sums) in (0..).zip(&sums) {
+            for (&lane, &x) in lanes.iter().zip(sums) {
+                let at = k.add_const(lane, which * columns);
+                k.store(mine, at, x);
+            }
+        }
+        k.barrier();
+        let items = k.index(2 * columns);
+        k.for_each((self.place.thread, items, tile.threads()), |k, item| {
+            let load = |part| {
+                let at = k.add_const(item, part * 2 * columns);
+                k.load_f32(short.parts, at)
+            };
+            let mut parts: Vec<Val> = (0..tile.parts).map(load).collect();
+            while parts.len() > 1 {
+                let (low, high) = parts.split_at(parts.len() / 2);
+                parts = low.iter().zip(high).map(|(&a, &b)| k.fadd(a, b)).collect();
+            }
+            k.store(short.sums, item, parts[0]);
+        });
+        k.barrier();
+        [0, 1].map(|which| {
+            let load = |&lane: &Val| {
+                let at = k.add_const(lane, which * columns);
+                k.load_f32(short.sums, at)
+            };
+            lanes.iter().map(load).collect()
+        })
+    }
+
+    /// The places of a thread's columns among all, those that nobody has included.
+    fn padded_lanes(&self, k: &mut KernelBuilder, turn: &Turn) -> Vec<Val> {
+        let group = k.div_const(self.place.warp, self.tile.parts);
+        let first = k.mul_const(group, 32 * self.tile.own);
+        let first = k.add(first, self.place.lane);
+        (0..turn.own.len() as u64).map(|i| k.add_const(first, 32 * i)).collect()
     }
 
     /// Keeps k and α of token `i` with every head of the turn; its d is kept by the threads that have it.
@@ -803,20 +794,34 @@ impl Block<'_> {
     }
 
     /// The norms of what the block says of its tokens: a warp a token and value head.
-    fn epilogue(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, o: Val) {
+    fn epilogue(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
+        let Some(short) = self.smem.short else { return };
         let width = pad(self.mixer.v.width);
         let pairs = k.mul_const(tokens.count, self.tile.heads);
         k.for_each((self.place.warp, pairs, self.tile.threads() / 32), |k, pair| {
             let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
             let (t, value_head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
-            let o = row_ptr(k, o, pair, width);
+            let o = row_ptr(k, short.o, pair, width);
             norm_out(k, self.mixer, &self.place, (t, value_head), o);
         });
     }
 }
 
+/// `scale · x / |x|` of the elements that the threads of a warp have.
+pub fn normed(k: &mut KernelBuilder, mixer: &Mixer, elements: &[Val], scale: f32) -> Vec<Val> {
+    let zero = k.const_f32(0.0);
+    let sum = elements.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
+    let sum = warp_sum(k, sum);
+    let eps = k.const_f32(mixer.eps);
+    let sum = k.fadd(sum, eps);
+    let root = k.rsqrt(sum);
+    let scale = k.const_f32(scale);
+    let factor = k.fmul(root, scale);
+    elements.iter().map(|&x| k.fmul(x, factor)).collect()
+}
+
 /// `out = rms_norm(o, norm) · silu(z)` of a value head of token `t`, by a warp.
-fn norm_out(k: &mut KernelBuilder, mixer: &Mixer, place: &Place, (t, head): (Val, Val), o: Val) {
+pub fn norm_out(k: &mut KernelBuilder, mixer: &Mixer, place: &Place, (t, head): (Val, Val), o: Val) {
     let width = pad(mixer.v.width);
     let (norm, z) = (k.param(mixer.norm), k.param(mixer.z));
     let z = row_ptr(k, z, t, mixer.v.row());
@@ -834,57 +839,6 @@ fn norm_out(k: &mut KernelBuilder, mixer: &Mixer, place: &Place, (t, head): (Val
         let gate = k.silu(z[i]);
         let value = k.fmul(normed, gate);
         place.store(k, out, value);
-    }
-}
-
-/// The tail of long runs at work on a token.
-struct Tail<'a> {
-    mixer: &'a Mixer,
-    threads: u64,
-    place: Place,
-    run: Run,
-}
-
-impl Tail<'_> {
-    fn run(&self, k: &mut KernelBuilder, t: Val) {
-        let zero = k.const_i64(0);
-        let live = k.cmp(Pred::Ge, self.run.slot, zero);
-        k.if_else(
-            live,
-            |k| {
-                let heads = k.index(self.mixer.v.heads);
-                k.for_each((self.place.warp, heads, self.threads / 32), |k, head| {
-                    let o = self.mixer.out_row(k, t, head);
-                    norm_out(k, self.mixer, &self.place, (t, head), o);
-                });
-                let next = k.add_const(t, 1);
-                let is_last = k.cmp(Pred::Eq, next, self.run.end);
-                k.if_then(is_last, |k| self.move_windows(k));
-                Vec::new()
-            },
-            |k| {
-                let (out, nothing) = (self.mixer.out_row(k, t, zero), k.const_f32(0.0));
-                let elems = k.index(self.mixer.v.row());
-                k.for_each((self.place.thread, elems, self.threads), |k, c| k.store(out, c, nothing));
-                Vec::new()
-            },
-        );
-    }
-
-    /// Puts the run's last inputs into the windows.
-    fn move_windows(&self, k: &mut KernelBuilder) {
-        let zero = k.const_i64(0);
-        for stream in [&self.mixer.q, &self.mixer.k, &self.mixer.v] {
-            let (x, window) = (k.param(stream.x), stream.window(k, self.run.slot, zero));
-            let taken = k.index(stream.taps - 1);
-            let first = k.sub(self.run.end, taken);
-            let x = row_ptr(k, x, first, stream.row());
-            let elems = k.index(stream.row() * (stream.taps - 1));
-            k.for_each((self.place.thread, elems, self.threads), |k, i| {
-                let value = k.load_f32(x, i);
-                k.store(window, i, value);
-            });
-        }
     }
 }
 

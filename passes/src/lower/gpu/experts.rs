@@ -6,25 +6,26 @@
 //! experts_gate_up  blocks (chosen expert, tile of its width), then tiles of the shared expert
 //! experts_down     a block a tile of the residual stream: its warps take the chosen experts in turn, sums of a token in the order of its choices
 //!
-//! Of many tokens, see [`super::many_experts`].
+//! Of some tokens the same, in several goes; of many tokens, see [`super::many_experts`].
 //!
 //! What is dispatched, and how, says [`super::super::experts`].
 
 use nextc_ir::DType;
-use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
-use nextc_ir::shape::{LANES, pad};
+use nextc_ir::shape::{LANES, Sym, pad};
 
 use super::super::LowerError;
 use super::super::experts::Table;
 use super::super::matmul::{Normed, Residual, Rows, in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::many::{FEW_ROWS, TILES, few, few_rows};
+use super::many::{FEW_ROWS, TILES, few, few_rows, some, some_tokens};
 use super::many_experts;
 use super::matmul::{
-    At, ask_ahead, load_row, pair_split, products, products_of_all, store_one, store_residual, swiglu,
+    At, Run, ask_ahead, load_row, pair_split, products, products_of_all, products_of_some, store_one, store_residual,
+    swiglu,
 };
-use super::tile::{Fragments, Product, Split};
+use super::tile::{Fragments, Product, Split, TOKENS};
 use super::{Place, begin, warp_sum};
 
 /// `norm_router`.
@@ -124,7 +125,8 @@ impl Choice {
             let id = k.load(DType::I32, 1, listed.ids, c);
             let found = k.for_carry((start, choices, 1), &[none, none], |k, i, found| {
                 let other = k.load(DType::I32, 1, listed.ids, i);
-                let (less, same, before) = (k.cmp(Pred::Lt, other, id), k.cmp(Pred::Eq, other, id), k.cmp(Pred::Lt, i, c));
+                let (less, same, before) =
+                    (k.cmp(Pred::Lt, other, id), k.cmp(Pred::Eq, other, id), k.cmp(Pred::Lt, i, c));
                 let earlier = k.and(same, before);
                 vec![count(k, less, found[0]), count(k, earlier, found[1])]
             });
@@ -414,83 +416,93 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let s_stride = site.stride(site.result(1));
     let (expert_tiles, shared_tiles) = (pad(width) / LANES, dense.planes.tiles());
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
-    let split = pair_split(site, &routed);
-    let mut k = ports.builder(site, few(sym, FEW_ROWS, Extent::from(shared_tiles) + most * expert_tiles.into()));
-    k.threads(split.threads());
-    let shared = split.shared(&mut k);
-    let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
-    let (task, shared_end) = (k.task(), k.index(shared_tiles));
-    let is_shared = k.cmp(Pred::Lt, task, shared_end);
-    k.if_else(
-        is_shared,
-        |k| {
-            let tiles = [s_gate, s_up].map(|w| {
-                let base = k.param(w);
-                dense.own_tile(k, base, task)
-            });
-            let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
-            let ahead = ask_ahead(k, &product);
-            begin(k);
-            let out = k.param(s);
-            products(k, split, (&product, ahead, shared), &rows, tokens, &mut |_, t| t, &mut |k, at, sum| {
-                let value = swiglu(k, sum);
-                k.if_then(at.exists, |k| store_one(k, (out, s_stride), at.token, task, sum.row, value));
-            });
-            Vec::new()
-        },
-        |k| {
-            begin(k);
-            let number = k.sub(task, shared_end);
-            let (at, tile) = (k.div_const(number, expert_tiles), k.rem_const(number, expert_tiles));
-            let table = k.param(table);
-            let (e, none) = (layout.active(k, table, at), k.const_i64(0));
-            let chosen = k.cmp(Pred::Ge, e, none);
-            k.if_then(chosen, |k| {
-                let (first, end) = layout.run(k, table, e);
-                let base = k.mul_const(e, expert_tiles);
-                let weight_tile = k.add(base, tile);
-                let tiles = [gate, up].map(|w| {
+    let (split, some_most) = (pair_split(site, &routed), some_tokens(experts, choices));
+    let of = |part: &str, grid: Extent, products: Run| {
+        let mut k = ports.builder_of(site, part, grid);
+        k.threads(split.threads());
+        let shared = split.shared(&mut k);
+        let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
+        let (task, shared_end) = (k.task(), k.index(shared_tiles));
+        let is_shared = k.cmp(Pred::Lt, task, shared_end);
+        k.if_else(
+            is_shared,
+            |k| {
+                let tiles = [s_gate, s_up].map(|w| {
                     let base = k.param(w);
-                    routed.own_tile(k, base, weight_tile)
+                    dense.own_tile(k, base, task)
                 });
-                let product = Product::new(k, &routed, tiles.to_vec(), place, split.warps);
-                let ahead = product.ahead(k);
-                let (order, h, count) = (k.param(order), k.param(h), k.sub(end, first));
-                let choice = |k: &mut KernelBuilder, i: Val| {
-                    let at = k.add(first, i);
-                    k.load_index(order, at)
-                };
-                let mut row_of = |k: &mut KernelBuilder, i: Val| {
-                    let number = choice(k, i);
-                    k.div_const(number, choices)
-                };
-                products(k, split, (&product, ahead, shared), &rows, count, &mut row_of, &mut |k, at, sum| {
+                let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
+                let ahead = ask_ahead(k, &product);
+                begin(k);
+                let out = k.param(s);
+                products(k, split, (&product, ahead, shared), &rows, tokens, &mut |_, t| t, &mut |k, at, sum| {
                     let value = swiglu(k, sum);
-                    k.if_then(at.exists, |k| {
-                        let number = choice(k, at.token);
-                        store_one(k, (h, pad(width)), number, tile, sum.row, value);
+                    k.if_then(at.exists, |k| store_one(k, (out, s_stride), at.token, task, sum.row, value));
+                });
+                Vec::new()
+            },
+            |k| {
+                begin(k);
+                let number = k.sub(task, shared_end);
+                let (at, tile) = (k.div_const(number, expert_tiles), k.rem_const(number, expert_tiles));
+                let table = k.param(table);
+                let (e, none) = (layout.active(k, table, at), k.const_i64(0));
+                let chosen = k.cmp(Pred::Ge, e, none);
+                k.if_then(chosen, |k| {
+                    let (first, end) = layout.run(k, table, e);
+                    let base = k.mul_const(e, expert_tiles);
+                    let weight_tile = k.add(base, tile);
+                    let tiles = [gate, up].map(|w| {
+                        let base = k.param(w);
+                        routed.own_tile(k, base, weight_tile)
+                    });
+                    let product = Product::new(k, &routed, tiles.to_vec(), place, split.warps);
+                    let ahead = product.ahead(k);
+                    let (order, h, count) = (k.param(order), k.param(h), k.sub(end, first));
+                    let choice = |k: &mut KernelBuilder, i: Val| {
+                        let at = k.add(first, i);
+                        k.load_index(order, at)
+                    };
+                    let mut row_of = |k: &mut KernelBuilder, i: Val| {
+                        let number = choice(k, i);
+                        k.div_const(number, choices)
+                    };
+                    products(k, split, (&product, ahead, shared), &rows, count, &mut row_of, &mut |k, at, sum| {
+                        let value = swiglu(k, sum);
+                        k.if_then(at.exists, |k| {
+                            let number = choice(k, at.token);
+                            store_one(k, (h, pad(width)), number, tile, sum.row, value);
+                        });
                     });
                 });
-            });
-            Vec::new()
-        },
-    );
-    let few = k.finish();
+                Vec::new()
+            },
+        );
+        k.finish()
+    };
+    let grid = Extent::from(shared_tiles) + most * expert_tiles.into();
+    let kernels = [
+        of("", few(sym, FEW_ROWS, grid.clone()), products),
+        of(".some", some(sym, (FEW_ROWS, some_most), grid), products_of_some),
+    ];
     let many = many_experts::GateUp {
         rows: &rows,
         routed: (routed, [gate, up]),
         dense: (dense, [s_gate, s_up]),
         split,
-        dispatch: many_experts::Dispatch { order, table, layout, choices },
+        dispatch: many_experts::Dispatch { order, table, layout: Table { experts }, choices },
         width,
         outs: [(h, pad(width)), (s, s_stride)],
     };
-    let many = ports.clone().finish(many.kernel(site, &ports, sym));
-    Ok(ports.finish(few).then(many))
+    let many = ports.clone().finish(many.kernel(site, &ports, (sym, some_most)));
+    let [few, some] = kernels.map(|kernel| ports.clone().finish(kernel));
+    Ok(few.then(some).then(many))
 }
 
 /// Warps of a block of `experts_down`.
 const DOWN_WARPS: u64 = 12;
+/// Tokens whose products lie in shared memory at once, where a step has more than few.
+const SOME_TOKENS: u64 = 32;
 /// `experts_down` and what it is connected to.
 pub struct Down {
     /// The routed experts' matrices, and the shared one's.
@@ -546,79 +558,125 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         tiles: pad(shape[1]) / LANES,
     };
     let sym = site.rows(site.result(0))?;
-    let mut k = ports.builder(site, few(sym, FEW_ROWS, down.tiles.into()));
-    k.threads(DOWN_WARPS as u32 * 32);
-    let sums = k.shared(DType::F32, FEW_ROWS * (choices + 1) * LANES);
-    let place = Place::here(&mut k);
-    let (tile, base) = (k.task(), k.param(down.s_down));
-    let dense_tile = down.dense.own_tile(&mut k, base, tile);
-    let zero = k.const_i64(0);
-    let leads = k.cmp(Pred::Eq, place.thread, zero);
-    k.if_then(leads, |k| down.dense.prefetch(k, dense_tile));
-    begin(&mut k);
-    let count = k.dim(sym);
-    down.products(&mut k, place, dense_tile, count, sums);
-    k.barrier();
-    down.combine(&mut k, place, count, sums);
-    let many = ports.clone().finish(many_experts::down(site, &ports, &down, sym));
-    Ok(ports.finish(k.finish()).then(many))
+    let some_most = some_tokens(shape[0], choices);
+    let tiles = Extent::from(down.tiles);
+    let kernels = [
+        down.kernel(ports.builder(site, few(sym, FEW_ROWS, tiles.clone())), sym, FEW_ROWS),
+        down.kernel(ports.builder_of(site, ".some", some(sym, (FEW_ROWS, some_most), tiles)), sym, SOME_TOKENS),
+        many_experts::down(site, &ports, &down, (sym, some_most)),
+    ];
+    let [few, some, many] = kernels.map(|kernel| ports.clone().finish(kernel));
+    Ok(few.then(some).then(many))
 }
 
 impl Down {
-    /// The products of `tokens` tokens: warps take the shared expert, then the chosen ones in turn.
-    fn products(&self, k: &mut KernelBuilder, place: Place, dense: super::tile::Tile, tokens: Val, sums: Val) {
+    /// The kernel for few tokens, or for some, `at_once` at a time.
+    fn kernel(&self, mut k: KernelBuilder, sym: Sym, at_once: u64) -> Kernel {
+        k.threads(DOWN_WARPS as u32 * 32);
+        let sums = k.shared(DType::F32, at_once * (self.choices + 1) * LANES);
+        let place = Place::here(&mut k);
+        let (tile, base) = (k.task(), k.param(self.s_down));
+        let dense = self.dense.own_tile(&mut k, base, tile);
+        let zero = k.const_i64(0);
+        let leads = k.cmp(Pred::Eq, place.thread, zero);
+        k.if_then(leads, |k| self.dense.prefetch(k, dense));
+        begin(&mut k);
+        let count = k.dim(sym);
+        let work = |k: &mut KernelBuilder, first: Val, tokens: Val| {
+            let part = Part { first, tokens, at_once, sums };
+            self.products(k, place, dense, &part);
+            k.barrier();
+            self.combine(k, place, &part);
+        };
+        if at_once == FEW_ROWS {
+            work(&mut k, zero, count);
+        } else {
+            k.for_each((zero, count, at_once), |k, first| {
+                let (left, most) = (k.sub(count, first), k.index(at_once));
+                let tokens = k.min_i64(left, most);
+                k.barrier();
+                work(k, first, tokens);
+            });
+        }
+        k.finish()
+    }
+
+    /// The products of some tokens: warps take the shared expert, eight tokens at a time, then the chosen ones in turn.
+    fn products(&self, k: &mut KernelBuilder, place: Place, dense: super::tile::Tile, part: &Part) {
         let (zero, one, experts) = (k.const_i64(0), k.const_i64(1), k.index(self.layout.experts));
-        let most = k.mul_const(tokens, self.choices);
+        let groups = part.at_once / TOKENS;
+        let most = k.mul_const(k.dim(Sym::T), self.choices);
         let most = k.min_i64(most, experts);
-        let units = k.add(most, one);
+        let units = k.add_const(most, groups);
         k.for_each((place.warp, units, DOWN_WARPS), |k, unit| {
-            let is_shared = k.cmp(Pred::Eq, unit, zero);
+            let end = k.index(groups);
+            let is_shared = k.cmp(Pred::Lt, unit, end);
             k.if_else(
                 is_shared,
                 |k| {
-                    let product = Product::new(k, &self.dense, vec![dense], place, 1);
-                    let ahead = product.ahead(k);
-                    let last = k.sub(tokens, one);
-                    let token = k.min_i64(product.token(), last);
-                    let x = load_row(k, &self.s, token, product.q());
-                    let result = product.run(k, x, ahead)[0];
-                    let routed_sums = k.index(FEW_ROWS * self.choices);
-                    self.keep(k, &product, result, (zero, tokens), sums, &mut |k, i| k.add(routed_sums, i));
+                    let begin = k.mul_const(unit, TOKENS);
+                    let some = k.cmp(Pred::Lt, begin, part.tokens);
+                    k.if_then(some, |k| {
+                        let product = Product::new(k, &self.dense, vec![dense], place, 1);
+                        let ahead = product.ahead(k);
+                        let last = k.sub(part.tokens, one);
+                        let token = k.add(begin, product.token());
+                        let token = k.min_i64(token, last);
+                        let token = k.add(part.first, token);
+                        let x = load_row(k, &self.s, token, product.q());
+                        let result = product.run(k, x, ahead)[0];
+                        let routed_sums = k.index(part.at_once * self.choices);
+                        let range = (begin, part.tokens);
+                        self.keep(k, &product, result, range, part.sums, &mut |k, i| k.add(routed_sums, i));
+                    });
                     Vec::new()
                 },
                 |k| {
-                    let number = k.sub(unit, one);
+                    let number = k.sub(unit, end);
                     let table = k.param(self.table);
                     let e = self.layout.active(k, table, number);
                     let chosen = k.cmp(Pred::Ge, e, zero);
-                    k.if_then(chosen, |k| self.routed(k, place, e, sums));
+                    k.if_then(chosen, |k| self.routed(k, place, e, part));
                     Vec::new()
                 },
             );
         });
     }
 
-    /// The products of chosen expert `e` with its tokens.
-    fn routed(&self, k: &mut KernelBuilder, place: Place, e: Val, sums: Val) {
-        let (table, order, base, tile) =
-            (k.param(self.table), k.param(self.order), k.param(self.w_down), k.task());
+    /// The products of chosen expert `e` with those of its tokens that are in the part.
+    fn routed(&self, k: &mut KernelBuilder, place: Place, e: Val, part: &Part) {
+        let (table, order, base, tile) = (k.param(self.table), k.param(self.order), k.param(self.w_down), k.task());
         let own = k.mul_const(e, self.tiles);
         let own = k.add(own, tile);
         let weight = self.routed.own_tile(k, base, own);
         let product = Product::new(k, &self.routed, vec![weight], place, 1);
-        let ahead = product.ahead(k);
-        let (first, end) = self.layout.run(k, table, e);
-        let one = k.const_i64(1);
-        let last = k.sub(end, one);
-        let choice = |k: &mut KernelBuilder, at: Val| {
-            let at = k.min_i64(at, last);
-            k.load_index(order, at)
+        let (begin, end) = self.layout.run(k, table, e);
+        let first_choice = k.mul_const(part.first, self.choices);
+        let eight = |k: &mut KernelBuilder, from: Val, end: Val| {
+            let ahead = product.ahead(k);
+            let one = k.const_i64(1);
+            let last = k.sub(end, one);
+            let choice = |k: &mut KernelBuilder, at: Val| {
+                let at = k.min_i64(at, last);
+                k.load_index(order, at)
+            };
+            let at = k.add(from, product.token());
+            let number = choice(k, at);
+            let x = load_row(k, &self.h, number, product.q());
+            let result = product.run(k, x, ahead)[0];
+            self.keep(k, &product, result, (from, end), part.sums, &mut |k, at| {
+                let number = choice(k, at);
+                k.sub(number, first_choice)
+            });
         };
-        let at = k.add(first, product.token());
-        let number = choice(k, at);
-        let x = load_row(k, &self.h, number, product.q());
-        let result = product.run(k, x, ahead)[0];
-        self.keep(k, &product, result, (first, end), sums, &mut |k, at| choice(k, at));
+        if part.at_once == FEW_ROWS {
+            eight(k, begin, end);
+            return;
+        }
+        let end_token = k.add(part.first, part.tokens);
+        let end_choice = k.mul_const(end_token, self.choices);
+        let range = [first_choice, end_choice].map(|choice| lower_bound(k, order, (begin, end), choice));
+        k.for_each((range[0], range[1], TOKENS), |k, from| eight(k, from, range[1]));
     }
 
     /// Puts the sums of a product where `combine` finds them: `place` gives the number of token `at`, which counts from `first` and is less than `end`.
@@ -648,23 +706,24 @@ impl Down {
     }
 
     /// `out = residual + Σ weight · sum + shared · sum`, a half warp of 16 rows a token.
-    fn combine(&self, k: &mut KernelBuilder, place: Place, tokens: Val, sums: Val) {
+    fn combine(&self, k: &mut KernelBuilder, place: Place, part: &Part) {
         let tile = k.task();
         let (half, row) = (k.div_const(place.thread, LANES), k.rem_const(place.thread, LANES));
         // whole warps come along, since 16 threads add up squares
-        let even = k.add_const(tokens, 1);
+        let even = k.add_const(part.tokens, 1);
         let even = k.div_const(even, 2);
         let warp_tokens = k.mul_const(even, 2);
         k.for_each((half, warp_tokens, 2 * DOWN_WARPS), |k, i| {
-            let exists = k.cmp(Pred::Lt, i, tokens);
+            let exists = k.cmp(Pred::Lt, i, part.tokens);
             let zero = k.const_i64(0);
-            let token = k.select(exists, i, zero);
-            let base = k.mul_const(token, self.choices * LANES);
+            let i = k.select(exists, i, zero);
+            let token = k.add(part.first, i);
+            let base = k.mul_const(i, self.choices * LANES);
             let base = k.add(base, row);
-            let at = k.mul_const(token, LANES);
-            let at = k.add_const(at, FEW_ROWS * self.choices * LANES);
+            let at = k.mul_const(i, LANES);
+            let at = k.add_const(at, part.at_once * self.choices * LANES);
             let at = k.add(at, row);
-            let sum = self.weighted(k, token, (sums, base, LANES), (sums, at));
+            let sum = self.weighted(k, token, (part.sums, base, LANES), (part.sums, at));
             store_residual(k, &self.residual, tile, &At { token, exists }, row, sum);
         });
     }
@@ -691,4 +750,35 @@ impl Down {
         let (weight, x) = (k.load_f32(shared, zero), k.load_f32(shared_sums, at));
         k.fma(weight, x, routed)
     }
+}
+
+/// Tokens of a step whose products lie in shared memory at once.
+struct Part {
+    first: Val,
+    tokens: Val,
+    /// At most so many.
+    at_once: u64,
+    /// `[at_once][choices][16]`, then `[at_once][16]` of the shared expert.
+    sums: Val,
+}
+
+/// The first place of `begin .. end` in `order`, which ascends there, whose choice is at least `choice`.
+fn lower_bound(k: &mut KernelBuilder, order: Val, (begin, end): (Val, Val), choice: Val) -> Val {
+    let (zero, steps) = (k.const_i64(0), k.index(24));
+    k.for_carry((zero, steps, 1), &[begin, end], |k, _, range| {
+        let (lo, hi) = (range[0], range[1]);
+        let open = k.cmp(Pred::Lt, lo, hi);
+        k.if_else(
+            open,
+            |k| {
+                let sum = k.add(lo, hi);
+                let middle = k.div_const(sum, 2);
+                let number = k.load_index(order, middle);
+                let before = k.cmp(Pred::Lt, number, choice);
+                let next = k.add_const(middle, 1);
+                vec![k.select(before, next, lo), k.select(before, hi, middle)]
+            },
+            |_| vec![lo, hi],
+        )
+    })[0]
 }

@@ -8,10 +8,10 @@
 //!
 //! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
 
-use nextc_ir::{DType, Target};
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::Sym;
+use nextc_ir::{DType, Target};
 
 use super::super::matmul::Rows;
 use super::matmul::{At, load_row};
@@ -36,11 +36,28 @@ const STAGE_TURNS: u64 = 2 * WARPS / GROUPS;
 /// Most rows that a kernel for few is used for at all.
 const MOST_FEW_ROWS: u64 = 256;
 
-/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below them it would have
+/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below it would have
 /// fewer blocks than the machine has multiprocessors.
 pub fn few_rows(target: &Target, groups: u64) -> u64 {
     let multiprocessors = target.gpu.as_ref().map_or(1, |g| u64::from(g.multiprocessors));
-    (multiprocessors / groups * MANY_TOKENS).clamp(FEW_ROWS, MOST_FEW_ROWS)
+    (multiprocessors / 2 / groups * MANY_TOKENS).clamp(FEW_ROWS, MOST_FEW_ROWS)
+}
+
+/// Most tokens of a step whose experts are those of few tokens each, of a model with so many experts and so many of a token.
+pub const fn some_tokens(experts: u64, choices: u64) -> u64 {
+    let tokens = 4 * experts / choices;
+    if tokens < FEW_ROWS {
+        FEW_ROWS
+    } else if tokens > MOST_FEW_ROWS {
+        MOST_FEW_ROWS
+    } else {
+        tokens
+    }
+}
+
+/// The grid of a kernel for more rows than the first number and at most the second.
+pub fn some(sym: Sym, (above, most): (u64, u64), grid: Extent) -> Extent {
+    few(sym, most, many(sym, above, grid))
 }
 
 /// The grid of a kernel for at most `rows` rows.
@@ -135,8 +152,7 @@ impl Groups<'_> {
         let sums: Vec<Val> = (0..GROUPS).flat_map(|_| no_sums.clone()).collect();
         let codes = product.codes(k, zero).concat();
         let parts = product.part_turns() < all;
-        let carried: Vec<Val> =
-            [sums.clone(), if parts { sums.clone() } else { Vec::new() }, codes.clone()].concat();
+        let carried: Vec<Val> = [sums.clone(), if parts { sums.clone() } else { Vec::new() }, codes.clone()].concat();
         let left = k.for_carry((zero, end, STAGE_TURNS), &carried, |k, turn, carried| {
             k.barrier();
             self.fill(k, turn, (own_group, x));
@@ -152,7 +168,8 @@ impl Groups<'_> {
                 let ahead = product.codes(k, next).concat();
                 let (own, before) = if parts { self.end_part(k, t, own, before) } else { (own.to_vec(), Vec::new()) };
                 let mut own: Vec<Vec<Val>> = own.chunks(no_sums.len()).map(<[Val]>::to_vec).collect();
-                let codes: Vec<Vec<Val>> = codes.chunks(codes.len() / product.tiles.len()).map(<[Val]>::to_vec).collect();
+                let codes: Vec<Vec<Val>> =
+                    codes.chunks(codes.len() / product.tiles.len()).map(<[Val]>::to_vec).collect();
                 let within = k.sub(t, turn);
                 for operand in 0..product.operands() {
                     let groups: Vec<Operand> = (0..GROUPS).map(|g| self.operand(k, (within, g), operand)).collect();

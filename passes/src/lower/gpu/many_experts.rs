@@ -53,7 +53,8 @@ impl Router<'_> {
     fn logits(&self, site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
         let groups = self.matrices.map(|(m, _)| m.planes.tiles().div_ceil(TILES));
         let all: u64 = groups.iter().sum();
-        let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
+        let mut k =
+            ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
         let place = many::begin_block(&mut k);
         let stage = many::stage(&mut k, 2);
         let (task, count) = (k.task(), k.dim(sym));
@@ -332,13 +333,13 @@ pub struct GateUp<'a> {
 }
 
 impl GateUp<'_> {
-    /// The kernel.
-    pub fn kernel(&self, site: &Site<'_>, ports: &Ports, sym: Sym) -> Kernel {
+    /// The kernel for steps of more tokens than `above`.
+    pub fn kernel(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
         let (dense_tiles, tiles) = (self.dense.0.planes.tiles(), pad(self.width) / LANES);
         let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(WARPS));
         let shared_tasks = token_blocks(sym) * dense_groups.into();
         let grid = shared_tasks.clone() + self.dispatch.units(sym) * groups.into();
-        let mut k = ports.builder_of(site, ".many", many(sym, FEW_ROWS, grid));
+        let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
         let place = many::begin_block(&mut k);
         let operands = [self.routed.0, self.dense.0].map(|f| f.operands()).into_iter().max();
         let stage = many::stage(&mut k, operands.unwrap_or(1));
@@ -372,11 +373,8 @@ impl GateUp<'_> {
                     };
                     let range = (unit.first, unit.end);
                     many::products(k, (&product, stage), self.rows, range, &mut row_of, &mut |k, at, sums| {
-                        let number = k.if_else(
-                            at.exists,
-                            |k| vec![self.dispatch.choice(k, at.token)],
-                            |_| vec![unit.first],
-                        )[0];
+                        let number =
+                            k.if_else(at.exists, |k| vec![self.dispatch.choice(k, at.token)], |_| vec![unit.first])[0];
                         pair.store(k, at, sums, routed_out, number);
                     });
                 });
@@ -391,12 +389,12 @@ impl GateUp<'_> {
 const COMBINE_THREADS: u64 = WARPS * 32;
 
 /// `experts_down`.
-pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, sym: Sym) -> Kernel {
+pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64)) -> Kernel {
     let dispatch = Dispatch { order: down.order, table: down.table, layout: down.layout, choices: down.choices };
     let (groups, stride) = (down.tiles.div_ceil(TILES), down.tiles * LANES);
     let shared_tasks = token_blocks(sym) * groups.into();
     let grid = shared_tasks.clone() + dispatch.units(sym) * groups.into();
-    let mut k = ports.builder_of(site, ".many", many(sym, FEW_ROWS, grid));
+    let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
     let place = many::begin_block(&mut k);
     let operands = [down.routed, down.dense].map(|f| f.operands()).into_iter().max();
     let stage = many::stage(&mut k, operands.unwrap_or(1));
@@ -429,7 +427,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, sym: Sym) -> Kernel {
             Vec::new()
         },
     );
-    k.finish_with_tail_grid(many(sym, FEW_ROWS, sym.into()), |k| {
+    k.finish_with_tail_grid(many(sym, above, sym.into()), |k| {
         let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
         begin(k);
         let (thread, token) = (k.thread(), k.task());

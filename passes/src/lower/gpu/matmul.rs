@@ -50,6 +50,17 @@ pub struct Sum {
     pub values: Vec<Val>,
 }
 
+/// How a kernel runs its products: of at most eight rows, or of any number.
+pub type Run = fn(
+    &mut KernelBuilder,
+    Split,
+    (&Product<'_>, Option<super::tile::Ahead>, Val),
+    &Rows,
+    Val,
+    &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+);
+
 /// Runs the products of a block with `count` rows, at most eight; `ahead` is what was asked for before. `row_of` gives the row of x of a token;
 /// `epilogue` gets each sum with the number of its token, and whether there is such a token.
 pub fn products(
@@ -74,11 +85,24 @@ pub fn products_of_all(
     count: Val,
     epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
 ) {
+    products_of_some(k, split, (product, ahead, shared), rows, count, &mut |_, token| token, epilogue);
+}
+
+/// The same of `count` rows that `row_of` gives.
+pub fn products_of_some(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    count: Val,
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+) {
     let (zero, next) = (k.const_i64(0), k.index(TOKENS));
-    eight(k, split, (product, ahead, shared), rows, (zero, count), &mut |_, token| token, epilogue);
+    eight(k, split, (product, ahead, shared), rows, (zero, count), row_of, epilogue);
     k.for_each((next, count, TOKENS), |k, first| {
         k.barrier();
-        eight(k, split, (product, None, shared), rows, (first, count), &mut |_, token| token, epilogue);
+        eight(k, split, (product, None, shared), rows, (first, count), row_of, epilogue);
     });
 }
 
@@ -394,7 +418,8 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     });
     let few = k.finish();
 
-    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
+    let mut k =
+        ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.operands());
     let (base, task, last) = (k.param(weight), k.task(), k.index(tiles - 1));
@@ -481,14 +506,7 @@ pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at:
 }
 
 /// The same where a thread has rows `row` and `row + 8`, and the others of a token lie four threads apart.
-pub fn store_residual_pair(
-    k: &mut KernelBuilder,
-    residual: &Residual,
-    tile: Val,
-    at: &At,
-    row: Val,
-    values: [Val; 2],
-) {
+pub fn store_residual_pair(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, values: [Val; 2]) {
     let column = k.mul_const(tile, LANES);
     let column = k.add(column, row);
     let lower = k.add_const(column, LANES / 2);
@@ -541,7 +559,8 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     });
     let few = k.finish();
 
-    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
+    let mut k =
+        ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.operands());
     let (task, to) = (k.task(), k.param(out));

@@ -4,6 +4,7 @@
 //! works. Kernels that have no skeleton here are those of CPUs, run by single threads.
 
 pub mod attention;
+pub mod delta_long;
 pub mod delta_rule;
 pub mod experts;
 pub mod many;
@@ -233,11 +234,10 @@ pub fn extent(k: &mut KernelBuilder, e: &Extent) -> Val {
             let (a, b) = (extent(k, a), extent(k, b));
             k.min_i64(a, b)
         }
-        Extent::Above(s, n, either) => {
-            let [a, b] = [&either[0], &either[1]].map(|e| extent(k, e));
-            let (sym, n) = (k.dim(*s), k.index(*n));
-            let above = k.cmp(Pred::Gt, sym, n);
-            k.select(above, a, b)
+        Extent::Above(parts) => {
+            let [a, b, then, otherwise] = std::array::from_fn(|i| extent(k, &parts[i]));
+            let above = k.cmp(Pred::Gt, a, b);
+            k.select(above, then, otherwise)
         }
     }
 }

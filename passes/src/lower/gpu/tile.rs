@@ -577,13 +577,7 @@ impl<'a> Product<'a> {
         })
     }
 
-    fn plain(
-        &self,
-        k: &mut KernelBuilder,
-        (tile, codes): (usize, &[Val]),
-        groups: &[Operand],
-        sums: &mut [Vec<Val>],
-    ) {
+    fn plain(&self, k: &mut KernelBuilder, (tile, codes): (usize, &[Val]), groups: &[Operand], sums: &mut [Vec<Val>]) {
         let none = k.const_i32(0);
         for half in 0..2 {
             for step in 0..2 {
