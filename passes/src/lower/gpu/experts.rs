@@ -502,7 +502,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
 /// Warps of a block of `experts_down`.
 const DOWN_WARPS: u64 = 12;
 /// Tokens whose products lie in shared memory at once, where a step has more than few.
-const SOME_TOKENS: u64 = 32;
+const SOME_TOKENS: u64 = 64;
 /// `experts_down` and what it is connected to.
 pub struct Down {
     /// The routed experts' matrices, and the shared one's.
