@@ -258,9 +258,8 @@ impl Groups<'_> {
         mut sums: Vec<Vec<Val>>,
     ) -> Vec<Val> {
         for operand in 0..self.product.operands() {
-            let operand = |k: &mut KernelBuilder, g| self.operand(k, (within, g), operand);
-            let groups: Vec<Operand> = (0..sums.len() as u64).map(|g| operand(k, g)).collect();
-            self.product.turn_sums(k, turn, codes, &groups, &mut sums);
+            let operand = |k: &mut KernelBuilder, g: usize| self.operand(k, (within, g as u64), operand);
+            self.product.turn_sums(k, turn, codes, &operand, &mut sums);
         }
         sums.concat()
     }

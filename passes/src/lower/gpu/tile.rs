@@ -477,28 +477,40 @@ impl<'a> Product<'a> {
         for (i, codes) in codes.iter().enumerate() {
             let turn = k.add_const(first, i as u64);
             for b in self.tokens(k, turn, x) {
-                self.turn_sums(k, turn, codes, &[b], &mut sums);
+                self.turn_sums(k, turn, codes, &|_, _| b, &mut sums);
             }
         }
         let [sums] = sums;
         sums
     }
 
-    /// Adds the products of a turn to the sums of some groups of tokens.
+    /// Adds the products of a turn to the sums of some groups of tokens, whose operands `b(group)` gives.
     pub fn turn_sums(
         &self,
         k: &mut KernelBuilder,
         turn: Val,
         codes: &[Vec<Val>],
-        groups: &[Operand],
+        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
         sums: &mut [Vec<Val>],
     ) {
         for (tile, codes) in codes.iter().enumerate() {
             match self.fragments.planes.format.blocks() {
-                None => self.plain(k, (tile, codes), groups, sums),
-                Some(blocks) => self.scaled(k, blocks, (tile, codes), turn, groups, sums),
+                None => self.plain(k, (tile, codes), b, sums),
+                Some(blocks) => self.scaled(k, blocks, (tile, codes), turn, b, sums),
             }
         }
+    }
+
+    /// Operand A of some half turns, step by step.
+    fn operands_a(
+        &self,
+        k: &mut KernelBuilder,
+        codes: &[Val],
+        halves: &[usize],
+        bias: [Val; 2],
+    ) -> Vec<(usize, usize, [Val; 4])> {
+        let steps = halves.iter().flat_map(|&half| [(half, 0), (half, 1)]);
+        steps.map(|(half, step)| (half, step, self.fragments.operand(k, codes, half, step, bias))).collect()
     }
 
     /// The codes of one turn of each tile.
@@ -577,26 +589,31 @@ impl<'a> Product<'a> {
         })
     }
 
-    fn plain(&self, k: &mut KernelBuilder, (tile, codes): (usize, &[Val]), groups: &[Operand], sums: &mut [Vec<Val>]) {
+    fn plain(
+        &self,
+        k: &mut KernelBuilder,
+        (tile, codes): (usize, &[Val]),
+        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
+        sums: &mut [Vec<Val>],
+    ) {
         let none = k.const_i32(0);
-        for half in 0..2 {
-            for step in 0..2 {
-                let a = self.fragments.operand(k, codes, half, step, [none; 2]);
-                for (sums, b) in sums.iter_mut().zip(groups) {
-                    sums[tile] = k.mma(self.fragments.half(), a, b[half][step], sums[tile]);
-                }
+        let a = self.operands_a(k, codes, &[0, 1], [none; 2]);
+        for (group, sums) in sums.iter_mut().enumerate() {
+            let b = b(k, group);
+            for &(half, step, a) in &a {
+                sums[tile] = k.mma(self.fragments.half(), a, b[half][step], sums[tile]);
             }
         }
     }
 
-    /// `sum += scale · part` for each block of columns of the turn.
+    /// `sum += scale · product` for each block of columns of the turn.
     fn scaled(
         &self,
         k: &mut KernelBuilder,
         blocks: Blocks,
         (tile, codes): (usize, &[Val]),
         turn: Val,
-        groups: &[Operand],
+        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
         sums: &mut [Vec<Val>],
     ) {
         let whole = u64::from(blocks.columns).is_multiple_of(TURN_COLUMNS);
@@ -604,16 +621,13 @@ impl<'a> Product<'a> {
         for halves in parts {
             let scales = self.scales(k, blocks, self.tiles[tile], turn, halves[0] as u64);
             let bias = scales.map(|(_, zero)| self.fragments.bias(k, zero));
-            let mut products = vec![k.splat_f32(4, 0.0); groups.len()];
-            for &half in *halves {
-                for step in 0..2 {
-                    let a = self.fragments.operand(k, codes, half, step, bias);
-                    for (product, b) in products.iter_mut().zip(groups) {
-                        *product = k.mma(self.fragments.half(), a, b[half][step], *product);
-                    }
-                }
-            }
-            for (sums, product) in sums.iter_mut().zip(products) {
+            let a = self.operands_a(k, codes, halves, bias);
+            for (group, sums) in sums.iter_mut().enumerate() {
+                let b = b(k, group);
+                let none = k.splat_f32(4, 0.0);
+                let product = a.iter().fold(none, |sum, &(half, step, a)| {
+                    k.mma(self.fragments.half(), a, b[half][step], sum)
+                });
                 for (i, sum) in sums[4 * tile..4 * tile + 4].iter_mut().enumerate() {
                     let x = k.extract(product, i as u32);
                     *sum = k.fma(x, scales[i / 2].0, *sum);
