@@ -24,6 +24,8 @@ pub enum Extent {
     CeilDiv(Box<Extent>, u64),
     /// The smaller.
     Min(Box<Extent>, Box<Extent>),
+    /// `[a, b, then, otherwise]`: `then` if `a` is larger than `b`, else `otherwise`.
+    Above(Box<[Extent; 4]>),
 }
 
 impl Extent {
@@ -36,6 +38,10 @@ impl Extent {
             Self::Mul(a, b) => a.eval(syms) * b.eval(syms),
             Self::CeilDiv(a, n) => a.eval(syms).div_ceil(*n),
             Self::Min(a, b) => a.eval(syms).min(b.eval(syms)),
+            Self::Above(parts) => {
+                let [a, b, then, otherwise] = &**parts;
+                if a.eval(syms) > b.eval(syms) { then.eval(syms) } else { otherwise.eval(syms) }
+            }
         }
     }
 
@@ -43,6 +49,12 @@ impl Extent {
     #[must_use]
     pub fn min(self, other: Self) -> Self {
         Self::Min(Box::new(self), Box::new(other))
+    }
+
+    /// This if `a` is larger than `b`, else `otherwise`.
+    #[must_use]
+    pub fn if_above(self, a: impl Into<Self>, b: impl Into<Self>, otherwise: Self) -> Self {
+        Self::Above(Box::new([a.into(), b.into(), self, otherwise]))
     }
 
     /// Divided by a constant, rounded up.
@@ -84,6 +96,10 @@ impl fmt::Display for Extent {
             Self::Mul(a, b) => write!(f, "({a} * {b})"),
             Self::CeilDiv(a, n) => write!(f, "ceil({a} / {n})"),
             Self::Min(a, b) => write!(f, "min({a}, {b})"),
+            Self::Above(parts) => {
+                let [a, b, then, otherwise] = &**parts;
+                write!(f, "if({a} > {b}, {then}, {otherwise})")
+            }
         }
     }
 }

@@ -109,8 +109,10 @@ impl Case {
                 Bind::Value(v) => Place::start(values[v]),
                 Bind::Step(input) => unreachable!("{input:?} is no operand"),
             };
-            let places: Vec<Place> = lowered.binds.iter().map(place).collect();
-            run(&lowered.kernel, syms, &mut buffers, &places, Options::default()).unwrap_or_else(|e| panic!("{e}"));
+            for part in &lowered.parts {
+                let places: Vec<Place> = part.binds.iter().map(place).collect();
+                run(&part.kernel, syms, &mut buffers, &places, Options::default()).unwrap_or_else(|e| panic!("{e}"));
+            }
         }
         buffers[values[&f.results[0]]].to_i32()[..self.logits.len()].to_vec()
     }

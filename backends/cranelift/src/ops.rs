@@ -63,6 +63,9 @@ impl Emitter<'_, '_> {
             | KOp::Partials { .. }
             | KOp::Barrier
             | KOp::ShuffleXor { .. }
+            | KOp::Quad
+            | KOp::WarpMax
+            | KOp::WarpMin
             | KOp::AtomicAdd
             | KOp::Pack { .. }
             | KOp::HalfFma { .. }

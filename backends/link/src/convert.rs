@@ -129,6 +129,7 @@ fn extent(e: &Extent) -> abi::Extent {
         Extent::Mul(a, b) => abi::Extent::Mul(boxed(a), boxed(b)),
         Extent::CeilDiv(a, n) => abi::Extent::CeilDiv(boxed(a), *n),
         Extent::Min(a, b) => abi::Extent::Min(boxed(a), boxed(b)),
+        Extent::Above(parts) => abi::Extent::Above(Box::new(std::array::from_fn(|i| extent(&parts[i])))),
     }
 }
 

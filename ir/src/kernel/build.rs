@@ -393,6 +393,19 @@ impl KernelBuilder {
     pub fn shuffle_xor(&mut self, x: Val, mask: u32) -> Val {
         self.like(KOp::ShuffleXor { mask }, &[x])
     }
+    /// Four scalars as a vector.
+    pub fn quad(&mut self, x: [Val; 4]) -> Val {
+        let dtype = self.ty(x[0]).dtype().expect("a scalar");
+        self.emit(KOp::Quad, &x, KType::vector(dtype, 4))
+    }
+    /// The largest i32 of the warp's threads.
+    pub fn warp_max(&mut self, x: Val) -> Val {
+        self.like(KOp::WarpMax, &[x])
+    }
+    /// The smallest i32 of the warp's threads.
+    pub fn warp_min(&mut self, x: Val) -> Val {
+        self.like(KOp::WarpMin, &[x])
+    }
     /// Adds to an i32 in memory and gives what was there before.
     pub fn atomic_add(&mut self, ptr: Val, index: Val, x: Val) -> Val {
         self.emit(KOp::AtomicAdd, &[ptr, index, x], KType::scalar(DType::I32))

@@ -191,8 +191,14 @@ kops! {
     Partials { dtype: DType, elems: u64 } = "partials" Block;
     /// Waits until every thread of the block is here; what was written before is seen by all after.
     Barrier = "barrier" Block;
+    /// Four 32-bit scalars of one type as the lanes of a vector.
+    Quad = "quad" Block;
     /// The 32-bit scalar that the thread `lane ^ mask` of the warp has. Every thread of the warp is here.
     ShuffleXor { mask: u32 } = "shuffle_xor" Block;
+    /// The largest i32 of the warp's threads, in all of them. Every thread of the warp is here.
+    WarpMax = "warp_max" Block;
+    /// The smallest.
+    WarpMin = "warp_min" Block;
     /// Adds to an i32 in global memory and gives what was there before: `(ptr, index, x)`. Acquires and releases, for the whole device.
     AtomicAdd = "atomic_add" Block;
     /// Two f32 rounded to nearest even as one i32 of two 16-bit floats, the first in the lower half; a number too large becomes the largest finite one in f16.

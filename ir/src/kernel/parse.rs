@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 32] = [
+const PLAIN: [KOp; 35] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -92,6 +92,9 @@ const PLAIN: [KOp; 32] = [
     KOp::Offset,
     KOp::HalfToFloat,
     KOp::Fp8ToF16,
+    KOp::WarpMax,
+    KOp::WarpMin,
+    KOp::Quad,
 ];
 
 /// Reads one kernel.
@@ -314,7 +317,19 @@ impl<'t> Parser<'t> {
                 p.punct(")")?;
                 return Ok(a.min(b));
             }
-            p.read("a number, T, B, P, R, `ceil(` or `min(`", |w| {
+            if p.eat_word("if") {
+                p.punct("(")?;
+                let a = p.extent()?;
+                p.punct(">")?;
+                let b = p.extent()?;
+                p.punct(",")?;
+                let then = p.extent()?;
+                p.punct(",")?;
+                let otherwise = p.extent()?;
+                p.punct(")")?;
+                return Ok(then.if_above(a, b, otherwise));
+            }
+            p.read("a number, T, B, P, R, `ceil(`, `min(` or `if(`", |w| {
                 let sym = Sym::ALL.into_iter().find(|s| s.name() == w);
                 sym.map(Extent::Sym).or_else(|| w.parse().ok().map(Extent::Const))
             })

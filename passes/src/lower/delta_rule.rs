@@ -26,7 +26,7 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// One of q, k, v: its projection, its convolution and its window.
 #[derive(Clone, Copy)]
-pub(super) struct Stream {
+pub struct Stream {
     /// The projection.
     pub x: Port,
     /// Taps of the convolution, the oldest first.
@@ -123,17 +123,25 @@ impl Stream {
 }
 
 /// Everything the kernel is connected to.
-pub(super) struct Mixer {
+pub struct Mixer {
+    /// Queries.
     pub q: Stream,
+    /// Keys.
     pub k: Stream,
+    /// Values.
     pub v: Stream,
     gates: [Port; 4],
+    /// The gate of the output.
     pub z: Port,
+    /// The gain of the output's norm.
     pub norm: Port,
     delta: Port,
     out: Port,
+    /// Added to the squared length of q and k.
     pub eps: f32,
+    /// What q is multiplied with.
     pub scale: f32,
+    /// The epsilon of the output's norm.
     pub norm_eps: f32,
     vector_bits: u32,
     /// The type of the delta state: where its matrix and its kept updates lie.
@@ -205,6 +213,11 @@ impl SequencePorts {
             replay: ports.step(Input::Replay),
             tentative: ports.step(Input::Tentative),
         }
+    }
+
+    /// Where sequences begin.
+    pub const fn cu_seqlens(&self) -> Port {
+        self.cu_seqlens
     }
 
     /// The tokens of sequence `b`.

@@ -650,12 +650,23 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
 
 /// Runs `body` with `task - begin` if the task is in `begin..end`.
 pub fn in_range(k: &mut KernelBuilder, begin: u64, end: u64, body: impl FnOnce(&mut KernelBuilder, Val)) {
-    let (task, lo, hi) = (k.task(), k.index(begin), k.index(end));
-    let above = k.cmp(Pred::Ge, task, lo);
+    let task = k.task();
+    number_in_range(k, task, (begin, end), body);
+}
+
+/// The same of another number than the task.
+pub fn number_in_range(
+    k: &mut KernelBuilder,
+    number: Val,
+    (begin, end): (u64, u64),
+    body: impl FnOnce(&mut KernelBuilder, Val),
+) {
+    let (lo, hi) = (k.index(begin), k.index(end));
+    let above = k.cmp(Pred::Ge, number, lo);
     k.if_then(above, |k| {
-        let below = k.cmp(Pred::Lt, task, hi);
+        let below = k.cmp(Pred::Lt, number, hi);
         k.if_then(below, |k| {
-            let group = k.sub(task, lo);
+            let group = k.sub(number, lo);
             body(k, group);
         });
     });

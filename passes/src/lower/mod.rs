@@ -1,4 +1,4 @@
-//! Graph IR to kernel IR: one kernel for each kernel that `partition` drew, and the schedule of the entry points.
+//! Graph IR to kernel IR: a kernel, on a GPU sometimes several, for each that `partition` drew, and the schedule of the entry points.
 //!
 //! A skeleton is a file: [`matmul`], [`experts`], [`delta_rule`], [`attention`], [`elementwise`], [`sample`], [`choose`]. Each gives a kernel and says what its
 //! parameters are bound to in the function it came from ([`ports`]); this module resolves the bindings of every call to
@@ -146,14 +146,15 @@ fn lower_function(f: &Function, target: &Target, kernels: &mut Vec<Kernel>) -> R
     }
     let mut out = Vec::new();
     for group in groups.iter().filter(|g| !g.is_empty()) {
-        let lowered = lower_group(f, group, target)?;
-        out.push((kernels.len() as u32, lowered.binds));
-        kernels.push(lowered.kernel);
+        for part in lower_group(f, group, target)?.parts {
+            out.push((kernels.len() as u32, part.binds));
+            kernels.push(part.kernel);
+        }
     }
     Ok(out)
 }
 
-/// The kernel of one group of nodes: a node with a skeleton of its own, or elementwise nodes in order.
+/// The kernels of one group of nodes: a node with a skeleton of its own, or elementwise nodes in order.
 /// # Errors
 /// [`LowerError::Unsupported`] if no skeleton covers it.
 pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Result<Lowered, LowerError> {

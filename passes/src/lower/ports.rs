@@ -20,11 +20,27 @@ pub enum Bind {
 
 /// A kernel and what its parameters are bound to.
 #[derive(Clone, Debug)]
-pub struct Lowered {
+pub struct Part {
     /// The kernel.
     pub kernel: Kernel,
     /// One entry for each of its parameters.
     pub binds: Vec<Bind>,
+}
+
+/// What a node, or a chain of nodes, becomes: one kernel or several, launched in order. Those whose grid is empty in a step are left out.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// The kernels.
+    pub parts: Vec<Part>,
+}
+
+impl Lowered {
+    /// These kernels, then those of `other`.
+    #[must_use]
+    pub fn then(mut self, other: Self) -> Self {
+        self.parts.extend(other.parts);
+        self
+    }
 }
 
 /// A node to be lowered, with what is around it.
@@ -118,7 +134,7 @@ impl<'a> Site<'a> {
 }
 
 /// Collects the parameters of a kernel.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Ports {
     names: Vec<(String, bool)>,
     binds: Vec<Bind>,
@@ -151,8 +167,13 @@ impl Ports {
 
     /// The builder of a kernel with these parameters.
     pub fn builder(&self, site: &Site<'_>, grid: Extent) -> KernelBuilder {
+        self.builder_of(site, "", grid)
+    }
+
+    /// The builder of one kernel of several; `part` ends its name.
+    pub fn builder_of(&self, site: &Site<'_>, part: &str, grid: Extent) -> KernelBuilder {
         let number = site.function.node(site.node).kernel.unwrap_or(0);
-        let name = format!("{}.{number}.{}", site.function.name, site.op());
+        let name = format!("{}.{number}.{}{part}", site.function.name, site.op());
         let names: Vec<(&str, bool)> = self.names.iter().map(|(n, w)| (n.as_str(), *w)).collect();
         let mut k = KernelBuilder::new(&name, &names, grid);
         k.doc(site.op().def().doc.trim());
@@ -161,7 +182,7 @@ impl Ports {
 
     /// The kernel with its bindings.
     pub fn finish(self, kernel: Kernel) -> Lowered {
-        Lowered { kernel, binds: self.binds }
+        Lowered { parts: vec![Part { kernel, binds: self.binds }] }
     }
 }
 

@@ -185,6 +185,8 @@ pub enum Extent {
     CeilDiv(Box<Extent>, u64),
     /// The smaller.
     Min(Box<Extent>, Box<Extent>),
+    /// `[a, b, then, otherwise]`: `then` if `a` is larger than `b`, else `otherwise`.
+    Above(Box<[Extent; 4]>),
 }
 
 impl Extent {
@@ -197,6 +199,10 @@ impl Extent {
             Self::Mul(a, b) => a.eval(dims).saturating_mul(b.eval(dims)),
             Self::CeilDiv(a, n) => a.eval(dims).div_ceil((*n).max(1)),
             Self::Min(a, b) => a.eval(dims).min(b.eval(dims)),
+            Self::Above(parts) => {
+                let [a, b, then, otherwise] = &**parts;
+                if a.eval(dims) > b.eval(dims) { then.eval(dims) } else { otherwise.eval(dims) }
+            }
         }
     }
 }

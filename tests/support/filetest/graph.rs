@@ -21,6 +21,15 @@ pub fn gpu_target() -> Target {
     Target::gpu(nextc_ir::target::GPUS[0].name).expect("it is in the table of GPUs")
 }
 
+/// One with a single multiprocessor, on which kernels for many rows begin with the fewest.
+pub fn small_gpu_target() -> Target {
+    let mut target = gpu_target();
+    if let Some(gpu) = &mut target.gpu {
+        gpu.multiprocessors = 1;
+    }
+    target
+}
+
 /// The module that the text says.
 pub fn module(case: &Case) -> Checked<Module> {
     parse::module(&case.body_in_place()).map_err(text)

@@ -68,7 +68,7 @@ struct Backend {
 type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
 
 /// One for each width of vectors, and blocks of threads.
-fn backends() -> [Backend; 4] {
+fn backends() -> [Backend; 5] {
     let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
     let runs_wide = Target::native().is_ok_and(|native| native.vector_bits == 512);
     [
@@ -76,6 +76,7 @@ fn backends() -> [Backend; 4] {
         Backend { name: "256 bits", target: graph::target(), objects: LLVM, rounds: None },
         Backend { name: "512 bits", target: graph::wide_target(), objects: LLVM.filter(|_| runs_wide), rounds: None },
         Backend { name: "gpu", target: graph::gpu_target(), objects: None, rounds: Some("half") },
+        Backend { name: "small gpu", target: graph::small_gpu_target(), objects: None, rounds: Some("half") },
     ]
 }
 
@@ -104,7 +105,8 @@ pub fn kernels(plain: &Module, target: &Target) -> Checked<Kernels> {
     let function = fused.functions.pop().ok_or("there is no function")?;
     let groups = partition::kernels(&function).into_iter();
     let lowered = groups.map(|group| lower_group(&function, &group, target)).collect::<Result<Vec<_>, _>>();
-    let (kernels, binds) = lowered.map_err(text)?.into_iter().map(|l| (l.kernel, l.binds)).unzip();
+    let parts = lowered.map_err(text)?.into_iter().flat_map(|l| l.parts);
+    let (kernels, binds) = parts.map(|p| (p.kernel, p.binds)).unzip();
     let module = legalise(module(kernels), target).map_err(text)?;
     for kernel in &module.kernels {
         verify_kernel(kernel).map_err(lines)?;

@@ -77,6 +77,27 @@ impl<'c> Emitter<'_, 'c> {
         self.call_intrinsic(name, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(name))
     }
 
+    pub(super) fn quad(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        let vector = match self.arg(stmt, 0)? {
+            BasicValueEnum::FloatValue(x) => x.get_type().vec_type(4),
+            BasicValueEnum::IntValue(x) => x.get_type().vec_type(4),
+            other => return Err(kind(stmt, other, "a 32-bit scalar")),
+        };
+        let mut quad = vector.get_undef();
+        for lane in 0..4 {
+            let at = self.context.i32_type().const_int(lane, false);
+            quad = self.builder.build_insert_element(quad, self.arg(stmt, lane as usize)?, at, "quad")?;
+        }
+        Ok(quad.into())
+    }
+
+    /// The largest or smallest i32 of a warp.
+    pub(super) fn warp_best(&self, stmt: &Stmt, name: &'static str) -> Result<BasicValueEnum<'c>> {
+        let all = self.context.i32_type().const_all_ones();
+        let args = [self.arg(stmt, 0)?.into(), all.into()];
+        self.call_intrinsic(name, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(name))
+    }
+
     /// LLVM's `atomicrmw` loses its ordering on the way to PTX, so this is PTX.
     pub(super) fn atomic_add(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
         let i32 = self.context.i32_type();

@@ -274,6 +274,16 @@ pub(super) enum Inst {
         a: Reg,
         mask: usize,
     },
+    Quad {
+        d: Reg,
+        from: [Reg; 4],
+    },
+    /// The best of each warp.
+    Best {
+        d: Reg,
+        a: Reg,
+        largest: bool,
+    },
     AtomicAdd {
         d: Reg,
         p: Reg,

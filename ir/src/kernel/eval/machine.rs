@@ -62,6 +62,10 @@ fn tasks(extent: &Extent, syms: &[u64; 4]) -> Option<u64> {
         Extent::Mul(a, b) => tasks(a, syms)?.checked_mul(tasks(b, syms)?)?,
         Extent::CeilDiv(a, n) => tasks(a, syms)?.div_ceil(*n),
         Extent::Min(a, b) => tasks(a, syms)?.min(tasks(b, syms)?),
+        Extent::Above(parts) => {
+            let [a, b, then, otherwise] = &**parts;
+            tasks(if tasks(a, syms)? > tasks(b, syms)? { then } else { otherwise }, syms)?
+        }
     })
 }
 
@@ -284,6 +288,16 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
             Inst::Shuffle { d, a, mask } => {
                 self.masks.whole_warps()?;
                 (0..threads).for_each(|t| self.narrow[d + t] = self.narrow[a + (t ^ mask)]);
+            }
+            Inst::Quad { d, from } => {
+                (0..4).for_each(|lane| self.narrow.copy_within(from[lane]..from[lane] + threads, d + lane * threads));
+            }
+            Inst::Best { d, a, largest } => {
+                for first in self.masks.whole_warps()? {
+                    let warp = || (first..first + Kernel::WARP as usize).map(|t| self.narrow[a + t].cast_signed());
+                    let best = if largest { warp().max() } else { warp().min() }.expect("a warp has threads");
+                    self.narrow[d + first..][..Kernel::WARP as usize].fill(best.cast_unsigned());
+                }
             }
             Inst::AtomicAdd { d, p, i, x } => self.each(|m, t| {
                 m.narrow[d + t] = m.memory.atomic_add(m.pointers[p + t], m.wide[i + t], m.narrow[x + t], t)?;

@@ -282,6 +282,8 @@ impl<'k> Maker<'k> {
             KOp::Thread => Inst::Thread { d },
             KOp::Barrier => Inst::Barrier,
             KOp::ShuffleXor { mask } => Inst::Shuffle { d, a, mask: mask as usize },
+            KOp::Quad => Inst::Quad { d, from: [0, 1, 2, 3].map(arg) },
+            KOp::WarpMax | KOp::WarpMin => Inst::Best { d, a, largest: s.op == KOp::WarpMax },
             KOp::AtomicAdd => Inst::AtomicAdd { d, p: a, i: b, x: arg(2) },
             KOp::Pack { dtype } => Inst::Half { op: HalfOp::Pack(dtype), d, a, b, c: 0 },
             KOp::HalfFma { dtype } => Inst::Half { op: HalfOp::Fma(dtype), d, a, b, c: arg(2) },

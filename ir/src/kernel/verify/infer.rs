@@ -115,6 +115,15 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             range("mask", mask.into(), (1..32).contains(&mask), "1 to 31")?;
             like_first("an f32 or i32 scalar", is_lane(args[0]))?
         }
+        KOp::Quad => {
+            (1..4).try_for_each(|i| same(args, i))?;
+            like_first("an f32 or i32 scalar", is_lane(args[0]))?;
+            args[0].dtype().map(|dtype| KType::vector(dtype, 4))
+        }
+        KOp::WarpMax | KOp::WarpMin => {
+            exact(args, 0, i32_scalar)?;
+            Some(i32_scalar)
+        }
         KOp::AtomicAdd => {
             exact(args, 0, KType::Ptr(Space::Global))?;
             exact(args, 1, i64_scalar)?;
@@ -159,9 +168,10 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
 const fn arity(op: KOp) -> usize {
     match op {
         KOp::Splat { .. } | KOp::Extract { .. } | KOp::If => 1,
-        KOp::ShuffleXor { .. } | KOp::HalfToFloat | KOp::Fp8ToF16 => 1,
+        KOp::ShuffleXor { .. } | KOp::WarpMax | KOp::WarpMin | KOp::HalfToFloat | KOp::Fp8ToF16 => 1,
         KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
         KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
+        KOp::Quad => 4,
         KOp::Mma { .. } => 7,
         _ => match op.sig() {
             Sig::Leaf | Sig::Special | Sig::Block => 0,

@@ -314,5 +314,6 @@ fn divides_by_zero(extent: &Extent) -> bool {
         Extent::Const(_) | Extent::Sym(_) => false,
         Extent::CeilDiv(a, n) => *n == 0 || divides_by_zero(a),
         Extent::Add(a, b) | Extent::Mul(a, b) | Extent::Min(a, b) => divides_by_zero(a) || divides_by_zero(b),
+        Extent::Above(parts) => parts.iter().any(divides_by_zero),
     }
 }

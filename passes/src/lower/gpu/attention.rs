@@ -22,14 +22,14 @@ use super::super::LowerError;
 use super::super::attention::Pages;
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::{Element, Place, begin, lanes_before, lanes_of, warp_count, warp_max, warp_sum, warp_sums};
+use super::{Element, Place, begin, extent, lanes_before, lanes_of, warp_count, warp_max, warp_sum, warp_sums};
 
 /// Heads that a block norms: a warp each.
 const NORM_WARPS: u64 = 4;
 
 /// The sequence of token `t`, by a warp: how many sequences end at or before it.
-fn sequence(k: &mut KernelBuilder, pages: &Pages, lane: Val, t: Val) -> Val {
-    let cu_seqlens = k.param(pages.cu_seqlens);
+pub fn sequence_of(k: &mut KernelBuilder, cu_seqlens: Port, lane: Val, t: Val) -> Val {
+    let cu_seqlens = k.param(cu_seqlens);
     let (count, none) = (k.dim(Sym::B), k.const_i32(0));
     let one = k.const_i32(1);
     let mine = k.for_carry((lane, count, 32), &[none], |k, b, found| {
@@ -129,7 +129,7 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let [q_heads, ends] = [heads, all_heads].map(|n| k.index(n));
     let (is_query, exists) = (k.cmp(Pred::Lt, head, q_heads), k.cmp(Pred::Lt, head, ends));
     begin(&mut k);
-    let b = sequence(&mut k, &pages, place.lane, t);
+    let b = sequence_of(&mut k, pages.cu_seqlens, place.lane, t);
     let (slot, position, zero) = (pages.slot(&mut k, b), pages.position(&mut k, t), k.const_i64(0));
     let live = k.cmp(Pred::Ge, slot, zero);
     // a warp without a head does what the last one does, and stores nothing
@@ -277,31 +277,6 @@ impl Tile {
     /// Most tiles of longer runs: of each at most one is not full.
     fn whole_tiles(&self) -> Extent {
         Extent::from(Sym::T).ceil_div(self.tokens) + Extent::from(Sym::T).ceil_div(TENTATIVE_TOKENS + 1)
-    }
-}
-
-/// The value of an extent in a kernel.
-fn extent(k: &mut KernelBuilder, e: &Extent) -> Val {
-    match e {
-        Extent::Const(n) => k.index(*n),
-        Extent::Sym(s) => k.dim(*s),
-        Extent::Add(a, b) => {
-            let (a, b) = (extent(k, a), extent(k, b));
-            k.add(a, b)
-        }
-        Extent::Mul(a, b) => {
-            let (a, b) = (extent(k, a), extent(k, b));
-            k.mul(a, b)
-        }
-        Extent::CeilDiv(a, n) => {
-            let a = extent(k, a);
-            let up = k.add_const(a, n - 1);
-            k.div_const(up, *n)
-        }
-        Extent::Min(a, b) => {
-            let (a, b) = (extent(k, a), extent(k, b));
-            k.min_i64(a, b)
-        }
     }
 }
 

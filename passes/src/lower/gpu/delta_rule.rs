@@ -1,13 +1,15 @@
 //! `gated_delta_net` by blocks of threads.
 //!
-//! block    one key head of one sequence, with the value heads that share it (so a convolution's window has one owner); tokens in blocks of 8
-//! thread   some rows of one column of S, in registers for the whole run
+//! Of short runs; long ones are for [`super::delta_long`]:
+//!
+//! block    one key head of one sequence, with the value heads that share it, so a convolution's window has one owner; tokens in blocks of 8
+//! thread   some rows of a few columns of S, in registers for the whole run; a warp reads whole lines of a state
 //! replay   S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
 //! conv     a thread a channel of q, k and v; its window in registers; SiLU; to shared memory
 //! norm     a warp a token: q ← scale · q / |q|,  k ← k / |k|,  k·q
 //! sweep    token by token: y = Sᵀk,  w = Sᵀq  summed over the parts of a column, d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
 //! epilogue a warp a token and value head: out = rms_norm(o, norm) · silu(z)
-//! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory at one token, by arithmetic in long runs
+//! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory
 //!
 //! What is kept of tentative tokens is as in [`super::super::delta_rule`].
 
@@ -21,112 +23,188 @@ use super::super::LowerError;
 use super::super::delta_rule::{Mixer, Run, SequencePorts, Stream};
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
-use super::{Place, begin, lanes_of, warp_sum};
+use super::delta_long;
+use super::{Place, across, begin, lanes_of, warp_sum};
 
 /// Tokens between two passes over the convolution and the norms.
-const BLOCK: u64 = TENTATIVE_TOKENS;
+pub const BLOCK: u64 = TENTATIVE_TOKENS;
 /// Most threads of a block: with 128 registers each they fill a multiprocessor.
 const MOST_THREADS: u64 = 512;
-/// Most rows of a column that a thread holds.
-const MOST_ROWS: u64 = 64;
+/// Most elements of S that a thread holds.
+const MOST_HELD: u64 = 64;
+/// Threads that share a column, at most.
+const MOST_PARTS: u64 = 8;
+/// Columns of a thread, at most.
+const OWN_COLUMNS: u64 = 4;
+/// Tokens of a short run, at most.
+pub const SHORT: u64 = TENTATIVE_TOKENS;
 
-/// How the state of a key head lies in the registers of a block.
+/// How the states of a block lie in the registers of its threads.
 #[derive(Clone, Copy)]
-struct Tile {
+pub struct Tile {
     /// Value heads that are done together; those that share a key head are done in so many turns.
-    heads: u64,
+    pub heads: u64,
     turns: u64,
-    /// Columns of these heads, padding of a head included.
-    columns: u64,
-    /// Threads of one part: the columns, rounded up to a warp.
-    lanes: u64,
-    /// Parts that a column is cut into.
-    parts: u64,
-    /// Rows of a part.
-    rows: u64,
+    /// Columns of these heads, padding of a head included; of long runs, those of one slice of a head.
+    pub columns: u64,
+    /// Columns of a thread.
+    pub own: u64,
+    /// Threads that a column is shared by.
+    pub parts: u64,
+    /// Rows of a thread.
+    pub rows: u64,
+    /// Whether the threads of a column are neighbours; else they are in different warps.
+    pub neighbours: bool,
 }
 
 impl Tile {
-    /// The tile with the fewest turns, and of these the one with the most parts; `None` if a single head does not fit.
-    fn of(mixer: &Mixer) -> Option<Self> {
-        let (shared, dk, dv) = (mixer.shared_heads(), mixer.k.width, pad(mixer.v.width));
-        let tile = |heads: u64, parts: u64| {
-            let columns = heads * dv;
-            Self { heads, turns: shared / heads, columns, lanes: columns.next_multiple_of(32), parts, rows: dk / parts }
+    /// The tile of short runs with the fewest turns; `None` if a single head does not fit.
+    fn short(mixer: &Mixer) -> Option<Self> {
+        let (shared, dv) = (mixer.shared_heads(), pad(mixer.v.width));
+        let (parts, rows) = Self::parts(mixer);
+        let own = [OWN_COLUMNS, 2, 1].into_iter().find(|own| rows * own <= MOST_HELD)?;
+        let tile = |heads: u64| Self {
+            heads,
+            turns: shared / heads,
+            columns: heads * dv,
+            own,
+            parts,
+            rows,
+            neighbours: false,
         };
-        let fits = |t: &Self| t.lanes * t.parts <= MOST_THREADS && t.rows <= MOST_ROWS;
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
-        let parts =
-            |dk: u64| [16, 8, 4, 2, 1].into_iter().filter(move |p| dk.is_multiple_of(*p) && dk / p >= 4.min(dk));
-        heads.flat_map(|h| parts(dk).map(move |p| (h, p))).map(|(h, p)| tile(h, p)).find(fits)
+        heads.map(tile).find(|t| t.threads() <= MOST_THREADS && t.threads() >= BLOCK * t.heads)
     }
 
-    fn threads(&self) -> u64 {
-        self.lanes * self.parts
+    /// The tile of `columns` columns of a head in a long run.
+    pub fn long(mixer: &Mixer, columns: u64) -> Self {
+        let (parts, rows) = Self::parts(mixer);
+        Self { heads: 1, turns: 1, columns, own: 1, parts, rows, neighbours: true }
+    }
+
+    /// Threads that share a column, and rows of each: the order in which a column is summed, the same in all blocks.
+    fn parts(mixer: &Mixer) -> (u64, u64) {
+        let dk = mixer.k.width;
+        let parts = [MOST_PARTS, 4, 2].into_iter().find(|p| dk.is_multiple_of(4 * p)).unwrap_or(1);
+        (parts, dk / parts)
+    }
+
+    /// Columns of a warp, and of the warps that share them.
+    fn warp_columns(&self) -> u64 {
+        if self.neighbours { 32 / self.parts * self.own } else { 32 * self.own }
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u64 {
+        let warps = self.columns.div_ceil(self.warp_columns());
+        32 * if self.neighbours { warps } else { warps * self.parts }
+    }
+
+    /// Columns with those that nobody has.
+    fn padded_columns(&self) -> u64 {
+        self.columns.next_multiple_of(self.warp_columns())
     }
 }
 
-/// `gated_delta_net`.
+/// `gated_delta_net`: a kernel for short runs, and those of long ones.
 pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
     let mut ports = Ports::default();
     let mixer = Mixer::ports(site, &mut ports);
-    let tile = Tile::of(&mixer)?;
+    let tile = Tile::short(&mixer)?;
     let sequences = SequencePorts::new(&mut ports);
+    let long = delta_long::Long::of(&mixer, &sequences);
     let heads = mixer.q.heads;
     let mut k = ports.builder(site, Extent::from(Sym::B) * heads.into());
     k.threads(tile.threads() as u32);
     let place = Place::here(&mut k);
     let task = k.task();
     let (b, head) = (k.div_const(task, heads), k.rem_const(task, heads));
-    let smem = Smem::alloc(&mut k, &mixer, &tile);
+    let smem = Smem::short(&mut k, &mixer, &tile);
     begin(&mut k);
     let run = sequences.run(&mut k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, run.slot, zero);
-    let block = Block { mixer: &mixer, tile, place, run, head, smem };
-    k.if_else(
-        live,
-        |k| {
-            let some = k.cmp(Pred::Lt, block.run.begin, block.run.end);
-            k.if_then(some, |k| block.run(k));
-            Vec::new()
-        },
-        |k| {
-            block.zero_out(k);
-            Vec::new()
-        },
-    );
-    Some(Ok(ports.finish(k.finish())))
+    let some = k.cmp(Pred::Lt, run.begin, run.end);
+    let is_mine = match long {
+        Some(_) => {
+            let is_short = short_run(&mut k, &run);
+            k.and(some, is_short)
+        }
+        None => some,
+    };
+    let block = Block { mixer: &mixer, tile, place, run, head, slice: zero, smem };
+    k.if_then(is_mine, |k| {
+        k.if_else(
+            live,
+            |k| {
+                block.run(k);
+                Vec::new()
+            },
+            |k| {
+                block.zero_out(k);
+                Vec::new()
+            },
+        );
+    });
+    let short = ports.clone().finish(k.finish());
+    Some(Ok(match long {
+        Some(long) => short.then(long.kernels(site, &ports)),
+        None => short,
+    }))
+}
+
+/// Whether a sequence's run is one of few tokens.
+pub fn short_run(k: &mut KernelBuilder, run: &Run) -> Val {
+    let (tokens, most) = (k.sub(run.end, run.begin), k.index(SHORT));
+    k.cmp(Pred::Le, tokens, most)
 }
 
 /// What the threads of a block share.
 #[derive(Clone, Copy)]
-struct Smem {
+pub struct Smem {
     /// `[BLOCK][q, k, v]`: the convolutions' outputs; q and k then normed.
-    tokens: Val,
+    pub tokens: Val,
+    /// `[BLOCK]`: `k · q`.
+    pub kq: Val,
+    /// `[BLOCK][heads]`.
+    pub alpha: Val,
+    /// As `alpha`.
+    pub beta: Val,
+    /// Of short runs only.
+    short: Option<Short>,
+}
+
+/// What the threads of a block share in short runs.
+#[derive(Clone, Copy)]
+struct Short {
     /// `[BLOCK][columns]`.
     o: Val,
-    /// `[BLOCK]`: `k · q`.
-    kq: Val,
-    /// `[BLOCK][heads]`.
-    alpha: Val,
-    /// As `alpha`.
-    beta: Val,
-    /// `[2][parts][2][lanes]`: `Sᵀk` and `Sᵀq` of the parts, for tokens of even and of odd numbers.
+    /// `[parts][2][columns]`: `Sᵀk` and `Sᵀq` of the parts.
+    parts: Val,
+    /// `[2][columns]`: their sums.
     sums: Val,
 }
 
 impl Smem {
-    fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
+    /// What all blocks share.
+    pub fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
         let mut array = |elems: u64| k.shared(DType::F32, elems);
         Self {
             tokens: array(BLOCK * (2 * pad(mixer.k.width) + tile.columns)),
-            o: array(BLOCK * tile.columns),
             kq: array(BLOCK),
             alpha: array(BLOCK * tile.heads),
             beta: array(BLOCK * tile.heads),
-            sums: array(2 * tile.parts * 2 * tile.lanes),
+            short: None,
         }
+    }
+
+    fn short(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
+        let all = Self::alloc(k, mixer, tile);
+        let columns = tile.padded_columns();
+        let mut array = |elems: u64| k.shared(DType::F32, elems);
+        let short =
+            Short { o: array(BLOCK * tile.columns), parts: array(2 * tile.parts * columns), sums: array(2 * columns) };
+        Self { short: Some(short), ..all }
     }
 }
 
@@ -147,42 +225,61 @@ struct Channel {
 }
 
 /// Some value heads that share a key head: what one turn is about.
-struct Turn {
+pub struct Turn {
     /// The first value head.
-    first_head: Val,
-    /// Of this thread: the column in its value head, and whether it has one.
-    column: Val,
-    live: Val,
-    /// Of this thread: its part of a column.
+    pub first_head: Val,
+    /// The columns of this thread.
+    own: Vec<Column>,
+    /// Its part of each.
     part: Val,
-    /// Pointer to the state of its head.
-    state: Val,
     channels: Vec<Channel>,
 }
 
+/// A column of a thread.
+struct Column {
+    /// Its number among those of the block, and in its value head.
+    lane: Val,
+    column: Val,
+    /// Whether there is such a column; else it is the last one.
+    live: Val,
+    /// Pointer to the state of its head.
+    state: Val,
+}
+
 /// A block of tokens.
-struct Tokens {
-    first: Val,
-    count: Val,
+pub struct Tokens {
+    /// The first, and how many.
+    pub first: Val,
+    /// See `first`.
+    pub count: Val,
 }
 
 /// A block of threads at work on a sequence.
-struct Block<'a> {
-    mixer: &'a Mixer,
-    tile: Tile,
-    place: Place,
-    run: Run,
-    head: Val,
-    smem: Smem,
+pub struct Block<'a> {
+    /// What the kernel is connected to.
+    pub mixer: &'a Mixer,
+    /// How states lie.
+    pub tile: Tile,
+    /// The thread.
+    pub place: Place,
+    /// The sequence's tokens.
+    pub run: Run,
+    /// The key head.
+    pub head: Val,
+    /// The slice of a value head, in long runs.
+    pub slice: Val,
+    /// Shared memory.
+    pub smem: Smem,
 }
 
 impl Block<'_> {
-    fn key_elems(&self) -> u64 {
+    /// Elements of a key.
+    pub fn key_elems(&self) -> u64 {
         pad(self.mixer.k.width)
     }
 
     /// Elements of one token in shared memory.
-    fn row_elems(&self) -> u64 {
+    pub fn row_elems(&self) -> u64 {
         2 * self.key_elems() + self.tile.columns
     }
 
@@ -224,27 +321,38 @@ impl Block<'_> {
     }
 
     fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
+        let skipped = k.mul_const(turn, self.tile.heads);
+        let first_head = self.mixer.value_head(k, self.head, skipped);
+        let last_turn = k.index(self.tile.turns - 1);
+        let last_turn = k.cmp(Pred::Eq, turn, last_turn);
+        let channels = self.channels(k, first_head, last_turn);
+        Turn { channels, ..self.turn_of(k, first_head) }
+    }
+
+    /// What is about the value heads from `first_head` on, without channels.
+    pub fn turn_of(&self, k: &mut KernelBuilder, first_head: Val) -> Turn {
         let (mixer, tile) = (self.mixer, &self.tile);
         let width = pad(mixer.v.width);
-        let skipped = k.mul_const(turn, tile.heads);
-        let first_head = mixer.value_head(k, self.head, skipped);
-        let (part, lane) = (k.div_const(self.place.thread, tile.lanes), k.rem_const(self.place.thread, tile.lanes));
-        let columns = k.index(tile.columns);
-        let live = k.cmp(Pred::Lt, lane, columns);
-        let last = k.index(tile.columns - 1);
-        let lane = k.min_i64(lane, last);
-        let (head, column) = (k.div_const(lane, width), k.rem_const(lane, width));
-        let value_head = k.add(first_head, head);
-        let last_turn = k.index(tile.turns - 1);
-        let last_turn = k.cmp(Pred::Eq, turn, last_turn);
-        Turn {
-            first_head,
-            column,
-            live,
-            part,
-            state: mixer.state(k, self.run.slot, value_head),
-            channels: self.channels(k, first_head, last_turn),
-        }
+        let (which, of) =
+            if tile.neighbours { (self.place.thread, tile.own) } else { (self.place.warp, 32 * tile.own) };
+        let (group, part) = (k.div_const(which, tile.parts), k.rem_const(which, tile.parts));
+        let first = k.mul_const(group, of);
+        let first = if tile.neighbours { first } else { k.add(first, self.place.lane) };
+        let step = if tile.neighbours { 1 } else { 32 };
+        let skipped = k.mul_const(self.slice, tile.columns);
+        let own = (0..tile.own)
+            .map(|i| {
+                let (lane, columns) = (k.add_const(first, i * step), k.index(tile.columns));
+                let live = k.cmp(Pred::Lt, lane, columns);
+                let last = k.index(tile.columns - 1);
+                let lane = k.min_i64(lane, last);
+                let (head, column) = (k.div_const(lane, width), k.rem_const(lane, width));
+                let value_head = k.add(first_head, head);
+                let column = k.add(column, skipped);
+                Column { lane, column, live, state: mixer.state(k, self.run.slot, value_head) }
+            })
+            .collect();
+        Turn { first_head, own, part, channels: Vec::new() }
     }
 
     /// The channels of this thread: q, then k, then v of the turn's heads.
@@ -319,46 +427,59 @@ impl Block<'_> {
         });
     }
 
-    /// Index of row `i` of this thread's part of its column.
-    fn state_index(&self, k: &mut KernelBuilder, turn: &Turn, i: u64) -> Val {
-        let width = pad(self.mixer.v.width);
-        let first = k.mul_const(turn.part, self.tile.rows * width);
-        let first = k.add(first, turn.column);
-        k.add_const(first, i * width)
+    /// Index of row `i` of this thread in a column: rows lie in chunks, chunk by chunk those of all parts.
+    fn state_index(&self, k: &mut KernelBuilder, turn: &Turn, column: &Column, i: u64) -> Val {
+        let (width, chunk) = (pad(self.mixer.v.width), self.chunk() as u64);
+        let row = i / chunk * chunk * self.tile.parts + i % chunk;
+        let first = k.mul_const(turn.part, chunk * width);
+        let first = k.add(first, column.column);
+        k.add_const(first, row * width)
     }
 
-    fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
+    /// The state: row by row, of each this thread's columns.
+    pub fn load_state(&self, k: &mut KernelBuilder, turn: &Turn, fresh: Val) -> Vec<Val> {
         let (zero, begun) = (k.const_f32(0.0), k.not(fresh));
-        let loads = k.and(begun, turn.live);
-        k.if_else(
-            loads,
-            |k| {
-                let load = |i| {
-                    let at = self.state_index(k, turn, i);
-                    k.load_f32(turn.state, at)
+        let columns: Vec<Vec<Val>> = turn
+            .own
+            .iter()
+            .map(|column| {
+                let loads = k.and(begun, column.live);
+                let load = |k: &mut KernelBuilder, i| {
+                    let at = self.state_index(k, turn, column, i);
+                    k.load_f32(column.state, at)
                 };
-                (0..self.tile.rows).map(load).collect()
-            },
-            |_| vec![zero; self.tile.rows as usize],
-        )
+                let rows = 0..self.tile.rows;
+                k.if_else(
+                    loads,
+                    |k| rows.clone().map(|i| load(k, i)).collect(),
+                    |_| rows.clone().map(|_| zero).collect(),
+                )
+            })
+            .collect();
+        (0..self.tile.rows as usize).flat_map(|i| columns.iter().map(move |column| column[i])).collect()
     }
 
-    fn store_state(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val]) {
-        k.if_then(turn.live, |k| {
-            for (i, &s) in (0..).zip(state) {
-                let at = self.state_index(k, turn, i);
-                k.store(turn.state, at, s);
-            }
-        });
+    /// Stores what [`Self::load_state`] gives.
+    pub fn store_state(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val]) {
+        for (j, column) in turn.own.iter().enumerate() {
+            k.if_then(column.live, |k| {
+                for (i, row) in (0..).zip(state.chunks(turn.own.len())) {
+                    let at = self.state_index(k, turn, column, i);
+                    k.store(column.state, at, row[j]);
+                }
+            });
+        }
     }
 
     /// The state after the accepted tokens; in memory too, where it is not written at the end.
-    fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], fresh: Val) -> Vec<Val> {
+    pub fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], fresh: Val) -> Vec<Val> {
         let (zero, mixer) = (k.const_i64(0), self.mixer);
         let state = k.for_carry((zero, self.run.replay, 1), state, |k, i, state| {
-            let [key, d, alpha] = mixer.update(k, turn.state, i);
-            let (d, alpha) = (k.load_f32(d, turn.column), k.load_f32(alpha, zero));
-            self.apply(k, turn, state, key, (d, alpha))
+            let updates: Vec<_> = turn.own.iter().map(|c| (c.column, mixer.update(k, c.state, i))).collect();
+            let d: Vec<Val> = updates.iter().map(|&(column, [_, d, _])| k.load_f32(d, column)).collect();
+            let alpha: Vec<Val> = updates.iter().map(|&(_, [_, _, alpha])| k.load_f32(alpha, zero)).collect();
+            // the heads of a block share their keys
+            self.apply(k, turn, state, updates[0].1[0], (&d, &alpha))
         });
         let kept = k.cmp(Pred::Gt, self.run.replay, zero);
         let changed = k.or(kept, fresh);
@@ -367,14 +488,23 @@ impl Block<'_> {
         state
     }
 
-    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k.
-    fn apply(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], key: Val, (d, alpha): (Val, Val)) -> Vec<Val> {
+    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k; d and α are those of each of the thread's columns.
+    fn apply(
+        &self,
+        k: &mut KernelBuilder,
+        turn: &Turn,
+        state: &[Val],
+        key: Val,
+        (d, alpha): (&[Val], &[Val]),
+    ) -> Vec<Val> {
         let mut next = Vec::with_capacity(state.len());
-        for (i, chunk) in state.chunks(self.chunk()).enumerate() {
+        for (i, chunk) in state.chunks(self.chunk() * d.len()).enumerate() {
             let keys = self.load_rows(k, turn, key, i);
-            for (&s, ki) in chunk.iter().zip(keys) {
-                let decayed = k.fmul(alpha, s);
-                next.push(k.fma(ki, d, decayed));
+            for (row, ki) in chunk.chunks(d.len()).zip(keys) {
+                for ((&s, &d), &alpha) in row.iter().zip(d).zip(alpha) {
+                    let decayed = k.fmul(alpha, s);
+                    next.push(k.fma(ki, d, decayed));
+                }
             }
         }
         next
@@ -387,10 +517,10 @@ impl Block<'_> {
 
     /// Chunk `i` of this thread's rows of a vector over rows.
     fn load_rows(&self, k: &mut KernelBuilder, turn: &Turn, from: Val, i: usize) -> Vec<Val> {
-        let lanes = self.chunk() as u32;
-        let first = k.mul_const(turn.part, self.tile.rows);
-        let at = k.add_const(first, i as u64 * u64::from(lanes));
-        let rows = k.load(DType::F32, lanes, from, at);
+        let lanes = self.chunk() as u64;
+        let first = k.mul_const(turn.part, lanes);
+        let at = k.add_const(first, i as u64 * lanes * self.tile.parts);
+        let rows = k.load(DType::F32, lanes as u32, from, at);
         lanes_of(k, rows)
     }
 
@@ -409,7 +539,7 @@ impl Block<'_> {
         self.norms(k, tokens);
         k.barrier();
         let zero = k.const_i64(0);
-        let state = k.for_carry((zero, tokens.count, 1), state, |k, i, state| self.sweep(k, turn, i, state));
+        let state = k.for_carry((zero, tokens.count, 1), state, |k, i, state| self.sweep(k, turn, (tokens, i), state));
         k.barrier();
         self.epilogue(k, turn, tokens);
         next.extend(state);
@@ -431,10 +561,12 @@ impl Block<'_> {
             .collect()
     }
 
-    /// α and β of the block: a thread a token and value head.
+    /// α and β of the block: a thread a token and value head; there are threads enough.
     fn gates(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
+        let pair = self.place.thread;
         let pairs = k.mul_const(tokens.count, self.tile.heads);
-        k.for_each((self.place.thread, pairs, self.tile.threads()), |k, pair| {
+        let exists = k.cmp(Pred::Lt, pair, pairs);
+        k.if_then(exists, |k| {
             let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
             let (t, head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
             let (alpha, beta) = self.mixer.gate(k, t, head);
@@ -519,85 +651,124 @@ impl Block<'_> {
     fn normed(&self, k: &mut KernelBuilder, x: Val, scale: f32) -> Vec<Val> {
         let places = self.place.places(k, self.key_elems());
         let elements: Vec<Val> = places.iter().map(|p| p.load(k, x)).collect();
-        let zero = k.const_f32(0.0);
-        let sum = elements.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
-        let sum = warp_sum(k, sum);
-        let eps = k.const_f32(self.mixer.eps);
-        let sum = k.fadd(sum, eps);
-        let root = k.rsqrt(sum);
-        let scale = k.const_f32(scale);
-        let factor = k.fmul(root, scale);
-        let normed: Vec<Val> = elements.iter().map(|&x| k.fmul(x, factor)).collect();
+        let normed = normed(k, self.mixer, &elements, scale);
         places.iter().zip(&normed).for_each(|(p, &y)| p.store(k, x, y));
         normed
     }
 
     /// Token `i` of the block through the recurrence; gives the state after it.
-    fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, i: Val, state: &[Val]) -> Vec<Val> {
+    pub fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), state: &[Val]) -> Vec<Val> {
         let tile = &self.tile;
+        let own = tile.own as usize;
         let [q, key, v] = self.token(k, i);
         let zero = k.const_f32(0.0);
-        let (mut y, mut w) = (zero, zero);
-        for (c, chunk) in state.chunks(self.chunk()).enumerate() {
+        let (mut y, mut w) = (vec![zero; own], vec![zero; own]);
+        for (c, chunk) in state.chunks(self.chunk() * own).enumerate() {
             let (keys, queries) = (self.load_rows(k, turn, key, c), self.load_rows(k, turn, q, c));
-            for ((&s, ki), qi) in chunk.iter().zip(keys).zip(queries) {
-                y = k.fma(s, ki, y);
-                w = k.fma(s, qi, w);
+            for ((row, ki), qi) in chunk.chunks(own).zip(keys).zip(queries) {
+                for (column, &s) in row.iter().enumerate() {
+                    y[column] = k.fma(s, ki, y[column]);
+                    w[column] = k.fma(s, qi, w[column]);
+                }
             }
         }
-        let lane = k.rem_const(self.place.thread, tile.lanes);
-        let [y, w] = self.sum_parts(k, turn, (i, lane), [y, w]);
-        let head = k.div_const(lane, pad(self.mixer.v.width));
-        let last = k.index(tile.heads - 1);
-        let head = k.min_i64(head, last);
-        let pair = k.mul_const(i, tile.heads);
-        let pair = k.add(pair, head);
-        let (alpha, beta) = (k.load_f32(self.smem.alpha, pair), k.load_f32(self.smem.beta, pair));
-        let last = k.index(tile.columns - 1);
-        let lane = k.min_i64(lane, last);
-        let (v, kq) = (k.load_f32(v, lane), k.load_f32(self.smem.kq, i));
-        let decayed = k.fmul(alpha, y);
-        let error = k.fsub(v, decayed);
-        let d = k.fmul(beta, error);
-        let mixed = k.fmul(alpha, w);
-        let out = k.fma(kq, d, mixed);
-        let first = k.const_i64(0);
-        let writes = k.cmp(Pred::Eq, turn.part, first);
-        let writes = k.and(writes, turn.live);
-        k.if_then(writes, |k| {
-            let o = row_ptr(k, self.smem.o, i, tile.columns);
-            k.store(o, lane, out);
-            k.if_then(self.run.tentative, |k| {
-                let [_, kept, _] = self.mixer.update(k, turn.state, i);
-                k.store(kept, turn.column, d);
-            });
-        });
-        k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
-        self.apply(k, turn, state, key, (d, alpha))
+        let [y, w] = self.sum_parts(k, turn, [y, w]);
+        let kq = k.load_f32(self.smem.kq, i);
+        let (mut d, mut alphas) = (Vec::with_capacity(own), Vec::with_capacity(own));
+        for (j, column) in turn.own.iter().enumerate() {
+            let head = k.div_const(column.lane, pad(self.mixer.v.width));
+            let pair = k.mul_const(i, tile.heads);
+            let pair = k.add(pair, head);
+            let (alpha, beta) = (k.load_f32(self.smem.alpha, pair), k.load_f32(self.smem.beta, pair));
+            let v = k.load_f32(v, column.lane);
+            let decayed = k.fmul(alpha, y[j]);
+            let error = k.fsub(v, decayed);
+            let update = k.fmul(beta, error);
+            let mixed = k.fmul(alpha, w[j]);
+            let out = k.fma(kq, update, mixed);
+            let first = k.const_i64(0);
+            let writes = k.cmp(Pred::Eq, turn.part, first);
+            let writes = k.and(writes, column.live);
+            k.if_then(writes, |k| self.say(k, turn, (tokens, i), column, (out, update)));
+            d.push(update);
+            alphas.push(alpha);
+        }
+        if self.smem.short.is_some() {
+            k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
+        }
+        self.apply(k, turn, state, key, (&d, &alphas))
     }
 
-    /// Sums of all parts of this thread's column, in order. Token by token they lie in two places, so that one barrier is enough.
-    fn sum_parts(&self, k: &mut KernelBuilder, turn: &Turn, (i, lane): (Val, Val), own: [Val; 2]) -> [Val; 2] {
+    /// Stores what a column says of token `i`, and keeps its update where that may have to be replayed.
+    fn say(
+        &self,
+        k: &mut KernelBuilder,
+        turn: &Turn,
+        (tokens, i): (&Tokens, Val),
+        column: &Column,
+        (out, update): (Val, Val),
+    ) {
+        let Some(short) = self.smem.short else {
+            let t = k.add(tokens.first, i);
+            let row = self.mixer.out_row(k, t, turn.first_head);
+            k.store(row, column.column, out);
+            return;
+        };
+        let row = row_ptr(k, short.o, i, self.tile.columns);
+        k.store(row, column.lane, out);
+        k.if_then(self.run.tentative, |k| {
+            let [_, kept, _] = self.mixer.update(k, column.state, i);
+            k.store(kept, column.column, update);
+        });
+    }
+
+    /// Sums over the parts of this thread's columns, as a tree: those of parts `p` and `p ^ mask`, as in [`across`].
+    fn sum_parts(&self, k: &mut KernelBuilder, turn: &Turn, sums: [Vec<Val>; 2]) -> [Vec<Val>; 2] {
         let tile = &self.tile;
-        if tile.parts == 1 {
-            return own;
-        }
-        let parity = k.rem_const(i, 2);
-        let sums = row_ptr(k, self.smem.sums, parity, tile.parts * 2 * tile.lanes);
-        let mine = row_ptr(k, sums, turn.part, 2 * tile.lanes);
-        for (which, x) in (0..).zip(own) {
-            let at = k.add_const(lane, which * tile.lanes);
-            k.store(mine, at, x);
+        let masks: Vec<u32> = [4, 2, 1].into_iter().filter(|&mask| u64::from(mask) < tile.parts).collect();
+        let Some(short) = self.smem.short else {
+            let whole = |k: &mut KernelBuilder, x: Val| across(k, &masks, x, |k, a, b| k.fadd(a, b));
+            return sums.map(|sums| sums.into_iter().map(|x| whole(k, x)).collect());
+        };
+        let columns = tile.padded_columns();
+        let mine = row_ptr(k, short.parts, turn.part, 2 * columns);
+        let lanes: Vec<Val> = self.padded_lanes(k, turn);
+        for (which, sums) in (0..).zip(&sums) {
+            for (&lane, &x) in lanes.iter().zip(sums) {
+                let at = k.add_const(lane, which * columns);
+                k.store(mine, at, x);
+            }
         }
         k.barrier();
+        let items = k.index(2 * columns);
+        k.for_each((self.place.thread, items, tile.threads()), |k, item| {
+            let load = |part| {
+                let at = k.add_const(item, part * 2 * columns);
+                k.load_f32(short.parts, at)
+            };
+            let mut parts: Vec<Val> = (0..tile.parts).map(load).collect();
+            while parts.len() > 1 {
+                let (low, high) = parts.split_at(parts.len() / 2);
+                parts = low.iter().zip(high).map(|(&a, &b)| k.fadd(a, b)).collect();
+            }
+            k.store(short.sums, item, parts[0]);
+        });
+        k.barrier();
         [0, 1].map(|which| {
-            let parts = (0..tile.parts).map(|part| {
-                let at = k.add_const(lane, (2 * part + which) * tile.lanes);
-                k.load_f32(sums, at)
-            });
-            let parts: Vec<Val> = parts.collect();
-            parts[1..].iter().fold(parts[0], |sum, &x| k.fadd(sum, x))
+            let load = |&lane: &Val| {
+                let at = k.add_const(lane, which * columns);
+                k.load_f32(short.sums, at)
+            };
+            lanes.iter().map(load).collect()
         })
+    }
+
+    /// The places of a thread's columns among all, those that nobody has included.
+    fn padded_lanes(&self, k: &mut KernelBuilder, turn: &Turn) -> Vec<Val> {
+        let group = k.div_const(self.place.warp, self.tile.parts);
+        let first = k.mul_const(group, 32 * self.tile.own);
+        let first = k.add(first, self.place.lane);
+        (0..turn.own.len() as u64).map(|i| k.add_const(first, 32 * i)).collect()
     }
 
     /// Keeps k and α of token `i` with every head of the turn; its d is kept by the threads that have it.
@@ -622,32 +793,52 @@ impl Block<'_> {
         });
     }
 
-    /// `out = rms_norm(o, norm) · silu(z)`: a warp a token and value head.
+    /// The norms of what the block says of its tokens: a warp a token and value head.
     fn epilogue(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
-        let (mixer, width) = (self.mixer, pad(self.mixer.v.width));
+        let Some(short) = self.smem.short else { return };
+        let width = pad(self.mixer.v.width);
         let pairs = k.mul_const(tokens.count, self.tile.heads);
         k.for_each((self.place.warp, pairs, self.tile.threads() / 32), |k, pair| {
             let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
             let (t, value_head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
-            let (norm, z) = (k.param(mixer.norm), k.param(mixer.z));
-            let z = row_ptr(k, z, t, mixer.v.row());
-            let z = row_ptr(k, z, value_head, width);
-            let o = row_ptr(k, self.smem.o, pair, width);
-            let places = self.place.places(k, width);
-            let [o, norm, z] = [o, norm, z].map(|p| places.iter().map(|at| at.load(k, p)).collect::<Vec<_>>());
-            let zero = k.const_f32(0.0);
-            let sum = o.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
-            let sum = warp_sum(k, sum);
-            let scale = mean_rsqrt(k, sum, mixer.v.width, mixer.norm_eps);
-            let out = mixer.out_row(k, t, value_head);
-            for (i, place) in places.iter().enumerate() {
-                let normed = k.fmul(o[i], scale);
-                let normed = k.fmul(normed, norm[i]);
-                let gate = k.silu(z[i]);
-                let value = k.fmul(normed, gate);
-                place.store(k, out, value);
-            }
+            let o = row_ptr(k, short.o, pair, width);
+            norm_out(k, self.mixer, &self.place, (t, value_head), o);
         });
+    }
+}
+
+/// `scale · x / |x|` of the elements that the threads of a warp have.
+pub fn normed(k: &mut KernelBuilder, mixer: &Mixer, elements: &[Val], scale: f32) -> Vec<Val> {
+    let zero = k.const_f32(0.0);
+    let sum = elements.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
+    let sum = warp_sum(k, sum);
+    let eps = k.const_f32(mixer.eps);
+    let sum = k.fadd(sum, eps);
+    let root = k.rsqrt(sum);
+    let scale = k.const_f32(scale);
+    let factor = k.fmul(root, scale);
+    elements.iter().map(|&x| k.fmul(x, factor)).collect()
+}
+
+/// `out = rms_norm(o, norm) · silu(z)` of a value head of token `t`, by a warp.
+pub fn norm_out(k: &mut KernelBuilder, mixer: &Mixer, place: &Place, (t, head): (Val, Val), o: Val) {
+    let width = pad(mixer.v.width);
+    let (norm, z) = (k.param(mixer.norm), k.param(mixer.z));
+    let z = row_ptr(k, z, t, mixer.v.row());
+    let z = row_ptr(k, z, head, width);
+    let places = place.places(k, width);
+    let [o, norm, z] = [o, norm, z].map(|p| places.iter().map(|at| at.load(k, p)).collect::<Vec<_>>());
+    let zero = k.const_f32(0.0);
+    let sum = o.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
+    let sum = warp_sum(k, sum);
+    let scale = mean_rsqrt(k, sum, mixer.v.width, mixer.norm_eps);
+    let out = mixer.out_row(k, t, head);
+    for (i, place) in places.iter().enumerate() {
+        let normed = k.fmul(o[i], scale);
+        let normed = k.fmul(normed, norm[i]);
+        let gate = k.silu(z[i]);
+        let value = k.fmul(normed, gate);
+        place.store(k, out, value);
     }
 }
 

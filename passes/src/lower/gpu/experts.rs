@@ -1,21 +1,30 @@
 //! `experts` on a GPU: the router with its dispatch, and the two halves of the routed and the shared experts.
 //!
+//! Of few tokens:
+//!
 //! norm_router      blocks over tiles of router logits; tail, one block: a warp a token chooses, then a thread an expert counts and lists
 //! experts_gate_up  blocks (chosen expert, tile of its width), then tiles of the shared expert
 //! experts_down     a block a tile of the residual stream: its warps take the chosen experts in turn, sums of a token in the order of its choices
 //!
+//! Of some tokens the same, in several goes; of many tokens, see [`super::many_experts`].
+//!
 //! What is dispatched, and how, says [`super::super::experts`].
 
 use nextc_ir::DType;
-use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
-use nextc_ir::shape::{LANES, pad};
+use nextc_ir::shape::{LANES, Sym, pad};
 
 use super::super::LowerError;
 use super::super::experts::Table;
 use super::super::matmul::{Normed, Residual, Rows, in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::matmul::{Block, ask_ahead, load_row, pair_split, products, store_one, store_residual, swiglu};
+use super::many::{FEW_ROWS, TILES, few, few_rows, some, some_tokens};
+use super::many_experts;
+use super::matmul::{
+    At, Run, ask_ahead, load_row, pair_split, products, products_of_all, products_of_some, store_one, store_residual,
+    swiglu,
+};
 use super::tile::{Fragments, Product, Split, TOKENS};
 use super::{Place, begin, warp_sum};
 
@@ -32,7 +41,8 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let sym = site.rows(site.result(0))?;
     let tiles = router_matrix.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &router_matrix.planes) };
-    let mut k = ports.builder(site, (tiles + 1).into());
+    let most = few_rows(site.target, tiles.div_ceil(TILES) + 1);
+    let mut k = ports.builder(site, few(sym, most, (tiles + 1).into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let (place, count) = (Place::here(&mut k), k.dim(sym));
@@ -44,7 +54,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
         begin(k);
         let out = k.param(outs[if is_gate { 4 } else { 5 }]);
         let stride = if is_gate { LANES } else { pad(experts) };
-        products(k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+        products_of_all(k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
             let value = if is_gate { k.sigmoid(sum.values[0]) } else { sum.values[0] };
             k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, value));
         });
@@ -62,37 +72,99 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
         threads: u64::from(split.threads()),
         tokens: count,
     };
-    Ok(ports.finish(k.finish_with_tail(|k| choice.emit(k, &outs))))
+    let few = k.finish_with_tail_grid(few(sym, FEW_ROWS, 1.into()), |k| choice.emit(k, &outs));
+    let router = many_experts::Router { rows: &rows, matrices: [(router_matrix, router), (gate_matrix, gate)], split };
+    let many = router.kernels(site, &ports, &outs, (sym, &choice));
+    Ok(ports.finish(few).then(many))
 }
 
 /// The tail of the router: choice of experts, and their dispatch.
-struct Choice {
-    experts: u64,
-    k: u64,
-    renormalise: bool,
-    threads: u64,
-    tokens: Val,
+#[derive(Clone, Copy)]
+pub struct Choice {
+    /// All experts.
+    pub experts: u64,
+    /// Those of a token.
+    pub k: u64,
+    /// Whether the weights of a token add up to 1.
+    pub renormalise: bool,
+    /// Threads of the block.
+    pub threads: u64,
+    /// Tokens of the step.
+    pub tokens: Val,
 }
 
-/// Choices that lie in shared memory at once.
-const CHUNK: u64 = 4096;
-
 impl Choice {
+    /// Chooses for each of few tokens, and lists their choices.
     fn emit(&self, k: &mut KernelBuilder, outs: &[Port]) {
-        let scan: [Val; 4] = std::array::from_fn(|_| k.shared(DType::I32, self.slots() * self.threads));
-        let ids_near = k.shared(DType::I32, CHUNK);
+        let most = FEW_ROWS * self.k;
+        let listed = Listed { ids: k.shared(DType::I32, most), firsts: k.shared(DType::I32, most) };
         let place = Place::here(k);
         begin(k);
         let [weights, ids, order, table, _, logits] = [0, 1, 2, 3, 4, 5].map(|i: usize| k.param(outs[i]));
         k.for_each((place.warp, self.tokens, self.threads / 32), |k, t| {
-            self.choose(k, place, t, (logits, weights, ids));
+            let chosen = self.choose(k, place, t, (logits, weights, ids));
+            k.if_then(chosen.exists, |k| {
+                let at = k.mul_const(t, self.k);
+                let at = k.add(at, place.lane);
+                k.store(listed.ids, at, chosen.id);
+            });
         });
         k.barrier();
-        self.dispatch(k, place.thread, (ids, order, table), ids_near, scan);
+        self.list(k, place.thread, (order, table), &listed);
+    }
+
+    /// Lists few choices by expert: each finds its place by comparing itself with all others, and so does each expert.
+    fn list(&self, k: &mut KernelBuilder, thread: Val, (order, table): (Val, Val), listed: &Listed) {
+        let (start, choices) = (k.const_i64(0), k.mul_const(self.tokens, self.k));
+        let (none, one) = (k.const_i32(0), k.const_i32(1));
+        let count = |k: &mut KernelBuilder, counts: Val, sum: Val| {
+            let more = k.select(counts, one, none);
+            k.add(sum, more)
+        };
+        k.for_each((thread, choices, self.threads), |k, c| {
+            let id = k.load(DType::I32, 1, listed.ids, c);
+            let found = k.for_carry((start, choices, 1), &[none, none], |k, i, found| {
+                let other = k.load(DType::I32, 1, listed.ids, i);
+                let (less, same, before) =
+                    (k.cmp(Pred::Lt, other, id), k.cmp(Pred::Eq, other, id), k.cmp(Pred::Lt, i, c));
+                let earlier = k.and(same, before);
+                vec![count(k, less, found[0]), count(k, earlier, found[1])]
+            });
+            let at = k.add(found[0], found[1]);
+            let (at, number) = (k.widen(at), k.narrow(c));
+            k.store(order, at, number);
+            let is_first = k.cmp(Pred::Eq, found[1], none);
+            let is_first = k.select(is_first, one, none);
+            k.store(listed.firsts, c, is_first);
+        });
+        k.barrier();
+        for slot in 0..self.slots() {
+            let e = k.add_const(thread, slot * self.threads);
+            let e32 = k.narrow(e);
+            // choices of experts before this one, and of this one; experts before this one that were chosen, and all
+            let found = k.for_carry((start, choices, 1), &[none; 4], |k, i, found| {
+                let (id, first) = (k.load(DType::I32, 1, listed.ids, i), k.load(DType::I32, 1, listed.firsts, i));
+                let (less, same) = (k.cmp(Pred::Lt, id, e32), k.cmp(Pred::Eq, id, e32));
+                let active = k.select(less, first, none);
+                vec![
+                    count(k, less, found[0]),
+                    count(k, same, found[1]),
+                    k.add(found[2], active),
+                    k.add(found[3], first),
+                ]
+            });
+            let (end, last) = (k.index(self.experts), k.index(self.experts - 1));
+            let exists = k.cmp(Pred::Lt, e, end);
+            k.if_then(exists, |k| {
+                let run_end = k.add(found[0], found[1]);
+                let active = k.add(found[2], one);
+                self.enter(k, table, (e, e32, last), (found[0], run_end, found[1]), (active, found[3]));
+            });
+        }
     }
 
     /// Experts that one thread counts.
-    const fn slots(&self) -> u64 {
+    pub const fn slots(&self) -> u64 {
         self.experts.div_ceil(self.threads)
     }
 
@@ -102,7 +174,13 @@ impl Choice {
     }
 
     /// The experts of token `t`: the largest logits in descending order, the lower index first among equals.
-    fn choose(&self, k: &mut KernelBuilder, place: Place, t: Val, (logits, weights, ids): (Val, Val, Val)) {
+    pub fn choose(
+        &self,
+        k: &mut KernelBuilder,
+        place: Place,
+        t: Val,
+        (logits, weights, ids): (Val, Val, Val),
+    ) -> Chosen {
         let logits = row_ptr(k, logits, t, pad(self.experts));
         let lowest = k.const_f32(f32::NEG_INFINITY);
         let numbers: Vec<Val> = (0..self.held()).map(|i| k.add_const(place.lane, 32 * i)).collect();
@@ -145,6 +223,7 @@ impl Choice {
             k.store(weights, place.lane, weight);
             k.store(ids, place.lane, carried[1]);
         });
+        Chosen { exists: chooses, id: carried[1] }
     }
 
     /// The largest of the warp's numbers and its expert, in all lanes; the last expert if there is none (all NaN).
@@ -162,16 +241,15 @@ impl Choice {
             };
             found = found.chunks(2).map(join).collect();
         }
-        let some = k.cmp(Pred::Gt, found[0].0, lowest);
-        let (mut best, mut id) = (found[0].0, k.select(some, found[0].1, last));
-        for mask in [16, 8, 4, 2, 1] {
-            let (x, e) = (k.shuffle_xor(best, mask), k.shuffle_xor(id, mask));
-            let (larger, same, lower) = (k.cmp(Pred::Gt, x, best), k.cmp(Pred::Eq, x, best), k.cmp(Pred::Lt, e, id));
-            let earlier = k.and(same, lower);
-            let better = k.or(larger, earlier);
-            (best, id) = (k.select(better, x, best), k.select(better, e, id));
-        }
-        (best, id)
+        let (own, id) = found[0];
+        let key = ordered(k, own);
+        let best = k.warp_max(key);
+        let is_best = k.cmp(Pred::Eq, key, best);
+        let id = k.select(is_best, id, last);
+        let id = k.warp_min(id);
+        let lowest = ordered(k, lowest);
+        let some = k.cmp(Pred::Gt, best, lowest);
+        (unordered(k, best), k.select(some, id, last))
     }
 
     fn sum_exp(&self, k: &mut KernelBuilder, held: &[Val], largest: Val) -> Val {
@@ -184,58 +262,39 @@ impl Choice {
         warp_sum(k, sum)
     }
 
-    /// Counting sort of all choices by expert: each thread counts and lists its own experts.
-    fn dispatch(
+    /// Enters the thread's experts into the table, where `enters` says so; gives where each one's run begins.
+    pub fn enter_all(
         &self,
         k: &mut KernelBuilder,
-        thread: Val,
-        (ids, order, table): (Val, Val, Val),
-        near: Val,
+        table: Val,
+        (own, counts): (&[Val], &[Val]),
         scan: [Val; 4],
-    ) {
-        let own: Vec<Val> = (0..self.slots()).map(|i| k.add_const(thread, i * self.threads)).collect();
-        let own32: Vec<Val> = own.iter().map(|&e| k.narrow(e)).collect();
+        enters: Val,
+    ) -> Vec<Val> {
         let (zero, one) = (k.const_i32(0), k.const_i32(1));
-        let counts = self.for_choices(k, thread, ids, near, vec![zero; own.len()], |k, _, id, counts| {
-            let add = |(&e, &count): (&Val, &Val)| {
-                let mine = k.cmp(Pred::Eq, id, e);
-                let more = k.add(count, one);
-                k.select(mine, more, count)
-            };
-            own32.iter().zip(counts).map(add).collect()
-        });
-        for (&e, &count) in own.iter().zip(&counts) {
+        for (&e, &count) in own.iter().zip(counts) {
             let some = k.cmp(Pred::Gt, count, zero);
             let some = k.select(some, one, zero);
             k.store(scan[0], e, count);
             k.store(scan[1], e, some);
         }
-        let [starts, actives] = self.prefix_sums(k, &own, scan);
+        let [starts, actives] = self.prefix_sums(k, own, scan);
         let experts = k.index(self.experts);
         let last = k.index(self.experts - 1);
         let active_count = k.load(DType::I32, 1, actives, last);
         let mut cursors = Vec::new();
-        for (i, (&e, &count)) in own.iter().zip(&counts).enumerate() {
+        for (&e, &count) in own.iter().zip(counts) {
             let (end, active) = (k.load(DType::I32, 1, starts, e), k.load(DType::I32, 1, actives, e));
             let start = k.sub(end, count);
             let exists = k.cmp(Pred::Lt, e, experts);
+            let exists = k.and(exists, enters);
+            let e32 = k.narrow(e);
             k.if_then(exists, |k| {
-                self.enter(k, table, (e, own32[i], last), (start, end, count), (active, active_count))
+                self.enter(k, table, (e, e32, last), (start, end, count), (active, active_count));
             });
             cursors.push(start);
         }
-        self.for_choices(k, thread, ids, near, cursors, |k, number, id, cursors| {
-            let list = |(&e, &cursor): (&Val, &Val)| {
-                let mine = k.cmp(Pred::Eq, id, e);
-                k.if_then(mine, |k| {
-                    let (at, number) = (k.widen(cursor), k.narrow(number));
-                    k.store(order, at, number);
-                });
-                let more = k.add(cursor, one);
-                k.select(mine, more, cursor)
-            };
-            own32.iter().zip(cursors).map(list).collect()
-        });
+        cursors
     }
 
     /// Enters expert `e` into the table: where its run begins, and its place among those that anybody chose.
@@ -299,37 +358,44 @@ impl Choice {
         }
         from
     }
+}
 
-    /// Runs `body(number, expert, carried)` for every choice, in order, in every thread; choices come through shared memory.
-    fn for_choices(
-        &self,
-        k: &mut KernelBuilder,
-        thread: Val,
-        ids: Val,
-        near: Val,
-        init: Vec<Val>,
-        mut body: impl FnMut(&mut KernelBuilder, Val, Val, &[Val]) -> Vec<Val>,
-    ) -> Vec<Val> {
-        let (zero, choices) = (k.const_i64(0), k.mul_const(self.tokens, self.k));
-        k.for_carry((zero, choices, CHUNK), &init, |k, first, carried| {
-            let (left, most) = (k.sub(choices, first), k.index(CHUNK));
-            let count = k.min_i64(left, most);
-            k.barrier();
-            k.for_each((thread, count, self.threads), |k, i| {
-                let number = k.add(first, i);
-                let (t, s) = (k.div_const(number, self.k), k.rem_const(number, self.k));
-                let row = row_ptr(k, ids, t, pad(self.k));
-                let id = k.load(DType::I32, 1, row, s);
-                k.store(near, i, id);
-            });
-            k.barrier();
-            k.for_carry((zero, count, 1), carried, |k, i, carried| {
-                let number = k.add(first, i);
-                let id = k.load(DType::I32, 1, near, i);
-                body(k, number, id, carried)
-            })
-        })
-    }
+/// What a lane has chosen for its token.
+pub struct Chosen {
+    /// Whether it has chosen one.
+    pub exists: Val,
+    /// The expert.
+    pub id: Val,
+}
+
+/// The choices of few tokens, in shared memory.
+struct Listed {
+    /// The expert of each.
+    ids: Val,
+    /// 1 for each that is the first of its expert.
+    firsts: Val,
+}
+
+/// A float, no NaN, as an integer that compares as it does.
+fn ordered(k: &mut KernelBuilder, x: Val) -> Val {
+    // so that both zeros are one
+    let zero = k.const_f32(0.0);
+    let x = k.fadd(x, zero);
+    let bits = k.bitcast(x, DType::I32);
+    flip_negative(k, bits)
+}
+
+/// The float of [`ordered`].
+fn unordered(k: &mut KernelBuilder, bits: Val) -> Val {
+    let bits = flip_negative(k, bits);
+    k.bitcast(bits, DType::F32)
+}
+
+fn flip_negative(k: &mut KernelBuilder, bits: Val) -> Val {
+    let (sign, magnitude) = (k.const_i32(31), k.const_i32(i32::MAX));
+    let sign = k.sshr(bits, sign);
+    let flips = k.and(sign, magnitude);
+    k.xor(bits, flips)
 }
 
 /// `experts_gate_up`.
@@ -350,95 +416,123 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let s_stride = site.stride(site.result(1));
     let (expert_tiles, shared_tiles) = (pad(width) / LANES, dense.planes.tiles());
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
-    let split = pair_split(site, &routed);
-    let mut k = ports.builder(site, Extent::from(shared_tiles) + most * expert_tiles.into());
-    k.threads(split.threads());
-    let shared = split.shared(&mut k);
-    let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
-    let (task, shared_end) = (k.task(), k.index(shared_tiles));
-    let is_shared = k.cmp(Pred::Lt, task, shared_end);
-    k.if_else(
-        is_shared,
-        |k| {
-            let tiles = [s_gate, s_up].map(|w| {
-                let base = k.param(w);
-                dense.own_tile(k, base, task)
-            });
-            let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
-            let ahead = ask_ahead(k, &product);
-            begin(k);
-            let out = k.param(s);
-            products(k, split, (&product, ahead, shared), &rows, tokens, &mut |_, t| t, &mut |k, at, sum| {
-                let value = swiglu(k, sum);
-                k.if_then(at.exists, |k| store_one(k, (out, s_stride), at.token, task, sum.row, value));
-            });
-            Vec::new()
-        },
-        |k| {
-            begin(k);
-            let number = k.sub(task, shared_end);
-            let (at, tile) = (k.div_const(number, expert_tiles), k.rem_const(number, expert_tiles));
-            let table = k.param(table);
-            let active = layout.count(k, table);
-            let chosen = k.cmp(Pred::Lt, at, active);
-            k.if_then(chosen, |k| {
-                let e = layout.active(k, table, at);
-                let (first, end) = layout.run(k, table, e);
-                let base = k.mul_const(e, expert_tiles);
-                let weight_tile = k.add(base, tile);
-                let tiles = [gate, up].map(|w| {
+    let (split, some_most) = (pair_split(site, &routed), some_tokens(experts, choices));
+    let of = |part: &str, grid: Extent, products: Run| {
+        let mut k = ports.builder_of(site, part, grid);
+        k.threads(split.threads());
+        let shared = split.shared(&mut k);
+        let (place, tokens, layout) = (Place::here(&mut k), k.dim(sym), Table { experts });
+        let (task, shared_end) = (k.task(), k.index(shared_tiles));
+        let is_shared = k.cmp(Pred::Lt, task, shared_end);
+        k.if_else(
+            is_shared,
+            |k| {
+                let tiles = [s_gate, s_up].map(|w| {
                     let base = k.param(w);
-                    routed.own_tile(k, base, weight_tile)
+                    dense.own_tile(k, base, task)
                 });
-                let product = Product::new(k, &routed, tiles.to_vec(), place, split.warps);
-                let ahead = product.ahead(k);
-                let (order, h, count) = (k.param(order), k.param(h), k.sub(end, first));
-                let choice = |k: &mut KernelBuilder, i: Val| {
-                    let at = k.add(first, i);
-                    k.load_index(order, at)
-                };
-                let mut row_of = |k: &mut KernelBuilder, i: Val| {
-                    let number = choice(k, i);
-                    k.div_const(number, choices)
-                };
-                products(k, split, (&product, ahead, shared), &rows, count, &mut row_of, &mut |k, at, sum| {
+                let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
+                let ahead = ask_ahead(k, &product);
+                begin(k);
+                let out = k.param(s);
+                products(k, split, (&product, ahead, shared), &rows, tokens, &mut |_, t| t, &mut |k, at, sum| {
                     let value = swiglu(k, sum);
-                    k.if_then(at.exists, |k| {
-                        let number = choice(k, at.token);
-                        store_one(k, (h, pad(width)), number, tile, sum.row, value);
+                    k.if_then(at.exists, |k| store_one(k, (out, s_stride), at.token, task, sum.row, value));
+                });
+                Vec::new()
+            },
+            |k| {
+                begin(k);
+                let number = k.sub(task, shared_end);
+                let (at, tile) = (k.div_const(number, expert_tiles), k.rem_const(number, expert_tiles));
+                let table = k.param(table);
+                let (e, none) = (layout.active(k, table, at), k.const_i64(0));
+                let chosen = k.cmp(Pred::Ge, e, none);
+                k.if_then(chosen, |k| {
+                    let (first, end) = layout.run(k, table, e);
+                    let base = k.mul_const(e, expert_tiles);
+                    let weight_tile = k.add(base, tile);
+                    let tiles = [gate, up].map(|w| {
+                        let base = k.param(w);
+                        routed.own_tile(k, base, weight_tile)
+                    });
+                    let product = Product::new(k, &routed, tiles.to_vec(), place, split.warps);
+                    let ahead = product.ahead(k);
+                    let (order, h, count) = (k.param(order), k.param(h), k.sub(end, first));
+                    let choice = |k: &mut KernelBuilder, i: Val| {
+                        let at = k.add(first, i);
+                        k.load_index(order, at)
+                    };
+                    let mut row_of = |k: &mut KernelBuilder, i: Val| {
+                        let number = choice(k, i);
+                        k.div_const(number, choices)
+                    };
+                    products(k, split, (&product, ahead, shared), &rows, count, &mut row_of, &mut |k, at, sum| {
+                        let value = swiglu(k, sum);
+                        k.if_then(at.exists, |k| {
+                            let number = choice(k, at.token);
+                            store_one(k, (h, pad(width)), number, tile, sum.row, value);
+                        });
                     });
                 });
-            });
-            Vec::new()
-        },
-    );
-    Ok(ports.finish(k.finish()))
+                Vec::new()
+            },
+        );
+        k.finish()
+    };
+    let grid = Extent::from(shared_tiles) + most * expert_tiles.into();
+    let kernels = [
+        of("", few(sym, FEW_ROWS, grid.clone()), products),
+        of(".some", some(sym, (FEW_ROWS, some_most), grid), products_of_some),
+    ];
+    let many = many_experts::GateUp {
+        rows: &rows,
+        routed: (routed, [gate, up]),
+        dense: (dense, [s_gate, s_up]),
+        split,
+        dispatch: many_experts::Dispatch { order, table, layout: Table { experts }, choices },
+        width,
+        outs: [(h, pad(width)), (s, s_stride)],
+    };
+    let many = ports.clone().finish(many.kernel(site, &ports, (sym, some_most)));
+    let [few, some] = kernels.map(|kernel| ports.clone().finish(kernel));
+    Ok(few.then(some).then(many))
 }
 
 /// Warps of a block of `experts_down`.
 const DOWN_WARPS: u64 = 12;
-/// Tokens whose sums lie in shared memory at once, if they have ten choices each.
-const DOWN_TOKENS: u64 = 64;
-
+/// Tokens whose products lie in shared memory at once, where a step has more than few.
+const SOME_TOKENS: u64 = 64;
 /// `experts_down` and what it is connected to.
-struct Down {
-    routed: Fragments,
-    dense: Fragments,
-    w_down: Port,
-    s_down: Port,
-    h: Rows,
-    s: Rows,
-    weights: Port,
-    order: Port,
-    table: Port,
-    shared: Port,
-    residual: Residual,
-    layout: Table,
-    choices: u64,
+pub struct Down {
+    /// The routed experts' matrices, and the shared one's.
+    pub routed: Fragments,
+    /// See `routed`.
+    pub dense: Fragments,
+    /// The weights of both.
+    pub w_down: Port,
+    /// See `w_down`.
+    pub s_down: Port,
+    /// What both are multiplied with.
+    pub h: Rows,
+    /// See `h`.
+    pub s: Rows,
+    /// Weights of a token's choices.
+    pub weights: Port,
+    /// Choices by expert.
+    pub order: Port,
+    /// See [`Table`].
+    pub table: Port,
+    /// The weight of the shared expert.
+    pub shared: Port,
+    /// Where results go.
+    pub residual: Residual,
+    /// The layout of `table`.
+    pub layout: Table,
+    /// Experts of a token.
+    pub choices: u64,
     /// Tiles of an expert.
-    tiles: u64,
-    /// Tokens whose sums lie in shared memory at once.
-    tokens: u64,
+    pub tiles: u64,
 }
 
 /// `experts_down`.
@@ -462,100 +556,107 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         layout: Table { experts: shape[0] },
         choices,
         tiles: pad(shape[1]) / LANES,
-        tokens: (DOWN_TOKENS * 11 / (choices + 1)).max(TOKENS),
     };
     let sym = site.rows(site.result(0))?;
-    let mut k = ports.builder(site, down.tiles.into());
-    k.threads(DOWN_WARPS as u32 * 32);
-    let sums = k.shared(DType::F32, down.tokens * (choices + 1) * LANES);
-    let place = Place::here(&mut k);
-    let (tile, base) = (k.task(), k.param(down.s_down));
-    let dense_tile = down.dense.own_tile(&mut k, base, tile);
-    let zero = k.const_i64(0);
-    let leads = k.cmp(Pred::Eq, place.thread, zero);
-    k.if_then(leads, |k| down.dense.prefetch(k, dense_tile));
-    begin(&mut k);
-    let count = k.dim(sym);
-    k.for_each((zero, count, down.tokens), |k, first| {
-        let (left, most) = (k.sub(count, first), k.index(down.tokens));
-        let tokens = k.min_i64(left, most);
-        k.barrier();
-        down.products(k, place, dense_tile, (first, tokens), sums);
-        k.barrier();
-        down.combine(k, place, (first, tokens), sums);
-    });
-    Ok(ports.finish(k.finish()))
+    let some_most = some_tokens(shape[0], choices);
+    let tiles = Extent::from(down.tiles);
+    let kernels = [
+        down.kernel(ports.builder(site, few(sym, FEW_ROWS, tiles.clone())), sym, FEW_ROWS),
+        down.kernel(ports.builder_of(site, ".some", some(sym, (FEW_ROWS, some_most), tiles)), sym, SOME_TOKENS),
+        many_experts::down(site, &ports, &down, (sym, some_most)),
+    ];
+    let [few, some, many] = kernels.map(|kernel| ports.clone().finish(kernel));
+    Ok(few.then(some).then(many))
 }
 
 impl Down {
-    /// The products of tokens `first .. first + tokens`: warps take chosen experts, then the shared one, eight tokens at a time.
-    fn products(
-        &self,
-        k: &mut KernelBuilder,
-        place: Place,
-        dense: super::tile::Tile,
-        (first, tokens): (Val, Val),
-        sums: Val,
-    ) {
-        let (table, tile) = (k.param(self.table), k.task());
-        let active = self.layout.count(k, table);
-        let groups = k.add_const(tokens, TOKENS - 1);
-        let groups = k.div_const(groups, TOKENS);
-        let units = k.add(active, groups);
+    /// The kernel for few tokens, or for some, `at_once` at a time.
+    fn kernel(&self, mut k: KernelBuilder, sym: Sym, at_once: u64) -> Kernel {
+        k.threads(DOWN_WARPS as u32 * 32);
+        let sums = k.shared(DType::F32, at_once * (self.choices + 1) * LANES);
+        let place = Place::here(&mut k);
+        let (tile, base) = (k.task(), k.param(self.s_down));
+        let dense = self.dense.own_tile(&mut k, base, tile);
+        let zero = k.const_i64(0);
+        let leads = k.cmp(Pred::Eq, place.thread, zero);
+        k.if_then(leads, |k| self.dense.prefetch(k, dense));
+        begin(&mut k);
+        let count = k.dim(sym);
+        let work = |k: &mut KernelBuilder, first: Val, tokens: Val| {
+            let part = Part { first, tokens, at_once, sums };
+            self.products(k, place, dense, &part);
+            k.barrier();
+            self.combine(k, place, &part);
+        };
+        if at_once == FEW_ROWS {
+            work(&mut k, zero, count);
+        } else {
+            k.for_each((zero, count, at_once), |k, first| {
+                let (left, most) = (k.sub(count, first), k.index(at_once));
+                let tokens = k.min_i64(left, most);
+                k.barrier();
+                work(k, first, tokens);
+            });
+        }
+        k.finish()
+    }
+
+    /// The products of some tokens: warps take the shared expert, eight tokens at a time, then the chosen ones in turn.
+    fn products(&self, k: &mut KernelBuilder, place: Place, dense: super::tile::Tile, part: &Part) {
+        let (zero, one, experts) = (k.const_i64(0), k.const_i64(1), k.index(self.layout.experts));
+        let groups = part.at_once / TOKENS;
+        let most = k.mul_const(k.dim(Sym::T), self.choices);
+        let most = k.min_i64(most, experts);
+        let units = k.add_const(most, groups);
         k.for_each((place.warp, units, DOWN_WARPS), |k, unit| {
-            let routed = k.cmp(Pred::Lt, unit, active);
+            let end = k.index(groups);
+            let is_shared = k.cmp(Pred::Lt, unit, end);
             k.if_else(
-                routed,
+                is_shared,
                 |k| {
-                    self.routed(k, place, (unit, tile), (first, tokens), sums);
+                    let begin = k.mul_const(unit, TOKENS);
+                    let some = k.cmp(Pred::Lt, begin, part.tokens);
+                    k.if_then(some, |k| {
+                        let product = Product::new(k, &self.dense, vec![dense], place, 1);
+                        let ahead = product.ahead(k);
+                        let last = k.sub(part.tokens, one);
+                        let token = k.add(begin, product.token());
+                        let token = k.min_i64(token, last);
+                        let token = k.add(part.first, token);
+                        let x = load_row(k, &self.s, token, product.q());
+                        let result = product.run(k, x, ahead)[0];
+                        let routed_sums = k.index(part.at_once * self.choices);
+                        let range = (begin, part.tokens);
+                        self.keep(k, &product, result, range, part.sums, &mut |k, i| k.add(routed_sums, i));
+                    });
                     Vec::new()
                 },
                 |k| {
-                    let group = k.sub(unit, active);
-                    let begin = k.mul_const(group, TOKENS);
-                    let product = Product::new(k, &self.dense, vec![dense], place, 1);
-                    let last = k.index(1);
-                    let last = k.sub(tokens, last);
-                    let i = k.add(begin, product.token());
-                    let i = k.min_i64(i, last);
-                    let token = k.add(first, i);
-                    let x = load_row(k, &self.s, token, product.q());
-                    let ahead = product.ahead(k);
-                    let result = product.run(k, x, ahead)[0];
-                    let routed_sums = k.index(self.tokens * self.choices);
-                    self.keep(k, &product, result, (begin, tokens), sums, &mut |k, i| k.add(routed_sums, i));
+                    let number = k.sub(unit, end);
+                    let table = k.param(self.table);
+                    let e = self.layout.active(k, table, number);
+                    let chosen = k.cmp(Pred::Ge, e, zero);
+                    k.if_then(chosen, |k| self.routed(k, place, e, part));
                     Vec::new()
                 },
             );
         });
     }
 
-    /// The products of one chosen expert with those of its tokens that are among `first .. first + tokens`.
-    fn routed(
-        &self,
-        k: &mut KernelBuilder,
-        place: Place,
-        (unit, tile): (Val, Val),
-        (first, tokens): (Val, Val),
-        sums: Val,
-    ) {
-        let (table, order, base) = (k.param(self.table), k.param(self.order), k.param(self.w_down));
-        let e = self.layout.active(k, table, unit);
-        let (begin, end) = self.layout.run(k, table, e);
-        let first_choice = k.mul_const(first, self.choices);
-        let end_token = k.add(first, tokens);
-        let end_choice = k.mul_const(end_token, self.choices);
-        let (begin, end) =
-            (lower_bound(k, order, (begin, end), first_choice), lower_bound(k, order, (begin, end), end_choice));
+    /// The products of chosen expert `e` with those of its tokens that are in the part.
+    fn routed(&self, k: &mut KernelBuilder, place: Place, e: Val, part: &Part) {
+        let (table, order, base, tile) = (k.param(self.table), k.param(self.order), k.param(self.w_down), k.task());
         let own = k.mul_const(e, self.tiles);
         let own = k.add(own, tile);
         let weight = self.routed.own_tile(k, base, own);
-        k.for_each((begin, end, TOKENS), |k, from| {
-            let product = Product::new(k, &self.routed, vec![weight], place, 1);
+        let product = Product::new(k, &self.routed, vec![weight], place, 1);
+        let (begin, end) = self.layout.run(k, table, e);
+        let first_choice = k.mul_const(part.first, self.choices);
+        let eight = |k: &mut KernelBuilder, from: Val, end: Val| {
             let ahead = product.ahead(k);
+            let one = k.const_i64(1);
+            let last = k.sub(end, one);
             let choice = |k: &mut KernelBuilder, at: Val| {
-                let (one, last) = (k.const_i64(1), end);
-                let last = k.sub(last, one);
                 let at = k.min_i64(at, last);
                 k.load_index(order, at)
             };
@@ -563,11 +664,19 @@ impl Down {
             let number = choice(k, at);
             let x = load_row(k, &self.h, number, product.q());
             let result = product.run(k, x, ahead)[0];
-            self.keep(k, &product, result, (from, end), sums, &mut |k, at| {
+            self.keep(k, &product, result, (from, end), part.sums, &mut |k, at| {
                 let number = choice(k, at);
                 k.sub(number, first_choice)
             });
-        });
+        };
+        if part.at_once == FEW_ROWS {
+            eight(k, begin, end);
+            return;
+        }
+        let end_token = k.add(part.first, part.tokens);
+        let end_choice = k.mul_const(end_token, self.choices);
+        let range = [first_choice, end_choice].map(|choice| lower_bound(k, order, (begin, end), choice));
+        k.for_each((range[0], range[1], TOKENS), |k, from| eight(k, from, range[1]));
     }
 
     /// Puts the sums of a product where `combine` finds them: `place` gives the number of token `at`, which counts from `first` and is less than `end`.
@@ -597,39 +706,60 @@ impl Down {
     }
 
     /// `out = residual + Σ weight · sum + shared · sum`, a half warp of 16 rows a token.
-    fn combine(&self, k: &mut KernelBuilder, place: Place, (first, tokens): (Val, Val), sums: Val) {
-        let (weights, shared, tile) = (k.param(self.weights), k.param(self.shared), k.task());
+    fn combine(&self, k: &mut KernelBuilder, place: Place, part: &Part) {
+        let tile = k.task();
         let (half, row) = (k.div_const(place.thread, LANES), k.rem_const(place.thread, LANES));
         // whole warps come along, since 16 threads add up squares
-        let even = k.add_const(tokens, 1);
+        let even = k.add_const(part.tokens, 1);
         let even = k.div_const(even, 2);
         let warp_tokens = k.mul_const(even, 2);
         k.for_each((half, warp_tokens, 2 * DOWN_WARPS), |k, i| {
-            let exists = k.cmp(Pred::Lt, i, tokens);
+            let exists = k.cmp(Pred::Lt, i, part.tokens);
             let zero = k.const_i64(0);
             let i = k.select(exists, i, zero);
-            let token = k.add(first, i);
-            let weights = row_ptr(k, weights, token, pad(self.choices));
+            let token = k.add(part.first, i);
             let base = k.mul_const(i, self.choices * LANES);
             let base = k.add(base, row);
-            let nothing = k.const_f32(0.0);
-            let choices = k.index(self.choices);
-            let routed = k.for_carry((zero, choices, 1), &[nothing], |k, s, sum| {
-                let at = k.mul_const(s, LANES);
-                let at = k.add(base, at);
-                let (weight, x) = (k.load_f32(weights, s), k.load_f32(sums, at));
-                vec![k.fma(weight, x, sum[0])]
-            })[0];
-            let shared = row_ptr(k, shared, token, LANES);
-            let weight = k.load_f32(shared, zero);
             let at = k.mul_const(i, LANES);
-            let at = k.add_const(at, self.tokens * self.choices * LANES);
+            let at = k.add_const(at, part.at_once * self.choices * LANES);
             let at = k.add(at, row);
-            let x = k.load_f32(sums, at);
-            let sum = k.fma(weight, x, routed);
-            store_residual(k, &self.residual, tile, &Block { token, exists }, row, sum);
+            let sum = self.weighted(k, token, (part.sums, base, LANES), (part.sums, at));
+            store_residual(k, &self.residual, tile, &At { token, exists }, row, sum);
         });
     }
+
+    /// `Σ weight · sum + shared · sum` of one row of a token: the sums of its choices begin at an element and lie so many apart; then where that of
+    /// the shared expert lies.
+    pub fn weighted(
+        &self,
+        k: &mut KernelBuilder,
+        token: Val,
+        (sums, base, stride): (Val, Val, u64),
+        (shared_sums, at): (Val, Val),
+    ) -> Val {
+        let (weights, shared) = (k.param(self.weights), k.param(self.shared));
+        let weights = row_ptr(k, weights, token, pad(self.choices));
+        let (zero, nothing, choices) = (k.const_i64(0), k.const_f32(0.0), k.index(self.choices));
+        let routed = k.for_carry((zero, choices, 1), &[nothing], |k, s, sum| {
+            let at = k.mul_const(s, stride);
+            let at = k.add(base, at);
+            let (weight, x) = (k.load_f32(weights, s), k.load_f32(sums, at));
+            vec![k.fma(weight, x, sum[0])]
+        })[0];
+        let shared = row_ptr(k, shared, token, LANES);
+        let (weight, x) = (k.load_f32(shared, zero), k.load_f32(shared_sums, at));
+        k.fma(weight, x, routed)
+    }
+}
+
+/// Tokens of a step whose products lie in shared memory at once.
+struct Part {
+    first: Val,
+    tokens: Val,
+    /// At most so many.
+    at_once: u64,
+    /// `[at_once][choices][16]`, then `[at_once][16]` of the shared expert.
+    sums: Val,
 }
 
 /// The first place of `begin .. end` in `order`, which ascends there, whose choice is at least `choice`.

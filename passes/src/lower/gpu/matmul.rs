@@ -1,19 +1,22 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! task     some tiles of 16 weight rows ([`tile`](super::tile)), over all rows of the step in groups of eight
+//! Of few rows, and of [`many`](super::many):
+//!
+//! task     some tiles of 16 weight rows ([`tile`](super::tile)), for all rows of the step, eight at a time
 //! ahead    the warps' first codes into registers, the rest of the tiles towards L2
 //! prologue the rows as they are, or `x · rms_scale · (1 + gain)`, in registers
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
 //! traffic  each weight once for eight rows: bound by memory
 
 use nextc_ir::graph::Value;
-use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::{DType, Op};
 
 use super::super::LowerError;
-use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, row_ptr};
+use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
+use super::many::{self, MANY_TOKENS, PAIRS, Pair, TILES, few, few_rows, many, token_blocks};
 use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
 use super::{Place, across, begin, half_warp_sum};
 
@@ -47,8 +50,19 @@ pub struct Sum {
     pub values: Vec<Val>,
 }
 
-/// Runs the products of a block: the first eight rows with the codes that were asked for ahead, then the others. `row_of` gives the row of x of token `i`
-/// of the step's `count`; `epilogue` gets each sum with the number of its token, and whether there is such a token.
+/// How a kernel runs its products: of at most eight rows, or of any number.
+pub type Run = fn(
+    &mut KernelBuilder,
+    Split,
+    (&Product<'_>, Option<super::tile::Ahead>, Val),
+    &Rows,
+    Val,
+    &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+);
+
+/// Runs the products of a block with `count` rows, at most eight; `ahead` is what was asked for before. `row_of` gives the row of x of a token;
+/// `epilogue` gets each sum with the number of its token, and whether there is such a token.
 pub fn products(
     k: &mut KernelBuilder,
     split: Split,
@@ -56,39 +70,75 @@ pub fn products(
     rows: &Rows,
     count: Val,
     row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &Block, &Sum),
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
 ) {
     let zero = k.const_i64(0);
-    let mut group = |k: &mut KernelBuilder, first: Val, ahead| {
-        let token = k.add(first, product.token());
-        let (one, all) = (k.const_i64(1), count);
-        let last = k.sub(all, one);
-        let token = k.min_i64(token, last);
-        let row = row_of(k, token);
-        let x = load_row(k, rows, row, product.q());
-        let sums = product.run(k, x, ahead);
-        for (i, sums) in sums.into_iter().enumerate() {
-            let at = k.mul_const(product.warp(), split.tiles);
-            let at = k.add_const(at, i as u64);
-            product.store(k, shared, at, sums);
-        }
+    eight(k, split, (product, ahead, shared), rows, (zero, count), row_of, epilogue);
+}
+
+/// The same of any number of rows of the step, eight at a time: the first with the codes that were asked for ahead.
+pub fn products_of_all(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    count: Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+) {
+    products_of_some(k, split, (product, ahead, shared), rows, count, &mut |_, token| token, epilogue);
+}
+
+/// The same of `count` rows that `row_of` gives.
+pub fn products_of_some(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    count: Val,
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+) {
+    let (zero, next) = (k.const_i64(0), k.index(TOKENS));
+    eight(k, split, (product, ahead, shared), rows, (zero, count), row_of, epilogue);
+    k.for_each((next, count, TOKENS), |k, first| {
         k.barrier();
-        each_sum(k, split, shared, product.thread(), |k, sum| {
-            let token = k.add(first, sum.token);
-            let exists = k.cmp(Pred::Lt, token, count);
-            epilogue(k, &Block { token, exists }, sum);
-        });
-    };
-    group(k, zero, ahead);
-    let eight = k.index(TOKENS);
-    k.for_each((eight, count, TOKENS), |k, first| {
-        k.barrier();
-        group(k, first, None);
+        eight(k, split, (product, None, shared), rows, (first, count), row_of, epilogue);
+    });
+}
+
+/// The products with rows `first .. first + 8` of `count`.
+fn eight(
+    k: &mut KernelBuilder,
+    split: Split,
+    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
+    rows: &Rows,
+    (first, count): (Val, Val),
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
+) {
+    let one = k.const_i64(1);
+    let last = k.sub(count, one);
+    let token = k.add(first, product.token());
+    let token = k.min_i64(token, last);
+    let row = row_of(k, token);
+    let x = load_row(k, rows, row, product.q());
+    let sums = product.run(k, x, ahead);
+    for (i, sums) in sums.into_iter().enumerate() {
+        let at = k.mul_const(product.warp(), split.tiles);
+        let at = k.add_const(at, i as u64);
+        product.store(k, shared, at, sums);
+    }
+    k.barrier();
+    each_sum(k, split, shared, product.thread(), |k, sum| {
+        let token = k.add(first, sum.token);
+        let exists = k.cmp(Pred::Lt, token, count);
+        epilogue(k, &At { token, exists }, sum);
     });
 }
 
 /// The token of a sum.
-pub struct Block {
+#[derive(Clone, Copy, Debug)]
+pub struct At {
     /// Its number among those of the product.
     pub token: Val,
     /// Whether there is such a token.
@@ -163,7 +213,8 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let warps = splits.iter().map(|s| s.warps).max().unwrap_or(1);
     let splits: Vec<Split> = splits.into_iter().map(|s| Split { warps, ..s }).collect();
     let tasks = |i: usize| groups[i].iter().map(|s| s.fragments.planes.tiles().div_ceil(splits[i].tiles)).sum::<u64>();
-    let mut k = ports.builder(site, (0..groups.len()).map(tasks).sum::<u64>().into());
+    let most = few_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
+    let mut k = ports.builder(site, few(sym, most, (0..groups.len()).map(tasks).sum::<u64>().into()));
     k.threads(warps as u32 * 32);
     let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
     let shared = widest.shared(&mut k);
@@ -177,7 +228,57 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
         first_task = end_task;
     }
-    Ok(ports.finish(k.finish()))
+    let many = ports.clone().finish(linears_of_many(site, &ports, (&groups, warps), (&rows, sym)));
+    Ok(ports.finish(k.finish()).then(many))
+}
+
+/// The kernel for many rows; `warps` share the columns in the one for few.
+fn linears_of_many(
+    site: &Site<'_>,
+    ports: &Ports,
+    (groups, warps): (&[Vec<Segment>], u64),
+    (rows, sym): (&Rows, Sym),
+) -> Kernel {
+    let all: u64 = groups.iter().map(|g| many_tasks(g)).sum();
+    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
+    let place = many::begin_block(&mut k);
+    let operands = groups.iter().map(|g| g[0].fragments.operands()).max().unwrap_or(1);
+    let stage = many::stage(&mut k, operands);
+    let (task, count) = (k.task(), k.dim(sym));
+    let (block, number) = (k.div_const(task, all), k.rem_const(task, all));
+    let first = k.mul_const(block, MANY_TOKENS);
+    let mut first_task = 0;
+    for group in groups {
+        let range = (first_task, first_task + many_tasks(group));
+        number_in_range(&mut k, number, range, |k, number| {
+            let fragments = group[0].fragments;
+            let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
+            let tile = k.add(chosen.first, place.warp);
+            let own = k.min_i64(tile, chosen.last);
+            let own = fragments.tile(k, chosen.weight, chosen.scales_at, own);
+            let product = Product::new(k, &fragments, vec![own], place, warps);
+            many::products(k, (&product, stage), rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
+                let row = k.mul(at.token, chosen.stride);
+                let row = row_ptr(k, chosen.out, row, 1);
+                let exists = k.cmp(Pred::Le, tile, chosen.last);
+                let exists = k.and(exists, at.exists);
+                k.if_then(exists, |k| {
+                    let column = k.mul_const(tile, LANES);
+                    let column = k.add(column, pair.row);
+                    let lower = k.add_const(column, LANES / 2);
+                    k.store(row, column, pair.values[0]);
+                    k.store(row, lower, pair.values[1]);
+                });
+            });
+        });
+        first_task = range.1;
+    }
+    k.finish()
+}
+
+/// Groups of [`TILES`] tiles.
+fn many_tasks(group: &[Segment]) -> u64 {
+    group.iter().map(|s| s.fragments.planes.tiles().div_ceil(TILES)).sum()
 }
 
 fn tiles_of(group: &[Segment]) -> u64 {
@@ -226,7 +327,7 @@ fn linears_block(
     let product = Product::new(k, &fragments, tiles, place, split.warps);
     let ahead = ask_ahead(k, &product);
     begin(k);
-    products(k, split, (&product, ahead, shared), rows, count, &mut |_, token| token, &mut |k, at, sum| {
+    products_of_all(k, split, (&product, ahead, shared), rows, count, &mut |k, at, sum| {
         let row = k.mul(at.token, chosen.stride);
         let row = row_ptr(k, chosen.out, row, 1);
         for (&tile, &value) in numbers.iter().zip(&sum.values) {
@@ -295,20 +396,46 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let sym = site.rows(x)?;
     let tiles = fragments.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
-    let mut k = ports.builder(site, tiles.into());
+    let groups = tiles.div_ceil(TILES);
+    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), tiles.into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
-    let (weight, tile) = (k.param(weight), k.task());
-    let own = fragments.own_tile(&mut k, weight, tile);
+    let (base, tile) = (k.param(weight), k.task());
+    let own = fragments.own_tile(&mut k, base, tile);
     let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
     let ahead = ask_ahead(&mut k, &product);
     begin(&mut k);
     let count = k.dim(sym);
-    products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+    products_of_all(&mut k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
         store_residual(k, &residual, tile, at, sum.row, sum.values[0]);
     });
-    Ok(ports.finish(k.finish()))
+    let few = k.finish();
+
+    let mut k =
+        ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
+    let place = many::begin_block(&mut k);
+    let stage = many::stage(&mut k, fragments.operands());
+    let (base, task, last) = (k.param(weight), k.task(), k.index(tiles - 1));
+    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+    let first = k.mul_const(block, MANY_TOKENS);
+    let tile = own_tile(&mut k, group, place);
+    let own = k.min_i64(tile, last);
+    let own = fragments.own_tile(&mut k, base, own);
+    let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
+    many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
+        let exists = k.cmp(Pred::Le, tile, last);
+        let exists = k.and(exists, at.exists);
+        store_residual_pair(k, &residual, tile, &At { exists, ..*at }, pair.row, pair.values);
+    });
+    let many = ports.clone().finish(k.finish());
+    Ok(ports.finish(few).then(many))
+}
+
+/// The number of a warp's tile in group `group` of [`TILES`].
+pub fn own_tile(k: &mut KernelBuilder, group: Val, place: Place) -> Val {
+    let first = k.mul_const(group, TILES);
+    k.add(first, place.warp)
 }
 
 /// `linear_wanted`: minus infinity where a tile is not wanted.
@@ -334,7 +461,8 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
         |k| {
             let product = Product::new(k, &fragments, vec![own], place, split.warps);
             let ahead = product.ahead(k);
-            products(k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+            // however many rows there are: the tiles that are wanted are few
+            products_of_all(k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
                 k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, sum.values[0]));
             });
             Vec::new()
@@ -352,13 +480,33 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
 }
 
 /// `out = residual + value`, and the sum of squares of the tile's 16 rows, which 16 neighbouring threads hold. All threads of a warp come along.
-pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &Block, row: Val, value: Val) {
+pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, value: Val) {
     let column = k.mul_const(tile, LANES);
     let column = k.add(column, row);
     let zero = k.const_f32(0.0);
     let new = k.if_else(at.exists, |k| vec![residual.add_one(k, at.token, column, value)], |_| vec![zero])[0];
     let square = k.fmul(new, new);
     let sum = half_warp_sum(k, square);
+    let first = k.const_i64(0);
+    let leads = k.cmp(Pred::Eq, row, first);
+    let leads = k.and(leads, at.exists);
+    k.if_then(leads, |k| residual.store_sum(k, tile, at.token, sum));
+}
+
+/// The same where a thread has rows `row` and `row + 8`, and the others of a token lie four threads apart.
+pub fn store_residual_pair(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, values: [Val; 2]) {
+    let column = k.mul_const(tile, LANES);
+    let column = k.add(column, row);
+    let lower = k.add_const(column, LANES / 2);
+    let zero = k.const_f32(0.0);
+    let new = k.if_else(
+        at.exists,
+        |k| vec![residual.add_one(k, at.token, column, values[0]), residual.add_one(k, at.token, lower, values[1])],
+        |_| vec![zero; 2],
+    );
+    let squares = [k.fmul(new[0], new[0]), k.fmul(new[1], new[1])];
+    let sum = k.fadd(squares[0], squares[1]);
+    let sum = across(k, &[16, 8, 4], sum, |k, a, b| k.fadd(a, b));
     let first = k.const_i64(0);
     let leads = k.cmp(Pred::Eq, row, first);
     let leads = k.and(leads, at.exists);
@@ -379,11 +527,12 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let out = ports.write("out", result);
     let (sym, stride): (Sym, u64) = (site.rows(result)?, site.stride(result));
     let split = pair_split(site, &fragments);
-    let mut k = ports.builder(site, fragments.planes.tiles().into());
+    let groups = fragments.planes.tiles().div_ceil(PAIRS);
+    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), fragments.planes.tiles().into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
     let place = Place::here(&mut k);
-    let (task, out) = (k.task(), k.param(out));
+    let (task, to) = (k.task(), k.param(out));
     let tiles = weights.map(|w| {
         let base = k.param(w);
         fragments.own_tile(&mut k, base, task)
@@ -392,11 +541,112 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let ahead = ask_ahead(&mut k, &product);
     begin(&mut k);
     let count = k.dim(sym);
-    products(&mut k, split, (&product, ahead, shared), &rows, count, &mut |_, token| token, &mut |k, at, sum| {
+    products_of_all(&mut k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
         let value = swiglu(k, sum);
-        k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, task, sum.row, value));
+        k.if_then(at.exists, |k| store_one(k, (to, stride), at.token, task, sum.row, value));
     });
-    Ok(ports.finish(k.finish()))
+    let few = k.finish();
+
+    let mut k =
+        ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
+    let place = many::begin_block(&mut k);
+    let stage = many::stage(&mut k, fragments.operands());
+    let (task, to) = (k.task(), k.param(out));
+    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+    let first = k.mul_const(block, MANY_TOKENS);
+    let pair = GatePair::of(&mut k, (&fragments, weights), (group, fragments.planes.tiles()), place);
+    pair.products(
+        &mut k,
+        (&fragments, split.warps),
+        place,
+        stage,
+        &rows,
+        (first, count),
+        &mut |_, t| t,
+        &mut |k, at, sums, tile| {
+            store_pair(k, (to, stride), at.token, tile, sums);
+        },
+    );
+    let many = ports.clone().finish(k.finish());
+    Ok(ports.finish(few).then(many))
+}
+
+/// A tile of a gate or of an up projection, a warp's in a product of many rows: the lower half of the warps has those of the gate.
+pub struct GatePair {
+    /// The tile.
+    own: Tile,
+    /// Its number, and whether there is such a tile.
+    tile: Val,
+    exists: Val,
+}
+
+impl GatePair {
+    /// That of a warp in group `group` of pairs; `tiles` is how many pairs there are.
+    pub fn of(
+        k: &mut KernelBuilder,
+        (fragments, weights): (&Fragments, [Port; 2]),
+        (group, tiles): (Val, u64),
+        place: Place,
+    ) -> Self {
+        let zero = k.const_i64(0);
+        Self::of_expert(k, (fragments, weights), zero, (group, tiles), place)
+    }
+
+    /// The same of expert `expert`, of `tiles` pairs each.
+    pub fn of_expert(
+        k: &mut KernelBuilder,
+        (fragments, weights): (&Fragments, [Port; 2]),
+        expert: Val,
+        (group, tiles): (Val, u64),
+        place: Place,
+    ) -> Self {
+        let (which, within) = (k.div_const(place.warp, PAIRS), k.rem_const(place.warp, PAIRS));
+        let tile = k.mul_const(group, PAIRS);
+        let tile = k.add(tile, within);
+        let last = k.index(tiles - 1);
+        let exists = k.cmp(Pred::Le, tile, last);
+        let within = k.min_i64(tile, last);
+        let number = k.mul_const(expert, tiles);
+        let number = k.add(number, within);
+        let zero = k.const_i64(0);
+        let is_gate = k.cmp(Pred::Eq, which, zero);
+        let [gate, up] = weights.map(|w| k.param(w));
+        let base = k.select(is_gate, gate, up);
+        Self { own: fragments.own_tile(k, base, number), tile, exists }
+    }
+
+    /// Runs `epilogue` for each token and pair of rows with `silu(gate) · up`, and the number of the tile; `warps` share the columns in the kernel
+    /// for few.
+    #[expect(clippy::too_many_arguments, reason = "those of `many::products`, and the pair's")]
+    pub fn products(
+        &self,
+        k: &mut KernelBuilder,
+        (fragments, warps): (&Fragments, u64),
+        place: Place,
+        stage: Val,
+        rows: &Rows,
+        range: (Val, Val),
+        row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+        epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair, Val),
+    ) {
+        let product = Product::new(k, fragments, vec![self.own], place, warps);
+        let sums = many::sums(k, (&product, stage), rows, range, row_of);
+        let (is_gate, products) = many::swiglu(k, &product, stage, &sums);
+        let stores = k.and(is_gate, self.exists);
+        k.if_then(stores, |k| {
+            many::each_pair(k, &product, &products, range, &mut |k, at, pair| {
+                k.if_then(at.exists, |k| epilogue(k, at, pair, self.tile));
+            });
+        });
+    }
+}
+
+/// `out[row][tile * 16 + r]` of both rows of a pair.
+pub fn store_pair(k: &mut KernelBuilder, out: (Val, u64), row: Val, tile: Val, pair: &Pair) {
+    for (i, &value) in (0..).zip(&pair.values) {
+        let within = k.add_const(pair.row, LANES / 2 * i);
+        store_one(k, out, row, tile, within, value);
+    }
 }
 
 /// How a block computes a gate and an up tile.

@@ -4,13 +4,17 @@
 //! works. Kernels that have no skeleton here are those of CPUs, run by single threads.
 
 pub mod attention;
+pub mod delta_long;
 pub mod delta_rule;
 pub mod experts;
+pub mod many;
+pub mod many_experts;
 pub mod matmul;
 pub mod rows;
 pub mod tile;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::schedule::Extent;
 use nextc_ir::{Layout, Op};
 
 use super::LowerError;
@@ -206,4 +210,34 @@ pub fn warp_sums(k: &mut KernelBuilder, lane: Val, mut x: Vec<Val>) -> Val {
             .collect();
     }
     x[0]
+}
+
+/// The value of an extent in a kernel.
+pub fn extent(k: &mut KernelBuilder, e: &Extent) -> Val {
+    match e {
+        Extent::Const(n) => k.index(*n),
+        Extent::Sym(s) => k.dim(*s),
+        Extent::Add(a, b) => {
+            let (a, b) = (extent(k, a), extent(k, b));
+            k.add(a, b)
+        }
+        Extent::Mul(a, b) => {
+            let (a, b) = (extent(k, a), extent(k, b));
+            k.mul(a, b)
+        }
+        Extent::CeilDiv(a, n) => {
+            let a = extent(k, a);
+            let up = k.add_const(a, n - 1);
+            k.div_const(up, *n)
+        }
+        Extent::Min(a, b) => {
+            let (a, b) = (extent(k, a), extent(k, b));
+            k.min_i64(a, b)
+        }
+        Extent::Above(parts) => {
+            let [a, b, then, otherwise] = std::array::from_fn(|i| extent(k, &parts[i]));
+            let above = k.cmp(Pred::Gt, a, b);
+            k.select(above, then, otherwise)
+        }
+    }
 }

@@ -95,6 +95,11 @@ impl Fragments {
         self.planes.format.def().bits / 4
     }
 
+    /// Operands of a turn: 2 where a row of x is taken as the sum of two 16-bit floats because one has 8 bits (bf16).
+    pub fn operands(&self) -> u64 {
+        if self.half() == DType::BF16 { 2 } else { 1 }
+    }
+
     /// Asks for a tile's codes to be brought near.
     pub fn prefetch(&self, k: &mut KernelBuilder, tile: Tile) {
         let (zero, bytes) = (k.const_i64(0), k.index(self.planes.tile_bytes()));
@@ -343,7 +348,7 @@ pub struct Product<'a> {
 }
 
 /// Operand B of a turn: of each half turn and step, the thread's four columns of its token.
-type Operand = [[[Val; 2]; 2]; 2];
+pub type Operand = [[[Val; 2]; 2]; 2];
 
 /// Codes that have been asked for: by turn, tile and load.
 pub type Ahead = Vec<Vec<Vec<Val>>>;
@@ -390,6 +395,11 @@ impl<'a> Product<'a> {
         self.place.warp
     }
 
+    /// The thread's number in the warp.
+    pub const fn lane(&self) -> Val {
+        self.place.lane
+    }
+
     /// The thread's number in the block.
     pub const fn thread(&self) -> Val {
         self.place.thread
@@ -419,13 +429,7 @@ impl<'a> Product<'a> {
 
     /// The sums of this warp's columns: of each tile four, for rows `row` and `row + 8` and tokens `2q` and `2q + 1`.
     pub fn run(&self, k: &mut KernelBuilder, x: Row, ahead: Option<Ahead>) -> Vec<[Val; 4]> {
-        let zero = k.const_f32(0.0);
-        let zeros = k.splat_f32(4, 0.0);
-        let scaled = self.fragments.planes.format.blocks().is_some();
-        let mut sums = match scaled {
-            true => vec![zero; 4 * self.tiles.len()],
-            false => vec![zeros; self.tiles.len()],
-        };
+        let mut sums = self.no_sums(k);
         let (first, most) = self.turns;
         let mut lo = first;
         let mut left = most;
@@ -452,7 +456,16 @@ impl<'a> Product<'a> {
         self.split_sums(k, &sums)
     }
 
-    fn split_sums(&self, k: &mut KernelBuilder, sums: &[Val]) -> Vec<[Val; 4]> {
+    /// Sums of nothing, for one group of tokens.
+    pub fn no_sums(&self, k: &mut KernelBuilder) -> Vec<Val> {
+        match self.fragments.planes.format.blocks() {
+            Some(_) => vec![k.const_f32(0.0); 4 * self.tiles.len()],
+            None => vec![k.splat_f32(4, 0.0); self.tiles.len()],
+        }
+    }
+
+    /// Sums of one group of tokens, of each tile four.
+    pub fn split_sums(&self, k: &mut KernelBuilder, sums: &[Val]) -> Vec<[Val; 4]> {
         if self.fragments.planes.format.blocks().is_some() {
             return sums.chunks(4).map(|c| [c[0], c[1], c[2], c[3]]).collect();
         }
@@ -460,34 +473,68 @@ impl<'a> Product<'a> {
     }
 
     fn chunk_sums(&self, k: &mut KernelBuilder, first: Val, codes: &Ahead, x: Row, sums: &[Val]) -> Vec<Val> {
-        let mut sums = sums.to_vec();
+        let mut sums = [sums.to_vec()];
         for (i, codes) in codes.iter().enumerate() {
             let turn = k.add_const(first, i as u64);
             for b in self.tokens(k, turn, x) {
-                self.turn_sums(k, turn, codes, &b, &mut sums);
+                self.turn_sums(k, turn, codes, &|_, _| b, &mut sums);
             }
         }
+        let [sums] = sums;
         sums
     }
 
-    fn turn_sums(&self, k: &mut KernelBuilder, turn: Val, codes: &[Vec<Val>], b: &Operand, sums: &mut [Val]) {
-        match self.fragments.planes.format.blocks() {
-            None => {
-                for (sum, codes) in sums.iter_mut().zip(codes) {
-                    *sum = self.plain(k, codes, b, *sum);
-                }
-            }
-            Some(blocks) => {
-                for (t, codes) in codes.iter().enumerate() {
-                    let sum = &mut sums[4 * t..4 * t + 4];
-                    self.scaled(k, blocks, (self.tiles[t], codes), turn, b, sum);
-                }
+    /// Adds the products of a turn to the sums of some groups of tokens, whose operands `b(group)` gives.
+    pub fn turn_sums(
+        &self,
+        k: &mut KernelBuilder,
+        turn: Val,
+        codes: &[Vec<Val>],
+        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
+        sums: &mut [Vec<Val>],
+    ) {
+        for (tile, codes) in codes.iter().enumerate() {
+            match self.fragments.planes.format.blocks() {
+                None => self.plain(k, (tile, codes), b, sums),
+                Some(blocks) => self.scaled(k, blocks, (tile, codes), turn, b, sums),
             }
         }
     }
 
+    /// Operand A of some half turns, step by step.
+    fn operands_a(
+        &self,
+        k: &mut KernelBuilder,
+        codes: &[Val],
+        halves: &[usize],
+        bias: [Val; 2],
+    ) -> Vec<(usize, usize, [Val; 4])> {
+        let steps = halves.iter().flat_map(|&half| [(half, 0), (half, 1)]);
+        steps.map(|(half, step)| (half, step, self.fragments.operand(k, codes, half, step, bias))).collect()
+    }
+
+    /// The codes of one turn of each tile.
+    pub fn codes(&self, k: &mut KernelBuilder, turn: Val) -> Vec<Vec<Val>> {
+        self.load(k, turn, 1).remove(0)
+    }
+
+    /// Turns of all columns.
+    pub const fn all_turns(&self) -> u64 {
+        self.all_turns
+    }
+
+    /// Turns whose sums are added up before they are added to the others'.
+    pub const fn part_turns(&self) -> u64 {
+        self.turns.1
+    }
+
+    /// Operands of a turn: 2 where rows of x are sums of two numbers.
+    pub const fn operands(&self) -> u64 {
+        if self.precise { 2 } else { 1 }
+    }
+
     /// Operand B of a turn; twice if rows of x are sums of two numbers.
-    fn tokens(&self, k: &mut KernelBuilder, turn: Val, x: Row) -> Vec<Operand> {
+    pub fn tokens(&self, k: &mut KernelBuilder, turn: Val, x: Row) -> Vec<Operand> {
         let numbers = [0, 1].map(|half| {
             let base = k.mul_const(turn, TURN_COLUMNS);
             let base = k.add_const(base, 32 * half);
@@ -542,42 +589,49 @@ impl<'a> Product<'a> {
         })
     }
 
-    fn plain(&self, k: &mut KernelBuilder, codes: &[Val], b: &Operand, mut sum: Val) -> Val {
+    fn plain(
+        &self,
+        k: &mut KernelBuilder,
+        (tile, codes): (usize, &[Val]),
+        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
+        sums: &mut [Vec<Val>],
+    ) {
         let none = k.const_i32(0);
-        for (half, b) in b.iter().enumerate() {
-            for (step, &b) in b.iter().enumerate() {
-                let a = self.fragments.operand(k, codes, half, step, [none; 2]);
-                sum = k.mma(self.fragments.half(), a, b, sum);
+        let a = self.operands_a(k, codes, &[0, 1], [none; 2]);
+        for (group, sums) in sums.iter_mut().enumerate() {
+            let b = b(k, group);
+            for &(half, step, a) in &a {
+                sums[tile] = k.mma(self.fragments.half(), a, b[half][step], sums[tile]);
             }
         }
-        sum
     }
 
-    /// `sum += scale · part` for each block of columns of the turn.
+    /// `sum += scale · product` for each block of columns of the turn.
     fn scaled(
         &self,
         k: &mut KernelBuilder,
         blocks: Blocks,
-        (tile, codes): (Tile, &[Val]),
+        (tile, codes): (usize, &[Val]),
         turn: Val,
-        b: &Operand,
-        sum: &mut [Val],
+        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
+        sums: &mut [Vec<Val>],
     ) {
         let whole = u64::from(blocks.columns).is_multiple_of(TURN_COLUMNS);
         let parts: &[&[usize]] = if whole { &[&[0, 1]] } else { &[&[0], &[1]] };
         for halves in parts {
-            let scales = self.scales(k, blocks, tile, turn, halves[0] as u64);
+            let scales = self.scales(k, blocks, self.tiles[tile], turn, halves[0] as u64);
             let bias = scales.map(|(_, zero)| self.fragments.bias(k, zero));
-            let mut part = k.splat_f32(4, 0.0);
-            for &half in *halves {
-                for (step, &b) in b[half].iter().enumerate() {
-                    let a = self.fragments.operand(k, codes, half, step, bias);
-                    part = k.mma(self.fragments.half(), a, b, part);
+            let a = self.operands_a(k, codes, halves, bias);
+            for (group, sums) in sums.iter_mut().enumerate() {
+                let b = b(k, group);
+                let none = k.splat_f32(4, 0.0);
+                let product = a.iter().fold(none, |sum, &(half, step, a)| {
+                    k.mma(self.fragments.half(), a, b[half][step], sum)
+                });
+                for (i, sum) in sums[4 * tile..4 * tile + 4].iter_mut().enumerate() {
+                    let x = k.extract(product, i as u32);
+                    *sum = k.fma(x, scales[i / 2].0, *sum);
                 }
-            }
-            for (i, sum) in sum.iter_mut().enumerate() {
-                let x = k.extract(part, i as u32);
-                *sum = k.fma(x, scales[i / 2].0, *sum);
             }
         }
     }

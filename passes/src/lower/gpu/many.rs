@@ -1,0 +1,334 @@
+//! Products of many rows: 64 tokens at a time.
+//!
+//! task     16 tiles of weight rows by 64 tokens; a warp has one tile, for all columns and all tokens
+//! stage    four turns of columns: the threads make operand B of the tokens in shared memory, once for all warps
+//! products as in [`tile`](super::tile): the columns in the same parts, summed in the same order, so a token has the bits that it has in a step of few
+//! epilogue a thread has rows `r` and `r + 8` of a tile, of two tokens of each group of eight
+//! traffic  each weight once for 64 tokens: bound by unpacking and tensor cores
+//!
+//! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
+
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::schedule::Extent;
+use nextc_ir::shape::Sym;
+use nextc_ir::{DType, Target};
+
+use super::super::matmul::{Rows, row_ptr};
+use super::matmul::{At, load_row};
+use super::tile::{Operand, Product, TOKENS};
+use super::{Place, begin};
+
+/// Rows of a product of few, and most rows of a step of which kernels that work on experts count as few.
+pub const FEW_ROWS: u64 = 8;
+/// Tiles of a block, a warp each.
+pub const TILES: u64 = 16;
+/// Tiles of a gate, and as many of an up projection, of a block.
+pub const PAIRS: u64 = TILES / 2;
+/// Groups of eight tokens of a block.
+const GROUPS: u64 = 8;
+/// Groups that are done where there are no more tokens.
+const HALF_GROUPS: usize = GROUPS as usize / 2;
+/// Tokens of a block.
+pub const MANY_TOKENS: u64 = GROUPS * TOKENS;
+/// Turns of a stage.
+const STAGE_TURNS: u64 = 4;
+
+/// Most rows that a kernel for few is used for at all.
+const MOST_FEW_ROWS: u64 = 256;
+
+/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below it would have
+/// too few blocks.
+pub fn few_rows(target: &Target, groups: u64) -> u64 {
+    let multiprocessors = target.gpu.as_ref().map_or(1, |g| u64::from(g.multiprocessors));
+    (multiprocessors / groups * MANY_TOKENS / 4).clamp(FEW_ROWS, MOST_FEW_ROWS)
+}
+
+/// Most tokens of a step whose experts are those of few tokens each, of a model with so many experts and so many of a token.
+pub const fn some_tokens(experts: u64, choices: u64) -> u64 {
+    let tokens = 4 * experts / choices;
+    if tokens < FEW_ROWS {
+        FEW_ROWS
+    } else if tokens > MOST_FEW_ROWS {
+        MOST_FEW_ROWS
+    } else {
+        tokens
+    }
+}
+
+/// The grid of a kernel for more rows than the first number and at most the second.
+pub fn some(sym: Sym, (above, most): (u64, u64), grid: Extent) -> Extent {
+    few(sym, most, many(sym, above, grid))
+}
+
+/// The grid of a kernel for at most `rows` rows.
+pub fn few(sym: Sym, rows: u64, grid: Extent) -> Extent {
+    Extent::from(0).if_above(sym, rows, grid)
+}
+
+/// The grid of a kernel for more rows than that.
+pub fn many(sym: Sym, rows: u64, grid: Extent) -> Extent {
+    grid.if_above(sym, rows, 0.into())
+}
+
+/// Blocks over `rows` tokens.
+pub fn token_blocks(rows: impl Into<Extent>) -> Extent {
+    rows.into().ceil_div(MANY_TOKENS)
+}
+
+/// Begins a block of this kind.
+pub fn begin_block(k: &mut KernelBuilder) -> Place {
+    k.threads(TILES as u32 * 32);
+    begin(k);
+    Place::here(k)
+}
+
+/// Shared memory for the operands of a stage of a product with `operands` operands a turn.
+pub fn stage(k: &mut KernelBuilder, operands: u64) -> Val {
+    k.shared(DType::I32, STAGE_TURNS * GROUPS * operands * 2 * 32 * 4)
+}
+
+/// Sums of two rows of a tile, 8 apart, of one token.
+pub struct Pair {
+    /// The first of the rows.
+    pub row: Val,
+    /// The sums of both.
+    pub values: [Val; 2],
+}
+
+/// The products of a block with tokens `first .. first + 32` of `count`; `row_of` gives the row of x of a token. `product` has the warp's tiles
+/// and the parts of the kernel for few. `epilogue` gets each token with the sums of its pair of rows; all threads of a warp come along.
+pub fn products(
+    k: &mut KernelBuilder,
+    (product, stage): (&Product<'_>, Val),
+    rows: &Rows,
+    (first, count): (Val, Val),
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair),
+) {
+    let sums = sums(k, (product, stage), rows, (first, count), row_of);
+    each_pair(k, product, &sums, (first, count), epilogue);
+}
+
+/// The sums of a block's products, of each group of tokens four numbers of the warp's tile.
+pub fn sums(
+    k: &mut KernelBuilder,
+    (product, stage): (&Product<'_>, Val),
+    rows: &Rows,
+    range: (Val, Val),
+    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+) -> Vec<[Val; 4]> {
+    let groups = Groups { product, stage };
+    let sums = groups.sums(k, rows, range, row_of);
+    sums.iter().map(|sums| product.split_sums(k, sums)[0]).collect()
+}
+
+/// Runs `epilogue` for each token of this thread with its pair of rows.
+pub fn each_pair(
+    k: &mut KernelBuilder,
+    product: &Product<'_>,
+    sums: &[[Val; 4]],
+    (first, count): (Val, Val),
+    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair),
+) {
+    for (g, sums) in (0..).zip(sums) {
+        let pair = k.mul_const(product.q(), 2);
+        let token = k.add(first, pair);
+        for j in 0..2 {
+            let token = k.add_const(token, g * TOKENS + j);
+            let exists = k.cmp(Pred::Lt, token, count);
+            let values = [sums[j as usize], sums[2 + j as usize]];
+            epilogue(k, &At { token, exists }, &Pair { row: product.token(), values });
+        }
+    }
+}
+
+/// Multiplies `silu(gate) · up`: the warps of the upper half of a block give what they have to those of the lower half, who have the sums of the gate;
+/// in these, `true` and the products.
+pub fn swiglu(k: &mut KernelBuilder, product: &Product<'_>, stage: Val, sums: &[[Val; 4]]) -> (Val, Vec<[Val; 4]>) {
+    let (pairs, zero) = (k.index(PAIRS), k.const_f32(0.0));
+    let is_gate = k.cmp(Pred::Lt, product.warp(), pairs);
+    let own = k.rem_const(product.warp(), PAIRS);
+    let own = row_ptr(k, stage, own, GROUPS * 4 * 32);
+    let place = |k: &mut KernelBuilder, i: u64| k.add_const(product.lane(), i * 32);
+    let is_up = k.not(is_gate);
+    // the stage is still read by others
+    k.barrier();
+    k.if_then(is_up, |k| {
+        for (i, &x) in (0..).zip(sums.iter().flatten()) {
+            let at = place(k, i);
+            let bits = k.bitcast(x, DType::I32);
+            k.store(own, at, bits);
+        }
+    });
+    k.barrier();
+    let products = k.if_else(
+        is_gate,
+        |k| {
+            let product = |(i, &gate): (u64, &Val)| {
+                let at = place(k, i);
+                let up = k.load(DType::I32, 1, own, at);
+                let up = k.bitcast(up, DType::F32);
+                let gate = k.silu(gate);
+                k.fmul(gate, up)
+            };
+            (0..).zip(sums.iter().flatten()).map(product).collect()
+        },
+        |_| vec![zero; 4 * sums.len()],
+    );
+    (is_gate, products.chunks(4).map(|c| [c[0], c[1], c[2], c[3]]).collect())
+}
+
+/// The groups of tokens of a block.
+struct Groups<'a> {
+    product: &'a Product<'a>,
+    stage: Val,
+}
+
+impl Groups<'_> {
+    /// The sums of all columns, of each group as [`Product::split_sums`] takes them.
+    fn sums(
+        &self,
+        k: &mut KernelBuilder,
+        rows: &Rows,
+        (first, count): (Val, Val),
+        row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    ) -> Vec<Vec<Val>> {
+        let product = self.product;
+        let own_group = k.rem_const(product.warp(), GROUPS);
+        let token = k.mul_const(own_group, TOKENS);
+        let token = k.add(token, product.token());
+        let token = k.add(token, first);
+        let one = k.const_i64(1);
+        let last = k.sub(count, one);
+        let token = k.min_i64(token, last);
+        let row = row_of(k, token);
+        let x = load_row(k, rows, row, product.q());
+
+        // the last tokens of a run are often few
+        let half = k.add_const(first, HALF_GROUPS as u64 * TOKENS);
+        let is_full = k.cmp(Pred::Lt, half, count);
+        let all = product.all_turns();
+        let (zero, end) = (k.const_i64(0), k.index(all));
+        let no_sums = product.no_sums(k);
+        let sums: Vec<Val> = (0..GROUPS).flat_map(|_| no_sums.clone()).collect();
+        let codes = product.codes(k, zero).concat();
+        let parts = product.part_turns() < all;
+        let carried: Vec<Val> = [sums.clone(), if parts { sums.clone() } else { Vec::new() }, codes.clone()].concat();
+        let left = k.for_carry((zero, end, STAGE_TURNS), &carried, |k, turn, carried| {
+            k.barrier();
+            self.fill(k, turn, (own_group, x));
+            k.barrier();
+            let stop = k.add_const(turn, STAGE_TURNS);
+            let stop = k.min_i64(stop, end);
+            k.for_carry((turn, stop, 1), carried, |k, t, carried| {
+                let (own, rest) = carried.split_at(sums.len());
+                let (before, codes) = rest.split_at(rest.len() - codes.len());
+                let next = k.add_const(t, 1);
+                let last = k.index(all - 1);
+                let next = k.min_i64(next, last);
+                let ahead = product.codes(k, next).concat();
+                let (own, before) = if parts { self.end_part(k, t, own, before) } else { (own.to_vec(), Vec::new()) };
+                let own: Vec<Vec<Val>> = own.chunks(no_sums.len()).map(<[Val]>::to_vec).collect();
+                let codes: Vec<Vec<Val>> =
+                    codes.chunks(codes.len() / product.tiles.len()).map(<[Val]>::to_vec).collect();
+                let within = k.sub(t, turn);
+                let (less, more) = (own[..HALF_GROUPS].to_vec(), own.clone());
+                let own = k.if_else(
+                    is_full,
+                    |k| self.turn(k, (t, within), &codes, more),
+                    |k| [self.turn(k, (t, within), &codes, less), own[HALF_GROUPS..].concat()].concat(),
+                );
+                [own, before, ahead].concat()
+            })
+        });
+        let (own, rest) = left.split_at(sums.len());
+        let all: Vec<Val> = match parts {
+            true => own.iter().zip(rest).map(|(&own, &before)| k.fadd(before, own)).collect(),
+            false => own.to_vec(),
+        };
+        all.chunks(no_sums.len()).map(<[Val]>::to_vec).collect()
+    }
+
+    /// The sums of some groups after a turn.
+    fn turn(
+        &self,
+        k: &mut KernelBuilder,
+        (turn, within): (Val, Val),
+        codes: &[Vec<Val>],
+        mut sums: Vec<Vec<Val>>,
+    ) -> Vec<Val> {
+        for operand in 0..self.product.operands() {
+            let operand = |k: &mut KernelBuilder, g: usize| self.operand(k, (within, g as u64), operand);
+            self.product.turn_sums(k, turn, codes, &operand, &mut sums);
+        }
+        sums.concat()
+    }
+
+    /// Where a part of the columns begins with turn `t`, its sums begin anew, and those before are added to the ones before them.
+    fn end_part(&self, k: &mut KernelBuilder, t: Val, own: &[Val], before: &[Val]) -> (Vec<Val>, Vec<Val>) {
+        let within = k.rem_const(t, self.product.part_turns());
+        let zero = k.const_i64(0);
+        let begins = k.cmp(Pred::Eq, within, zero);
+        let both = k.if_else(
+            begins,
+            |k| {
+                let none = self.product.no_sums(k);
+                let anew = own.iter().zip(none.iter().cycle()).map(|(_, &none)| none).collect::<Vec<_>>();
+                let added = before.iter().zip(own).map(|(&before, &own)| k.fadd(before, own)).collect();
+                [anew, added].concat()
+            },
+            |_| [own, before].concat(),
+        );
+        let (own, before) = both.split_at(own.len());
+        (own.to_vec(), before.to_vec())
+    }
+
+    /// Makes the operands of a stage: this warp those of one group, of some turns.
+    fn fill(&self, k: &mut KernelBuilder, first: Val, (group, x): (Val, super::tile::Row)) {
+        let own = k.div_const(self.product.warp(), GROUPS);
+        for i in (0..STAGE_TURNS).step_by((TILES / GROUPS) as usize) {
+            let within = k.add_const(own, i);
+            let turn = k.add(first, within);
+            let make = |k: &mut KernelBuilder| {
+                for (operand, b) in (0..).zip(self.product.tokens(k, turn, x)) {
+                    for (half, b) in (0..).zip(b) {
+                        let at = self.place(k, (within, group), operand, half);
+                        let words = k.quad([b[0][0], b[0][1], b[1][0], b[1][1]]);
+                        k.store(self.stage, at, words);
+                    }
+                }
+            };
+            if self.product.all_turns().is_multiple_of(STAGE_TURNS) {
+                make(k);
+            } else {
+                let end = k.index(self.product.all_turns());
+                let exists = k.cmp(Pred::Lt, turn, end);
+                k.if_then(exists, make);
+            }
+        }
+    }
+
+    /// Where this thread's four words of a turn of the stage, group, operand and half turn lie.
+    fn place(&self, k: &mut KernelBuilder, (turn, group): (Val, Val), operand: u64, half: u64) -> Val {
+        let at = k.mul_const(turn, GROUPS);
+        let at = k.add(at, group);
+        let at = k.mul_const(at, self.product.operands());
+        let at = k.add_const(at, operand);
+        let at = k.mul_const(at, 2);
+        let at = k.add_const(at, half);
+        let at = k.mul_const(at, 32);
+        let at = k.add(at, self.product.lane());
+        k.mul_const(at, 4)
+    }
+
+    /// Operand B of a group in a turn of the stage.
+    fn operand(&self, k: &mut KernelBuilder, (turn, group): (Val, u64), operand: u64) -> Operand {
+        let group = k.index(group);
+        [0, 1].map(|half| {
+            let at = self.place(k, (turn, group), operand, half);
+            let words = k.load(DType::I32, 4, self.stage, at);
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| k.extract(words, i));
+            [[a, b], [c, d]]
+        })
+    }
+}

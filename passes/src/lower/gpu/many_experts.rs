@@ -1,0 +1,482 @@
+//! `experts` of many tokens on a GPU.
+//!
+//! norm_router      blocks as in [`many`](super::many)
+//! .choose          a warp a token
+//! .dispatch        a block for 1024 choices: a thread an expert counts them; tail: where each begins among all, and lists them
+//! experts_gate_up  blocks (64 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
+//! experts_down     blocks as before, by 16 tiles of the residual stream, hand all products to the tail: a block a token adds up those of
+//!                  its choices in their order
+//!
+//! What is dispatched, and how, says [`super::super::experts`].
+
+use nextc_ir::DType;
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
+use nextc_ir::schedule::Extent;
+use nextc_ir::shape::{LANES, Sym, pad};
+
+use super::super::experts::Table;
+use super::super::matmul::{Rows, number_in_range, row_ptr};
+use super::super::ports::{Lowered, Port, Ports, Site};
+use super::experts::{Choice, Down};
+use super::many::{self, FEW_ROWS, MANY_TOKENS, PAIRS, TILES, few_rows, many, token_blocks};
+use super::matmul::{At, GatePair, own_tile, store_one, store_pair, store_residual};
+use super::tile::{Fragments, Product, Split};
+use super::{Place, begin, lanes_before, warp_count};
+
+/// The products of the router.
+pub struct Router<'a> {
+    /// What it reads.
+    pub rows: &'a Rows,
+    /// The matrix of the experts, and the gate of the shared one.
+    pub matrices: [(Fragments, Port); 2],
+    /// How the kernel for few tokens splits columns.
+    pub split: Split,
+}
+
+/// Tokens of a block that chooses: a warp each.
+const CHOOSING: u64 = 8;
+/// Choices that a block dispatches.
+const DISPATCHED: u64 = 1024;
+
+impl Router<'_> {
+    /// The kernels; `outs` are the results of the node.
+    pub fn kernels(&self, site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Lowered {
+        let kernels = [
+            self.logits(site, ports, outs, (sym, choice)),
+            choose(site, ports, outs, (sym, choice)),
+            dispatch(site, ports, outs, (sym, choice)),
+        ];
+        let [logits, choose, dispatch] = kernels.map(|kernel| ports.clone().finish(kernel));
+        logits.then(choose).then(dispatch)
+    }
+
+    fn logits(&self, site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
+        let groups = self.matrices.map(|(m, _)| m.planes.tiles().div_ceil(TILES));
+        let all: u64 = groups.iter().sum();
+        let mut k =
+            ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
+        let place = many::begin_block(&mut k);
+        let stage = many::stage(&mut k, 2);
+        let (task, count) = (k.task(), k.dim(sym));
+        let (block, number) = (k.div_const(task, all), k.rem_const(task, all));
+        let first = k.mul_const(block, MANY_TOKENS);
+        let ranges = [(0, groups[0]), (groups[0], all)];
+        for (is_gate, range) in [false, true].into_iter().zip(ranges) {
+            let (fragments, weight) = self.matrices[usize::from(is_gate)];
+            number_in_range(&mut k, number, range, |k, group| {
+                let tile = own_tile(k, group, place);
+                let (base, last) = (k.param(weight), k.index(fragments.planes.tiles() - 1));
+                let own = k.min_i64(tile, last);
+                let own = fragments.own_tile(k, base, own);
+                let product = Product::new(k, &fragments, vec![own], place, self.split.warps).precise();
+                let out = k.param(outs[if is_gate { 4 } else { 5 }]);
+                let stride = if is_gate { LANES } else { pad(choice.experts) };
+                many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, pair| {
+                    let exists = k.cmp(Pred::Le, tile, last);
+                    let exists = k.and(exists, at.exists);
+                    k.if_then(exists, |k| {
+                        for (i, &value) in (0..).zip(&pair.values) {
+                            let value = if is_gate { k.sigmoid(value) } else { value };
+                            let row = k.add_const(pair.row, 8 * i);
+                            store_one(k, (out, stride), at.token, tile, row, value);
+                        }
+                    });
+                });
+            });
+        }
+        k.finish()
+    }
+}
+
+/// Chooses: a warp a token.
+fn choose(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
+    let choice = Choice { threads: CHOOSING * 32, ..*choice };
+    let mut k = ports.builder_of(site, ".choose", many(sym, FEW_ROWS, Extent::from(sym).ceil_div(CHOOSING)));
+    k.threads(choice.threads as u32);
+    begin(&mut k);
+    let place = Place::here(&mut k);
+    let [weights, ids, logits] = [0, 1, 5].map(|i: usize| k.param(outs[i]));
+    let task = k.task();
+    let t = k.mul_const(task, CHOOSING);
+    let t = k.add(t, place.warp);
+    let exists = k.cmp(Pred::Lt, t, choice.tokens);
+    k.if_then(exists, |k| {
+        choice.choose(k, place, t, (logits, weights, ids));
+    });
+    k.finish()
+}
+
+/// Lists the choices by expert.
+fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
+    let threads = choice.experts.next_multiple_of(32).clamp(64, 512);
+    let choice = Choice { threads, ..*choice };
+    let chunks = (Extent::from(sym) * choice.k.into()).ceil_div(DISPATCHED);
+    let mut k = ports.builder_of(site, ".dispatch", many(sym, FEW_ROWS, chunks.clone()));
+    k.threads(threads as u32);
+    let near = k.shared(DType::I32, DISPATCHED);
+    let counts = k.partials(DType::I32, choice.slots() * threads);
+    begin(&mut k);
+    let thread = k.thread();
+    let chunk = Chunk { choice: &choice, ids: k.param(outs[1]), near, thread };
+    let own: Vec<Val> = (0..choice.slots()).map(|i| k.add_const(thread, i * threads)).collect();
+    let (zero, one) = (k.const_i32(0), k.const_i32(1));
+    let found = chunk.each(&mut k, &vec![zero; own.len()], |k, _, ids, counts| {
+        let of_one = |(&e, &count): (&Val, &Val)| {
+            let e = k.narrow(e);
+            ids.iter().fold(count, |count, &id| {
+                let mine = k.cmp(Pred::Eq, id, e);
+                let more = k.select(mine, one, zero);
+                k.add(count, more)
+            })
+        };
+        own.iter().zip(counts).map(of_one).collect()
+    });
+    let task = k.task();
+    let mine = row_ptr(&mut k, counts, task, choice.slots() * threads);
+    own.iter().zip(found).for_each(|(&e, count)| k.store(mine, e, count));
+    k.finish_with_tail_grid(many(sym, FEW_ROWS, chunks), |k| {
+        let scan: [Val; 4] = std::array::from_fn(|_| k.shared(DType::I32, choice.slots() * threads));
+        let near = k.shared(DType::I32, DISPATCHED);
+        let counts = k.partials(DType::I32, choice.slots() * threads);
+        begin(k);
+        let thread = k.thread();
+        let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
+        let chunk = Chunk { choice: &choice, ids, near, thread };
+        let own: Vec<Val> = (0..choice.slots()).map(|i| k.add_const(thread, i * threads)).collect();
+        let (none, first, one) = (k.const_i32(0), k.const_i64(0), k.const_i32(1));
+        let all = k.mul_const(choice.tokens, choice.k);
+        let all = k.add_const(all, DISPATCHED - 1);
+        let all = k.div_const(all, DISPATCHED);
+        let begin = vec![none; 2 * own.len()];
+        // of each expert all choices, and those of the chunks before this one
+        let sums = k.for_carry((first, all, 1), &begin, |k, c, sums| {
+            let counts = row_ptr(k, counts, c, choice.slots() * threads);
+            let (sums, before) = sums.split_at(own.len());
+            let is_before = k.cmp(Pred::Lt, c, k.task());
+            let found: Vec<Val> = own.iter().map(|&e| k.load(DType::I32, 1, counts, e)).collect();
+            let sums = found.iter().zip(sums).map(|(&n, &sum)| k.add(n, sum)).collect::<Vec<_>>();
+            let before = found.iter().zip(before).map(|(&n, &sum)| {
+                let n = k.select(is_before, n, none);
+                k.add(n, sum)
+            });
+            let before = before.collect();
+            [sums, before].concat()
+        });
+        let (sums, before) = sums.split_at(own.len());
+        let enters = k.cmp(Pred::Eq, k.task(), first);
+        let starts = choice.enter_all(k, table, (&own, sums), scan, enters);
+        let cursors: Vec<Val> = starts.iter().zip(before).map(|(&start, &before)| k.add(start, before)).collect();
+        chunk.each(k, &cursors, |k, number, ids, cursors| {
+            let mut next = Vec::with_capacity(cursors.len());
+            for (&e, &cursor) in own.iter().zip(cursors) {
+                let e = k.narrow(e);
+                let mut cursor = cursor;
+                for (i, &id) in (0..).zip(ids) {
+                    let mine = k.cmp(Pred::Eq, id, e);
+                    k.if_then(mine, |k| {
+                        let number = k.add_const(number, i);
+                        let (at, number) = (k.widen(cursor), k.narrow(number));
+                        k.store(order, at, number);
+                    });
+                    let more = k.select(mine, one, none);
+                    cursor = k.add(cursor, more);
+                }
+                next.push(cursor);
+            }
+            next
+        });
+    })
+}
+
+/// The choices of one block of the dispatch.
+struct Chunk<'a> {
+    choice: &'a Choice,
+    ids: Val,
+    near: Val,
+    thread: Val,
+}
+
+impl Chunk<'_> {
+    /// Runs `body(number of the first, experts of four choices, carried)` over the chunk, in order, in every thread; -1 where there is none.
+    fn each(
+        &self,
+        k: &mut KernelBuilder,
+        init: &[Val],
+        body: impl FnOnce(&mut KernelBuilder, Val, &[Val], &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let choice = self.choice;
+        let first = k.mul_const(k.task(), DISPATCHED);
+        let all = k.mul_const(choice.tokens, choice.k);
+        let (room, zero) = (k.index(DISPATCHED), k.const_i64(0));
+        k.for_each((self.thread, room, choice.threads), |k, i| {
+            let number = k.add(first, i);
+            let exists = k.cmp(Pred::Lt, number, all);
+            let none = k.const_i32(-1);
+            let load = |k: &mut KernelBuilder| {
+                let (t, s) = (k.div_const(number, choice.k), k.rem_const(number, choice.k));
+                let row = row_ptr(k, self.ids, t, pad(choice.k));
+                vec![k.load(DType::I32, 1, row, s)]
+            };
+            let id = k.if_else(exists, load, |_| vec![none])[0];
+            k.store(self.near, i, id);
+        });
+        k.barrier();
+        let left = k.sub(all, first);
+        let count = k.min_i64(left, room);
+        k.for_carry((zero, count, 4), init, |k, i, carried| {
+            let ids = k.load(DType::I32, 4, self.near, i);
+            let ids = [0, 1, 2, 3].map(|lane| k.extract(ids, lane));
+            let number = k.add(first, i);
+            body(k, number, &ids, carried)
+        })
+    }
+}
+
+/// What the router found out.
+#[derive(Clone, Copy)]
+pub struct Dispatch {
+    /// Choices by expert.
+    pub order: Port,
+    /// See [`Table`].
+    pub table: Port,
+    /// Its layout.
+    pub layout: Table,
+    /// Experts of a token.
+    pub choices: u64,
+}
+
+/// Some tokens of an expert: where in `order` they begin, and where its run ends.
+struct Unit {
+    expert: Val,
+    first: Val,
+    end: Val,
+}
+
+impl Dispatch {
+    /// Most units of the routed experts.
+    fn units(&self, sym: Sym) -> Extent {
+        let choices = Extent::from(sym) * self.choices.into();
+        token_blocks(choices.clone()) + Extent::from(self.layout.experts).min(choices)
+    }
+
+    /// Unit `number` of the routed experts, by a warp, and whether there is one: runs of experts in blocks of [`MANY_TOKENS`].
+    fn unit(&self, k: &mut KernelBuilder, lane: Val, number: Val) -> (Val, Unit) {
+        let per_lane = self.layout.experts.div_ceil(32);
+        let (table, number) = (k.param(self.table), k.narrow(number));
+        let (none, one) = (k.const_i32(0), k.const_i32(1));
+        let (up, size) = (k.const_i32(MANY_TOKENS as i32 - 1), k.const_i32(MANY_TOKENS as i32));
+        let own = k.mul_const(lane, per_lane);
+        let end = k.index(self.layout.experts);
+        let units: Vec<(Val, Val)> = (0..per_lane)
+            .map(|i| {
+                let e = k.add_const(own, i);
+                let exists = k.cmp(Pred::Lt, e, end);
+                let count = |k: &mut KernelBuilder| {
+                    let next = k.add_const(e, 1);
+                    let (begin, end) = (k.load(DType::I32, 1, table, e), k.load(DType::I32, 1, table, next));
+                    let count = k.sub(end, begin);
+                    let count = k.add(count, up);
+                    vec![k.div(count, size)]
+                };
+                (e, k.if_else(exists, count, |_| vec![none])[0])
+            })
+            .collect();
+        let mine = units.iter().fold(none, |sum, &(_, n)| k.add(sum, n));
+        let (before, _) = lanes_before(k, lane, (none, mine), |k, a, b| k.add(a, b));
+        let (mut at, mut expert, mut index) = (before, none, none);
+        for (e, n) in units {
+            let within = k.sub(number, at);
+            let (from, to) = (k.cmp(Pred::Ge, within, none), k.cmp(Pred::Lt, within, n));
+            let hit = k.and(from, to);
+            let (e, i) = (k.narrow(e), k.add(within, one));
+            expert = k.select(hit, e, expert);
+            index = k.select(hit, i, index);
+            at = k.add(at, n);
+        }
+        let (expert, index) = (warp_count(k, expert), warp_count(k, index));
+        let exists = k.cmp(Pred::Gt, index, none);
+        let index = k.sub(index, one);
+        let index = k.select(exists, index, none);
+        let (expert, index) = (k.widen(expert), k.widen(index));
+        let (begin, end) = self.layout.run(k, table, expert);
+        let skipped = k.mul_const(index, MANY_TOKENS);
+        (exists, Unit { expert, first: k.add(begin, skipped), end })
+    }
+
+    /// The number of the choice at a place of `order`.
+    fn choice(&self, k: &mut KernelBuilder, at: Val) -> Val {
+        let order = k.param(self.order);
+        k.load_index(order, at)
+    }
+}
+
+/// `experts_gate_up`.
+pub struct GateUp<'a> {
+    /// What all experts read.
+    pub rows: &'a Rows,
+    /// Gate and up of the routed experts.
+    pub routed: (Fragments, [Port; 2]),
+    /// The same of the shared one.
+    pub dense: (Fragments, [Port; 2]),
+    /// How the kernel for few tokens splits columns.
+    pub split: Split,
+    /// Who reads what.
+    pub dispatch: Dispatch,
+    /// Width of a routed expert.
+    pub width: u64,
+    /// Where the products of both go, and elements from one row to the next.
+    pub outs: [(Port, u64); 2],
+}
+
+impl GateUp<'_> {
+    /// The kernel for steps of more tokens than `above`.
+    pub fn kernel(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
+        let (dense_tiles, tiles) = (self.dense.0.planes.tiles(), pad(self.width) / LANES);
+        let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(PAIRS));
+        let shared_tasks = token_blocks(sym) * dense_groups.into();
+        let grid = shared_tasks.clone() + self.dispatch.units(sym) * groups.into();
+        let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
+        let place = many::begin_block(&mut k);
+        let operands = [self.routed.0, self.dense.0].map(|f| f.operands()).into_iter().max();
+        let stage = many::stage(&mut k, operands.unwrap_or(1));
+        let (task, count) = (k.task(), k.dim(sym));
+        let shared_end = super::extent(&mut k, &shared_tasks);
+        let is_shared = k.cmp(Pred::Lt, task, shared_end);
+        let [routed_out, shared_out] = self.outs.map(|(port, stride)| (k.param(port), stride));
+        k.if_else(
+            is_shared,
+            |k| {
+                let (block, group) = (k.div_const(task, dense_groups), k.rem_const(task, dense_groups));
+                let first = k.mul_const(block, MANY_TOKENS);
+                let pair = GatePair::of(k, (&self.dense.0, self.dense.1), (group, dense_tiles), place);
+                let matrix = (&self.dense.0, self.split.warps);
+                let range = (first, count);
+                pair.products(k, matrix, place, stage, self.rows, range, &mut |_, t| t, &mut |k, at, sums, tile| {
+                    store_pair(k, shared_out, at.token, tile, sums);
+                });
+                Vec::new()
+            },
+            |k| {
+                let number = k.sub(task, shared_end);
+                let (number, group) = (k.div_const(number, groups), k.rem_const(number, groups));
+                let (exists, unit) = self.dispatch.unit(k, place.lane, number);
+                k.if_then(exists, |k| {
+                    let pair =
+                        GatePair::of_expert(k, (&self.routed.0, self.routed.1), unit.expert, (group, tiles), place);
+                    let mut row_of = |k: &mut KernelBuilder, at: Val| {
+                        let number = self.dispatch.choice(k, at);
+                        k.div_const(number, self.dispatch.choices)
+                    };
+                    let (matrix, range) = ((&self.routed.0, self.split.warps), (unit.first, unit.end));
+                    pair.products(k, matrix, place, stage, self.rows, range, &mut row_of, &mut |k, at, sums, tile| {
+                        let number = self.dispatch.choice(k, at.token);
+                        store_pair(k, routed_out, number, tile, sums);
+                    });
+                });
+                Vec::new()
+            },
+        );
+        k.finish()
+    }
+}
+
+/// Threads of a block that adds up the products of a token.
+const COMBINE_THREADS: u64 = TILES * 32;
+
+/// `experts_down`.
+pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64)) -> Kernel {
+    let dispatch = Dispatch { order: down.order, table: down.table, layout: down.layout, choices: down.choices };
+    let (groups, stride) = (down.tiles.div_ceil(TILES), down.tiles * LANES);
+    let shared_tasks = token_blocks(sym) * groups.into();
+    let grid = shared_tasks.clone() + dispatch.units(sym) * groups.into();
+    let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
+    let place = many::begin_block(&mut k);
+    let operands = [down.routed, down.dense].map(|f| f.operands()).into_iter().max();
+    let stage = many::stage(&mut k, operands.unwrap_or(1));
+    // a row of the residual stream for each choice, then one for each token: there are tasks for as many blocks of tokens of both
+    let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
+    let (task, count) = (k.task(), k.dim(sym));
+    let shared_end = super::extent(&mut k, &shared_tasks);
+    let is_shared = k.cmp(Pred::Lt, task, shared_end);
+    let choices = k.mul_const(count, down.choices);
+    let block = DownBlock { down, place, stage, partials, stride };
+    k.if_else(
+        is_shared,
+        |k| {
+            let (unit, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+            let (first, zero) = (k.mul_const(unit, MANY_TOKENS), k.const_i64(0));
+            let weight = (&down.dense, k.param(down.s_down), zero);
+            block.run(k, weight, group, (&down.s, (first, count)), &mut |_, t| t, &mut |k, t| k.add(choices, t));
+            Vec::new()
+        },
+        |k| {
+            let number = k.sub(task, shared_end);
+            let (number, group) = (k.div_const(number, groups), k.rem_const(number, groups));
+            let (exists, unit) = dispatch.unit(k, place.lane, number);
+            k.if_then(exists, |k| {
+                let weight = (&down.routed, k.param(down.w_down), unit.expert);
+                let mut choice = |k: &mut KernelBuilder, at: Val| dispatch.choice(k, at);
+                let mut row = |k: &mut KernelBuilder, at: Val| dispatch.choice(k, at);
+                block.run(k, weight, group, (&down.h, (unit.first, unit.end)), &mut choice, &mut row);
+            });
+            Vec::new()
+        },
+    );
+    k.finish_with_tail_grid(many(sym, above, sym.into()), |k| {
+        let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
+        begin(k);
+        let (thread, token) = (k.thread(), k.task());
+        let (first, choices) = (k.mul_const(token, down.choices), k.mul_const(k.dim(sym), down.choices));
+        let [sums, shared] = [first, k.add(choices, token)].map(|row| row_ptr(k, partials, row, stride));
+        let (zero, end) = (k.const_i64(0), k.index(stride));
+        k.for_each((zero, end, COMBINE_THREADS), |k, from| {
+            let column = k.add(from, thread);
+            let exists = k.cmp(Pred::Lt, column, end);
+            let column = k.select(exists, column, zero);
+            let sum = down.weighted(k, token, (sums, column, stride), (shared, column));
+            let (tile, row) = (k.div_const(column, LANES), k.rem_const(column, LANES));
+            store_residual(k, &down.residual, tile, &At { token, exists }, row, sum);
+        });
+    })
+}
+
+/// A block at work on products for the tail.
+struct DownBlock<'a> {
+    down: &'a Down,
+    place: Place,
+    stage: Val,
+    partials: Val,
+    stride: u64,
+}
+
+impl DownBlock<'_> {
+    /// The products of some tokens with the tiles of `group` of an expert; `row_to` says in which row of the partials a token's go.
+    fn run(
+        &self,
+        k: &mut KernelBuilder,
+        (fragments, base, expert): (&Fragments, Val, Val),
+        group: Val,
+        (rows, range): (&Rows, (Val, Val)),
+        row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+        row_to: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
+    ) {
+        let tiles = self.down.tiles;
+        let tile = own_tile(k, group, self.place);
+        let (last, skipped) = (k.index(tiles - 1), k.mul_const(expert, tiles));
+        let own = k.min_i64(tile, last);
+        let own = k.add(skipped, own);
+        let own = fragments.own_tile(k, base, own);
+        let product = Product::new(k, fragments, vec![own], self.place, 1);
+        many::products(k, (&product, self.stage), rows, range, row_of, &mut |k, at, pair| {
+            let exists = k.cmp(Pred::Le, tile, last);
+            let exists = k.and(exists, at.exists);
+            k.if_then(exists, |k| {
+                let row = row_to(k, at.token);
+                for (i, &value) in (0..).zip(&pair.values) {
+                    let within = k.add_const(pair.row, 8 * i);
+                    store_one(k, (self.partials, self.stride), row, tile, within, value);
+                }
+            });
+        });
+    }
+}
