@@ -80,7 +80,7 @@ pub struct ModelArgs {
     /// How weights are stored: as in the checkpoint, or quantised.
     #[arg(long, value_enum, default_value_t = Quant::Keep)]
     pub quant: Quant,
-    /// What activations may be rounded to.
+    /// What activations may be rounded to in products of more than 8 tokens of a sequence.
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...
@@ -143,11 +143,11 @@ pub enum Quant {
 /// `--activations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
-    /// What the machine is fastest with; float32 for now.
+    /// What the machine is fastest with: bfloat16 if it has a matrix unit (AMX), else float32.
     Auto,
     /// float32 throughout: the form that is compared with the reference.
     F32,
-    /// bfloat16 where the machine multiplies it faster.
+    /// bfloat16, in a matrix unit.
     Bf16,
     /// 8-bit integers where the machine multiplies them faster.
     Int8,

@@ -16,6 +16,9 @@ use crate::error::LinkError;
 use crate::image::Image;
 use crate::{LinkInputs, pack};
 
+// kernels and the runtime that cuts prompts for them mean the same
+const _: () = assert!(abi::DECODE_TOKENS as u64 == nextc_ir::types::DECODE_TOKENS);
+
 /// The metadata, without what only packing finds out: checksums and fingerprints.
 pub(crate) fn metadata(inputs: &LinkInputs<'_>, image: &Image) -> Result<abi::Metadata, LinkError> {
     let module = inputs.module;

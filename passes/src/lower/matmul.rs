@@ -7,6 +7,8 @@
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
 //! traffic  each weight once a block of rows (bound by memory at one row, by FMAs at many)
 //!
+//! Where the target has a matrix unit and may round, these are the products of tokens that are decoded; those of longer runs are [`super::bulk`]'s.
+//!
 //! The order of a row's sums depends on neither T nor the block, so a token has the same bits alone and among others.
 
 use nextc_ir::format::Format;
@@ -18,6 +20,7 @@ use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Layout, Target};
 
 use super::LowerError;
+use super::bulk::{self, Class, Classes, Panel};
 use super::ports::{Lowered, Port, Ports, Site};
 
 /// Row tiles of one task, for matrices of many rows.
@@ -68,8 +71,10 @@ impl Matrix {
 /// Pointers to the parts of one tile.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile {
-    planes: Planes,
-    codes: Val,
+    /// Where everything lies.
+    pub planes: Planes,
+    /// The codes.
+    pub codes: Val,
     scales: Option<Val>,
     order: Option<Val>,
 }
@@ -342,6 +347,17 @@ impl Rows {
         }
     }
 
+    /// Row `row` of x after the prologue, to be read vector by vector.
+    pub fn reader(&self, k: &mut KernelBuilder, row: Val) -> RowReader {
+        match self {
+            Self::Plain { x, stride } => {
+                let base = k.param(*x);
+                RowReader { x: row_ptr(k, base, row, *stride), norm: None }
+            }
+            Self::Normed(n) => n.reader(k, row),
+        }
+    }
+
     /// Pointers to the given rows of x, after the prologue.
     pub fn load(&self, k: &mut KernelBuilder, scratch: Option<Val>, rows: &[Val]) -> Vec<Val> {
         rows.iter()
@@ -350,7 +366,7 @@ impl Rows {
                 (Self::Normed(n), Some(scratch)) => {
                     let i = k.index(i as u64);
                     let out = row_ptr(k, scratch, i, self.stride());
-                    normalise(k, n, row, out);
+                    n.write(k, row, out);
                     out
                 }
                 (Self::Plain { x, stride }, _) => {
@@ -360,6 +376,25 @@ impl Rows {
                 (Self::Normed(_), None) => unreachable!("`scratch` gives scratch to rows that are computed"),
             })
             .collect()
+    }
+}
+
+/// A row of x, and what a norm makes of it: its scale in all lanes, and the stored gain.
+#[derive(Clone, Copy, Debug)]
+pub struct RowReader {
+    x: Val,
+    norm: Option<(Val, Val)>,
+}
+
+impl RowReader {
+    /// The 16 elements from element `i` on: `x`, or `x * rms_scale * (1 + gain)`.
+    pub fn at(self, k: &mut KernelBuilder, i: Val) -> Val {
+        let v = k.load_f32x16(self.x, i);
+        let Some((scale, gain)) = self.norm else { return v };
+        let (g, one) = (k.load_f32x16(gain, i), k.splat_f32(16, 1.0));
+        let g = k.fadd(g, one);
+        let v = k.fmul(v, scale);
+        k.fmul(v, g)
     }
 }
 
@@ -383,22 +418,23 @@ pub fn mean_rsqrt(k: &mut KernelBuilder, sum: Val, width: u64, eps: f32) -> Val 
     k.rsqrt(shifted)
 }
 
-/// `out = x[row] * rms_scale * (1 + gain)`.
-fn normalise(k: &mut KernelBuilder, n: &Normed, row: Val, out: Val) {
-    let stride = pad(n.width);
-    let (x, ssq, gain) = (k.param(n.x), k.param(n.ssq), k.param(n.gain));
-    let x = row_ptr(k, x, row, stride);
-    let ssq = row_ptr(k, ssq, row, pad(n.width.div_ceil(LANES)));
-    let scale = rms_scale(k, ssq, n.width, n.eps);
-    let scale = k.splat(scale, 16);
-    let one = k.splat_f32(16, 1.0);
-    k.for_range(stride, LANES, |k, i| {
-        let (v, g) = (k.load_f32x16(x, i), k.load_f32x16(gain, i));
-        let g = k.fadd(g, one);
-        let v = k.fmul(v, scale);
-        let v = k.fmul(v, g);
-        k.store(out, i, v);
-    });
+impl Normed {
+    fn reader(&self, k: &mut KernelBuilder, row: Val) -> RowReader {
+        let (x, ssq, gain) = (k.param(self.x), k.param(self.ssq), k.param(self.gain));
+        let x = row_ptr(k, x, row, pad(self.width));
+        let ssq = row_ptr(k, ssq, row, pad(self.width.div_ceil(LANES)));
+        let scale = rms_scale(k, ssq, self.width, self.eps);
+        RowReader { x, norm: Some((k.splat(scale, 16), gain)) }
+    }
+
+    /// Writes row `row` to `out`.
+    fn write(&self, k: &mut KernelBuilder, row: Val, out: Val) {
+        let reader = self.reader(k, row);
+        k.for_range(pad(self.width), LANES, |k, i| {
+            let v = reader.at(k, i);
+            k.store(out, i, v);
+        });
+    }
 }
 
 /// Runs `body` for every row in `lo..hi`: in blocks of `block`, and what is left as one smaller block, so that two or three rows cost one
@@ -430,7 +466,7 @@ pub fn for_rows(
 }
 
 /// Runs `body` for every tile in `lo..hi` of a matrix of `tiles`, `step` at a time; one by one at the end where `step` leaves a rest.
-fn for_tiles(
+pub fn for_tiles(
     k: &mut KernelBuilder,
     (lo, hi): (Val, Val),
     (tiles, step): (u64, u64),
@@ -446,18 +482,18 @@ fn for_tiles(
 }
 
 /// What becomes of a tile's dot products: `epilogue(builder, tile, row, value)`.
-type Epilogue<'a> = dyn FnMut(&mut KernelBuilder, Val, Val, Val) + 'a;
+pub type Epilogue<'a> = dyn FnMut(&mut KernelBuilder, Val, Val, Val) + 'a;
 
-/// Emits one weight's share of a task: tiles `lo..hi` against all rows of the step.
+/// Emits one weight's share of a task: tiles `lo..hi` against rows `first..last`.
 fn emit_tiles(
     k: &mut KernelBuilder,
     (matrix, weight): (Matrix, Val),
-    (rows, scratch, sym): (&Rows, Option<Val>, Sym),
+    (rows, scratch): (&Rows, Option<Val>),
+    (first, last): (Val, Val),
     (lo, hi): (Val, Val),
     tile: MatmulTile,
     epilogue: &mut Epilogue<'_>,
 ) {
-    let (first, last) = (k.const_i64(0), k.dim(sym));
     for_rows(k, (first, last), tile.tokens, |k, block| {
         let x = rows.load(k, scratch, block);
         for_tiles(k, (lo, hi), (matrix.tiles(), tile.row_tiles), |k, tiles| {
@@ -470,6 +506,108 @@ fn emit_tiles(
             }
         });
     });
+}
+
+/// What a kernel needs to multiply the rows of a step: all alike, or by their classes.
+pub struct Multiplier {
+    /// Where rows come from.
+    pub rows: Rows,
+    sym: Sym,
+    tile: MatmulTile,
+    classes: Option<Classes>,
+    /// Scratch for rows that are computed.
+    pub scratch: Option<Val>,
+    panel: Option<Panel>,
+}
+
+impl Multiplier {
+    /// For rows of `sym`, which are not multiplied yet; asks for its ports.
+    pub fn ports(site: &Site<'_>, ports: &mut Ports, rows: Rows, sym: Sym, matrices: &[Matrix]) -> Self {
+        let classes = Classes::ports(site, ports, sym).filter(|_| matrices.iter().any(bulk::takes));
+        Self { rows, sym, tile: site.target.matmul_tile(), classes, scratch: None, panel: None }
+    }
+
+    /// As [`Multiplier::ports`], for pairs of a gate and an up matrix, all of which are multiplied alike.
+    pub fn of_pairs(site: &Site<'_>, ports: &mut Ports, rows: Rows, sym: Sym, pairs: &[[Matrix; 2]]) -> Self {
+        let classes = Classes::ports(site, ports, sym).filter(|_| pairs.iter().flatten().all(bulk::takes));
+        Self { rows, sym, tile: site.target.matmul_tile(), classes, scratch: None, panel: None }
+    }
+
+    /// The classes and the panel, where rows are multiplied by their classes.
+    pub fn by_class(&self) -> Option<(Classes, Panel)> {
+        self.classes.zip(self.panel)
+    }
+
+    /// Takes scratch. Call it at the top level of the body.
+    pub fn alloc(&mut self, k: &mut KernelBuilder, matrices: &[Matrix]) {
+        self.scratch = self.rows.scratch(k, self.tile.tokens);
+        self.panel = self.classes.map(|classes| Panel::alloc(k, classes, matrices));
+    }
+
+    /// Task `group` of `tasks`, each with `size` tiles of `matrix`, against all rows.
+    pub fn task(
+        &self,
+        k: &mut KernelBuilder,
+        (matrix, weight): (Matrix, Val),
+        group: Val,
+        (size, tasks): (u64, u64),
+        epilogue: &mut Epilogue<'_>,
+    ) {
+        let range = tile_range(k, group, size, matrix.tiles());
+        let by_class = self.by_class().filter(|_| bulk::takes(&matrix));
+        let Some((classes, panel)) = by_class else {
+            let all = (k.const_i64(0), k.dim(self.sym));
+            return emit_tiles(k, (matrix, weight), (&self.rows, self.scratch), all, range, self.tile, epilogue);
+        };
+        classes.for_runs(k, Class::Decode, |k, first, last| {
+            let rows = (&self.rows, self.scratch);
+            emit_tiles(k, (matrix, weight), rows, (first, last), range, self.tile, epilogue);
+        });
+        let (lo, hi) = Classes::range(k, group, (size, classes.joined(size, tasks)), matrix.tiles());
+        let some = k.cmp(Pred::Lt, lo, hi);
+        k.if_then(some, |k| {
+            classes.for_runs(k, Class::Bulk, |k, first, last| {
+                panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), (lo, hi), epilogue);
+            });
+        });
+    }
+
+    /// Task `group` of `tasks`, each with `size` tiles of a gate and an up matrix, against all rows: `swiglu` of both.
+    pub fn swiglu_task(
+        &self,
+        k: &mut KernelBuilder,
+        weights: (Weight, Weight),
+        group: Val,
+        (size, tasks): (u64, u64),
+        store: &mut Epilogue<'_>,
+    ) {
+        let (tiles, zero) = (weights.0.0.tiles(), k.const_i64(0));
+        let (lo, hi) = tile_range(k, group, size, tiles);
+        let decode = |k: &mut KernelBuilder, rows: (Val, Val), store: &mut Epilogue<'_>| {
+            for_rows(k, rows, swiglu_rows(self.tile), |k, block| {
+                let x = self.rows.load(k, self.scratch, block);
+                emit_swiglu(k, weights, (zero, lo, hi), &x, |k, tile, i, value| store(k, tile, block[i], value));
+            });
+        };
+        let Some((classes, panel)) = self.by_class() else {
+            let all = (zero, k.dim(self.sym));
+            return decode(k, all, store);
+        };
+        classes.for_runs(k, Class::Decode, |k, first, last| decode(k, (first, last), store));
+        let (lo, hi) = Classes::range(k, group, (size, classes.joined(size, tasks)), tiles);
+        let some = k.cmp(Pred::Lt, lo, hi);
+        k.if_then(some, |k| {
+            classes.for_runs(k, Class::Bulk, |k, first, last| {
+                panel.for_blocks(k, (first, last), |k, begin, count| {
+                    panel.pack(k, &self.rows, count, |k, i| k.add(begin, i));
+                    panel.swiglu(k, weights, (zero, lo, hi), count, &mut |k, tile, i, value| {
+                        let row = k.add(begin, i);
+                        store(k, tile, row, value);
+                    });
+                });
+            });
+        });
+    }
 }
 
 /// One weight of a kernel and where its products go.
@@ -506,18 +644,17 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
             }
         })
         .collect();
-    let sym = site.rows(x)?;
+    let matrices: Vec<Matrix> = segments.iter().map(|s| s.matrix).collect();
+    let mut multiplier = Multiplier::ports(site, &mut ports, rows, site.rows(x)?, &matrices);
     let tasks: u64 = segments.iter().map(|s| s.matrix.tiles().div_ceil(GROUP_TILES)).sum();
     let mut k = ports.builder(site, tasks.into());
-    let tile = site.target.matmul_tile();
-    let scratch = rows.scratch(&mut k, tile.tokens);
-    let mut begin = 0;
+    multiplier.alloc(&mut k, &matrices);
+    let (mut begin, all) = (0, tasks);
     for s in &segments {
         let tasks = s.matrix.tiles().div_ceil(GROUP_TILES);
         in_range(&mut k, begin, begin + tasks, |k, group| {
-            let range = tile_range(k, group, GROUP_TILES, s.matrix.tiles());
             let (weight, out) = (k.param(s.weight), k.param(s.out));
-            emit_tiles(k, (s.matrix, weight), (&rows, scratch, sym), range, tile, &mut |k, t, row, value| {
+            multiplier.task(k, (s.matrix, weight), group, (GROUP_TILES, all), &mut |k, t, row, value| {
                 store_tile(k, out, s.out_stride, t, row, value);
             });
         });
@@ -616,6 +753,11 @@ impl Residual {
         })
     }
 
+    /// Elements of a row of result 0.
+    pub fn stride(&self) -> u64 {
+        pad(self.width)
+    }
+
     /// The pointer to result 0.
     pub fn out_param(&self, k: &KernelBuilder) -> Val {
         k.param(self.out)
@@ -675,14 +817,13 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let matrix = Matrix::of(site, w, site.tensor(x).shape.rank() - 1);
     let weight = ports.read("w", w);
     let residual = Residual::ports(site, &mut ports)?;
-    let sym = site.rows(x)?;
+    let mut multiplier = Multiplier::ports(site, &mut ports, rows, site.rows(x)?, &[matrix]);
     let size = group_tiles(site.target);
-    let mut k = ports.builder(site, matrix.tiles().div_ceil(size).into());
-    let task = k.task();
-    let range = tile_range(&mut k, task, size, matrix.tiles());
-    let weight = k.param(weight);
-    let tile = site.target.matmul_tile();
-    emit_tiles(&mut k, (matrix, weight), (&rows, None, sym), range, tile, &mut |k, t, row, value| {
+    let tasks = matrix.tiles().div_ceil(size);
+    let mut k = ports.builder(site, tasks.into());
+    multiplier.alloc(&mut k, &[matrix]);
+    let (task, weight) = (k.task(), k.param(weight));
+    multiplier.task(&mut k, (matrix, weight), task, (size, tasks), &mut |k, t, row, value| {
         residual.store(k, t, row, value);
     });
     Ok(ports.finish(k.finish()))
@@ -718,8 +859,7 @@ pub fn emit_swiglu(
 }
 
 /// Rows of a block in kernels that compute gate and up together: half as many as two tiles take.
-pub fn swiglu_rows(target: &Target) -> u64 {
-    let tile = target.matmul_tile();
+pub fn swiglu_rows(tile: MatmulTile) -> u64 {
     (tile.tokens * tile.row_tiles / 2).max(1)
 }
 
@@ -732,21 +872,16 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let tiles = matrices.0.tiles();
     let (gate, up) = (ports.read("w_gate", gate), ports.read("w_up", up));
     let result = site.result(0);
-    let out = ports.write("out", result);
-    let (sym, stride) = (site.rows(result)?, site.stride(result));
-    let mut k = ports.builder(site, tiles.div_ceil(GROUP_TILES).into());
-    let block = swiglu_rows(site.target);
-    let scratch = rows.scratch(&mut k, block);
-    let task = k.task();
-    let (lo, hi) = tile_range(&mut k, task, GROUP_TILES, tiles);
-    let (gate, up, out) = (k.param(gate), k.param(up), k.param(out));
-    let (first, last) = (k.const_i64(0), k.dim(sym));
-    for_rows(&mut k, (first, last), block, |k, block| {
-        let x = rows.load(k, scratch, block);
-        let weights = ((matrices.0, gate), (matrices.1, up));
-        emit_swiglu(k, weights, (first, lo, hi), &x, |k, tile, i, value| {
-            store_tile(k, out, stride, tile, block[i], value);
-        });
+    let (out, stride) = (ports.write("out", result), site.stride(result));
+    let both = [matrices.0, matrices.1];
+    let mut multiplier = Multiplier::of_pairs(site, &mut ports, rows, site.rows(result)?, &[both]);
+    let tasks = tiles.div_ceil(GROUP_TILES);
+    let mut k = ports.builder(site, tasks.into());
+    multiplier.alloc(&mut k, &both);
+    let (task, gate, up, out) = (k.task(), k.param(gate), k.param(up), k.param(out));
+    let weights = ((matrices.0, gate), (matrices.1, up));
+    multiplier.swiglu_task(&mut k, weights, task, (GROUP_TILES, tasks), &mut |k, tile, row, value| {
+        store_tile(k, out, stride, tile, row, value);
     });
     Ok(ports.finish(k.finish()))
 }
