@@ -31,8 +31,10 @@ pub enum Error {
         /// The op.
         op: &'static str,
     },
-    /// An op of a matrix unit, for which Cranelift has no instructions.
-    #[error("`{op}` is of a CPU's matrix unit, expected kernels without it: lowering for this backend makes none")]
+    /// An op of 512-bit vectors or of a matrix unit, for which Cranelift has no instructions.
+    #[error(
+        "`{op}` is of 512-bit vectors or a CPU's matrix unit, expected kernels without: lowering for this backend makes none"
+    )]
     Tile {
         /// The op.
         op: &'static str,

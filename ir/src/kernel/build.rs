@@ -431,7 +431,11 @@ impl KernelBuilder {
         self.push(KOp::Release, &[], Vec::new(), Vec::new());
     }
 
-    // ---- a CPU's matrix unit
+    // ---- a CPU's widest vectors and its matrix unit
+    /// The numbers of four bits from bit `shift` on, less 8.
+    pub fn nibble(&mut self, words: Val, shift: u64) -> Val {
+        self.emit(KOp::Nibble { shift: shift as u32 }, &[words], KType::vector(DType::F32, 16))
+    }
     /// Two f32 vectors as 32 bf16 in a row.
     pub fn bf16_row(&mut self, first: Val, second: Val) -> Val {
         self.emit(KOp::Bf16Row, &[first, second], KType::vector(DType::I32, 16))

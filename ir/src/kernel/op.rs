@@ -2,7 +2,7 @@
 //! without a wildcard, so that a new op is a compile error wherever it wants thought.
 //!
 //! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs. Those of class [`Sig::Tile`] exist in
-//! kernels for CPUs with a matrix unit ([`crate::Target::bulk_tile`]).
+//! kernels for CPUs with 512-bit vectors, or with a matrix unit ([`crate::Target::bulk_tile`]).
 
 use crate::dtype::DType;
 
@@ -67,7 +67,7 @@ pub enum Sig {
     Special,
     /// What only a block of threads can do: checked op by op.
     Block,
-    /// What only a CPU with a matrix unit can do: checked op by op.
+    /// What only a CPU with 512-bit vectors or a matrix unit can do: checked op by op.
     Tile,
 }
 
@@ -216,7 +216,9 @@ kops! {
     /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
     Release = "release" Block;
 
-    // ---- a CPU's matrix unit
+    // ---- a CPU's widest vectors and its matrix unit
+    /// In each of 16 lanes the number of four bits of an i32, from bit `shift` on, less 8: `(words) -> f32x16`. One look into a table of 16 lanes.
+    Nibble { shift: u32 } = "nibble" Tile;
     /// Two vectors of 16 f32 as 32 bf16 that follow one another: `(first, second) -> i32x16`. Rounded to nearest even; what is smaller than the least
     /// normal number counts as zero (VCVTNE2PS2BF16).
     Bf16Row = "bf16_row" Tile;

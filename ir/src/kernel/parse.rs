@@ -415,6 +415,10 @@ impl<'t> Parser<'t> {
             "pack" => (KOp::Pack { dtype: self.dtype()? }, self.values()?),
             "half_fma" => (KOp::HalfFma { dtype: self.dtype()? }, self.values()?),
             "mma" => (KOp::Mma { dtype: self.dtype()? }, self.values()?),
+            "nibble" => {
+                let words = self.value()?;
+                (KOp::Nibble { shift: self.read("a shift", |w| w.parse().ok())? }, vec![words])
+            }
             "tile_dot" => {
                 let [rows, columns] = [(); 2].map(|()| self.read("a number of tiles", |w| w.parse().ok()));
                 (KOp::TileDot { rows: rows?, columns: columns? }, self.values()?)

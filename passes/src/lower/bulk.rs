@@ -339,7 +339,7 @@ impl Panel {
     /// The tiles of weight strip `j` of those that are multiplied together.
     fn strip(&self, k: &mut KernelBuilder, j: u64, tile: &Tile) -> Val {
         match self.b {
-            Some(b) if !is_direct(&Matrix { planes: tile.planes }) => {
+            Some(b) if !is_direct(&tile.matrix) => {
                 let bytes = k.index(j * self.depth() * TILE_BYTES);
                 let to = k.offset(b, bytes);
                 self.dequantise(k, tile, to);
@@ -351,7 +351,7 @@ impl Panel {
 
     /// Writes the numbers of a tile as bf16 lines of two columns.
     fn dequantise(&self, k: &mut KernelBuilder, tile: &Tile, to: Val) {
-        let format = tile.planes.format;
+        let format = tile.matrix.planes.format;
         let block_columns = format.blocks().map_or(self.columns, |b| u64::from(b.columns).min(self.columns));
         let turn = if block_columns.is_multiple_of(TILE_COLUMNS) { TILE_COLUMNS } else { LANES };
         let put_block = |k: &mut KernelBuilder, block: Val, columns: u64| {

@@ -92,10 +92,11 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let choice = Choice { experts, k: site.int("k"), renormalise: site.int("renormalise") != 0, sym };
     let kernel = k.finish_with_tail(|k| {
         let [weights, ids, order, table, _, logits] = [0, 1, 2, 3, 4, 5].map(|i: usize| k.param(outs[i]));
-        let work = k.alloc(DType::F32, pad(experts));
+        let (work, numbers) = (k.alloc(DType::F32, pad(experts)), k.alloc(DType::F32, pad(experts)));
+        choice.count(k, numbers);
         let cursor = k.alloc(DType::I32, experts + 1);
         let (first, last) = (k.const_i64(0), k.dim(sym));
-        k.for_each((first, last, 1), |k, t| choice.top_k(k, t, logits, work, weights, ids));
+        k.for_each((first, last, 1), |k, t| choice.top_k(k, t, logits, (work, numbers), weights, ids));
         choice.dispatch(k, ids, order, table, cursor);
     });
     Ok(ports.finish(kernel))
@@ -111,7 +112,7 @@ struct Choice {
 
 impl Choice {
     /// Top-k of one row of logits, the lower index first among equals, and the weights of the chosen.
-    fn top_k(&self, k: &mut KernelBuilder, t: Val, logits: Val, work: Val, weights: Val, ids: Val) {
+    fn top_k(&self, k: &mut KernelBuilder, t: Val, logits: Val, (work, numbers): (Val, Val), weights: Val, ids: Val) {
         let logits = row_ptr(k, logits, t, pad(self.experts));
         let weights = row_ptr(k, weights, t, pad(self.k));
         let ids = row_ptr(k, ids, t, pad(self.k));
@@ -125,7 +126,7 @@ impl Choice {
         let divisor = if self.renormalise { None } else { Some(self.sum_exp(k, work, largest)) };
         k.for_range(self.k, 1, |k, s| {
             let best = self.largest(k, work);
-            let id = self.first_equal(k, work, best);
+            let id = self.first_equal(k, work, numbers, best);
             let shifted = k.fsub(best, largest);
             let weight = k.exp(shifted);
             k.store(weights, s, weight);
@@ -181,18 +182,30 @@ impl Choice {
         })[0]
     }
 
-    /// Index of the first element equal to `best`; the last expert if none is (all NaN).
-    fn first_equal(&self, k: &mut KernelBuilder, work: Val, best: Val) -> Val {
-        let none = k.const_i32(self.experts as i32 - 1);
-        let (lo, hi) = (k.const_i64(0), k.index(self.experts));
-        k.for_carry((lo, hi, 1), &[none], |k, back, found| {
-            let end = k.index(self.experts - 1);
-            let i = k.sub(end, back);
-            let x = k.load_f32(work, i);
+    /// Index of the first element equal to `best`; the last expert if none is (all NaN). `numbers` holds the indices as floats, which are exact.
+    fn first_equal(&self, k: &mut KernelBuilder, work: Val, numbers: Val, best: Val) -> Val {
+        let (best, none) = (k.splat(best, 16), k.splat_f32(16, 1.0 - self.experts as f32));
+        let (lo, hi) = (k.const_i64(0), k.index(pad(self.experts)));
+        // the largest of negative numbers
+        let found = k.for_carry((lo, hi, LANES), &[none], |k, i, found| {
+            let (x, number) = (k.load_f32x16(work, i), k.load_f32x16(numbers, i));
             let same = k.cmp(Pred::Eq, x, best);
-            let index = k.narrow(i);
-            vec![k.select(same, index, found[0])]
-        })[0]
+            let number = k.fneg(number);
+            let number = k.select(same, number, none);
+            vec![k.fmax(found[0], number)]
+        });
+        let found = k.reduce_max(found[0]);
+        let index = k.fneg(found);
+        k.to_int(index)
+    }
+
+    /// Fills `numbers` with the indices of experts.
+    fn count(&self, k: &mut KernelBuilder, numbers: Val) {
+        k.for_range(pad(self.experts), 1, |k, i| {
+            let number = k.narrow(i);
+            let number = k.to_float(number);
+            k.store(numbers, i, number);
+        });
     }
 
     /// Counting sort of all choices by expert.

@@ -14,7 +14,7 @@
 use nextc_ir::format::Format;
 use nextc_ir::graph::Value;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::layout::Planes;
+use nextc_ir::layout::{Planes, word_shift};
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Layout, Target};
@@ -33,6 +33,8 @@ const TURN_COLUMNS: (u64, u64) = (4, 32);
 pub struct Matrix {
     /// Where everything lies.
     pub planes: Planes,
+    /// Whether vectors hold all rows of a tile, so that what needs 512 bits may be used.
+    pub wide: bool,
 }
 
 impl Matrix {
@@ -40,7 +42,8 @@ impl Matrix {
     pub fn of(site: &Site<'_>, weight: Value, in_rank: usize) -> Self {
         let w = site.weight(weight);
         let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
-        Self { planes: Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims) }
+        let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
+        Self { planes, wide: site.target.vector_bits == 512 && site.target.gpu.is_none() }
     }
 
     /// Its row tiles.
@@ -64,15 +67,15 @@ impl Matrix {
             let bytes = k.add_const(bytes, p.order_at());
             k.offset(base, bytes)
         });
-        Tile { planes: *p, codes, scales, order }
+        Tile { matrix: *self, codes, scales, order }
     }
 }
 
 /// Pointers to the parts of one tile.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile {
-    /// Where everything lies.
-    pub planes: Planes,
+    /// The matrix.
+    pub matrix: Matrix,
     /// The codes.
     pub codes: Val,
     scales: Option<Val>,
@@ -111,14 +114,22 @@ impl Lanes {
 impl Tile {
     /// The codes of column `column` and those that share a word with it, as numbers; it is the first in its word.
     pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
-        let at = k.mul_const(column, LANES / self.planes.format.word_columns());
+        let format = self.matrix.planes.format;
+        let at = k.mul_const(column, LANES / format.word_columns());
         let words = lanes.load(k, DType::I32, self.codes, at);
-        (self.planes.format.def().unpack)(k, words)
+        match (format, lanes) {
+            (Format::Q4(_), Lanes::All) if self.matrix.wide => {
+                (0..format.word_columns()).map(|c| k.nibble(words, word_shift(format, c))).collect()
+            }
+            _ => (format.def().unpack)(k, words),
+        }
     }
 
     /// Scale and zero point of the blocks of columns `block`, for the formats that have them.
     pub fn scale(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> (Option<Val>, Option<Val>) {
-        let (Some(blocks), Some(scales)) = (self.planes.format.blocks(), self.scales) else { return (None, None) };
+        let (Some(blocks), Some(scales)) = (self.matrix.planes.format.blocks(), self.scales) else {
+            return (None, None);
+        };
         let number = k.mul_const(block, blocks.parts());
         let plain = Format::plain(blocks.scale).expect("scales are floats");
         match (blocks.rows, blocks.scale, blocks.zero) {
@@ -159,11 +170,11 @@ impl Tile {
 /// Dot products of every tile with every row: `[tile][row]`, each a vector of 16 weight rows.
 pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>> {
     let (first, others) = tiles.split_first().expect("a product has tiles");
-    if others.iter().any(|t| t.planes.format != first.planes.format) {
+    if others.iter().any(|t| t.matrix.planes.format != first.matrix.planes.format) {
         return tiles.iter().flat_map(|t| dot(k, std::slice::from_ref(t), rows)).collect();
     }
-    let columns = first.planes.columns;
-    let sums = match first.planes.format.blocks() {
+    let columns = first.matrix.planes.columns;
+    let sums = match first.matrix.planes.format.blocks() {
         None => {
             let zero = k.const_i64(0);
             sum_columns(k, tiles, &[], rows, zero, columns)
@@ -175,7 +186,7 @@ pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>>
 
 /// The sums of all blocks of columns, each times its scale.
 fn sum_blocks(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], block_columns: u64) -> Vec<Val> {
-    let columns = tiles[0].planes.columns;
+    let columns = tiles[0].matrix.planes.columns;
     let zero = k.splat_f32(16, 0.0);
     let init = vec![zero; tiles.len() * rows.len()];
     let add_block = |k: &mut KernelBuilder, block: Val, columns: u64, acc: &[Val]| -> Vec<Val> {
@@ -206,7 +217,7 @@ fn sum_columns(
     first: Val,
     columns: u64,
 ) -> Vec<Val> {
-    let format = tiles[0].planes.format;
+    let format = tiles[0].matrix.planes.format;
     let per_word = format.word_columns();
     let turn = match format.blocks() {
         None => TURN_COLUMNS.0.max(per_word),
@@ -241,7 +252,7 @@ fn add_line(
     (column, number): (Val, u64),
     acc: &mut [Val],
 ) {
-    let per_word = tiles[0].planes.format.word_columns();
+    let per_word = tiles[0].matrix.planes.format.word_columns();
     let shared: Vec<Vec<Val>> = match tiles[0].order {
         None => (0..per_word).map(|i| load_column(k, rows, column, i, None)).collect(),
         Some(_) => Vec::new(),

@@ -1,4 +1,4 @@
-//! What a CPU's matrix unit does, as LLVM's intrinsics for AMX and AVX-512 BF16.
+//! What a CPU's widest vectors and its matrix unit do, as LLVM's intrinsics for AVX-512, its BF16, and AMX.
 //!
 //! Tile registers go by their numbers: 0 to 3 are C, 4 and 5 A, 6 and 7 B. A product uses and leaves them within one statement, so nothing has to keep
 //! them. A function with products loads the configuration first and gives the registers back at its end.
@@ -8,7 +8,7 @@ use inkwell::types::VectorType;
 use inkwell::values::{BasicMetadataValueEnum, BasicValueEnum, PointerValue, VectorValue};
 use nextc_ir::kernel::{KOp, Region, Stmt};
 
-use super::{EmitError, Emitter, Result, count};
+use super::{EmitError, Emitter, Result, count, kind};
 
 /// Bytes of a tile, and of one of its lines.
 const TILE_BYTES: u64 = 1024;
@@ -50,6 +50,20 @@ impl<'c> Emitter<'_, 'c> {
     /// After a region that used tile registers.
     pub(super) fn end_tiles(&self, used: bool) -> Result<()> {
         if used { self.call_intrinsic("llvm.x86.tilerelease", &[]).map(drop) } else { Ok(()) }
+    }
+
+    /// The instruction looks at the lowest four bits of a lane, so nothing masks the others.
+    pub(super) fn nibble(&self, stmt: &Stmt, shift: u32) -> Result<BasicValueEnum<'c>> {
+        const NAME: &str = "llvm.x86.avx512.permvar.sf.512";
+        let BasicValueEnum::VectorValue(words) = self.arg(stmt, 0)? else {
+            return Err(kind(stmt, self.arg(stmt, 0)?, "16 words"));
+        };
+        let (f32, i32) = (self.context.f32_type(), self.context.i32_type());
+        let table: Vec<_> = (0..ROWS).map(|i| f32.const_float(i as f64 - 8.0)).collect();
+        let by = VectorType::const_vector(&[i32.const_int(shift.into(), false); ROWS as usize]);
+        let index = self.builder.build_right_shift(words, by, false, "index")?;
+        let args = [VectorType::const_vector(&table).into(), index.into()];
+        self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(NAME))
     }
 
     /// Two vectors as 32 halves, the first in the lower.

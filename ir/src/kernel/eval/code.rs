@@ -307,6 +307,13 @@ pub(super) enum Inst {
     },
     Wait,
     Release,
+    /// Four bits of each word, less 8.
+    Nibble {
+        d: Reg,
+        a: Reg,
+        shift: u32,
+        n: usize,
+    },
     /// Two vectors of 16 as bf16: in a row, or pairs of lanes.
     Bf16 {
         in_a_row: bool,

@@ -304,6 +304,12 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 self.memory.must_wait = false;
             }
             Inst::Release => self.masks.whole_block()?,
+            Inst::Nibble { d, a, shift, n } => {
+                let (from, to) = self.narrow.split_at_mut(d);
+                for (out, &word) in to[..n].iter_mut().zip(&from[a..a + n]) {
+                    *out = ((word >> shift & 15) as f32 - 8.0).to_bits();
+                }
+            }
             Inst::Bf16 { in_a_row, d, a, b } => {
                 let [a, b] = [a, b].map(|reg| std::array::from_fn(|lane| self.narrow[reg + lane]));
                 let words = if in_a_row { tile::bf16_row(&a, &b) } else { tile::bf16_pairs(&a, &b) };

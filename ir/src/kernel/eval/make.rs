@@ -298,6 +298,7 @@ impl<'k> Maker<'k> {
                 Inst::Wait
             }
             KOp::Release => Inst::Release,
+            KOp::Nibble { shift } => Inst::Nibble { d, a, shift, n },
             KOp::Bf16Row => Inst::Bf16 { in_a_row: true, d, a, b },
             KOp::Bf16Pairs => Inst::Bf16 { in_a_row: false, d, a, b },
             KOp::TileDot { rows, columns } => {

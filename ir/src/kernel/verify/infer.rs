@@ -150,6 +150,11 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (1..3).try_for_each(|i| exact(args, i, i64_scalar))?;
             None
         }
+        KOp::Nibble { shift } => {
+            range("shift", shift.into(), shift <= 28, "0 to 28")?;
+            exact(args, 0, KType::vector(DType::I32, 16))?;
+            Some(KType::vector(DType::F32, 16))
+        }
         KOp::Bf16Row | KOp::Bf16Pairs => {
             (0..2).try_for_each(|i| exact(args, i, KType::vector(DType::F32, 16)))?;
             Some(KType::vector(DType::I32, 16))
@@ -171,7 +176,7 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
 const fn arity(op: KOp) -> usize {
     match op {
         KOp::Splat { .. } | KOp::Extract { .. } | KOp::If => 1,
-        KOp::ShuffleXor { .. } | KOp::HalfToFloat | KOp::Fp8ToF16 => 1,
+        KOp::ShuffleXor { .. } | KOp::HalfToFloat | KOp::Fp8ToF16 | KOp::Nibble { .. } => 1,
         KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
         KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
         KOp::Mma { .. } => 7,
