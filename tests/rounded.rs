@@ -13,16 +13,16 @@ use support::{Feed, Rows, Subject};
 
 /// What rounded activations may cost, against the published outputs in float32.
 mod gate {
-    /// Relative L2 error of all logits of a prompt.
-    pub const REL_L2: f64 = 0.02;
     /// Nats per token of the demo model, more or less than the published number.
     pub const NATS: f64 = 0.002;
     /// Mean divergence of the demo model's next tokens, nats.
     pub const KL: f64 = 0.001;
 }
 
-/// Fixtures of all formats that are multiplied in tiles, and of sizes that divide none; `gptq-int4` has columns in an order of their own, which are not.
-const FIXTURES: [&str; 6] = ["tiny", "odd", "dense-mix", "fp8", "int4", "gptq-int4"];
+/// Fixtures of all formats that are multiplied in tiles, and of sizes that divide none; `gptq-int4` has columns in an order of their own, which are not. Beside
+/// each the relative L2 error of a prompt's logits that may be: that of the published implementation run in bfloat16 (`tests/oracle/README.md`).
+const FIXTURES: [(&str, f64); 6] =
+    [("tiny", 0.074), ("odd", 0.067), ("dense-mix", 0.047), ("fp8", 0.071), ("int4", 0.071), ("gptq-int4", 0.029)];
 
 /// A machine with a matrix unit.
 fn target(activations: Activations) -> Target {
@@ -56,7 +56,7 @@ fn same_bits(a: &[f32], b: &[f32], what: &str) {
 /// Long runs are near the published logits, and the machine's bits are the interpreter's; tokens that are decoded have the bits of float32.
 #[test]
 fn products_in_tiles_keep_to_the_published_logits() {
-    for name in FIXTURES {
+    for (name, bound) in FIXTURES {
         let g = Golden::read(&fixture(name).join("golden.safetensors"));
         let (want, _) = g.floats("prefill_logits");
         let tokens = prompt(name);
@@ -64,7 +64,7 @@ fn products_in_tiles_keep_to_the_published_logits() {
         let got = one(&kernels, &tokens, Feed::Prefill).logits;
         let rel = distance(&got[..want.len()], want);
         println!("{name}: relative L2 {rel:.2e}");
-        assert!(rel <= gate::REL_L2, "{name}: relative L2 {rel:e}");
+        assert!(rel <= bound, "{name}: relative L2 {rel:e}, at most {bound}");
         assert!(rel > 0.0, "{name}: nothing was rounded");
         let few = &tokens[..11];
         let exact = Interpreter::kernels(&fixture(name), &target(Activations::F32));

@@ -324,7 +324,7 @@ impl Target {
     /// How products of many tokens are cut for the matrix unit; `None` if there is none, or if activations may not be rounded.
     pub fn bulk_tile(&self) -> Option<BulkTile> {
         let used = self.has_tiles() && self.activations == Activations::Bf16;
-        used.then_some(BulkTile { panel_bytes: 512 << 10, most_tokens: 256, row_tiles: 16 })
+        used.then_some(BulkTile { panel_bytes: 1 << 20, most_tokens: 256, row_tiles: 64 })
     }
 
     /// The micro-kernel that fits the registers: two accumulators for each 16 rows and token, and room for weights.
@@ -428,7 +428,7 @@ mod tests {
         assert!(!exact.required_features().iter().any(|f| f.starts_with("amx") || *f == "avx512bf16"));
         let rounding = Target { activations: Activations::Bf16, ..exact };
         let tile = rounding.bulk_tile().expect("it has a matrix unit");
-        assert_eq!([64, 2048, 4096, 1 << 20].map(|columns| tile.tokens(columns)), [256, 128, 64, 32]);
+        assert_eq!([64, 2048, 4096, 1 << 20].map(|columns| tile.tokens(columns)), [256, 256, 128, 32]);
         assert!(rounding.required_features().contains(&"amx-bf16"));
         let narrow = rounding.clone().for_cranelift();
         assert!(!narrow.has_tiles() && !narrow.required_features().contains(&"amx-bf16"));
