@@ -24,6 +24,8 @@ const TILE_COLUMNS: u64 = 32;
 const TILE_BYTES: u64 = 1024;
 /// Words of a line.
 const LINE_WORDS: u64 = 16;
+/// Most weight strips that a block of 32 tokens is multiplied with before its sums are used, so that these are neighbours in memory.
+const STRIPS: u64 = 4;
 /// Tasks that every thread has at least, where tasks are joined.
 const TASKS_PER_THREAD: u64 = 2;
 
@@ -106,6 +108,12 @@ impl Classes {
     pub fn joined(self, size: u64, tasks: u64) -> u64 {
         let most = tasks / (TASKS_PER_THREAD * self.threads);
         (self.tile.row_tiles / size).min(most).max(1)
+    }
+
+    /// How many tiles of such a task are multiplied together.
+    pub fn at_once(self, size: u64, tasks: u64) -> u64 {
+        let tiles = size * self.joined(size, tasks);
+        [STRIPS, 2].into_iter().find(|n| tiles.is_multiple_of(*n)).unwrap_or(1)
     }
 
     /// The tiles that task `group` takes for `bulk` tokens, of `tiles`; none for most tasks where `joined` are one.
@@ -202,9 +210,9 @@ pub struct Panel {
     tokens: u64,
     /// The rows as strips of 16.
     a: Val,
-    /// Two dequantised strips, if any weight needs them.
+    /// Dequantised strips, if any weight needs them.
     b: Option<Val>,
-    /// Sums of 32 tokens by 32 weight rows.
+    /// Sums of 32 tokens by 32 weight rows, for each two strips.
     c: Val,
 }
 
@@ -219,8 +227,8 @@ impl Panel {
             columns,
             tokens,
             a: k.alloc(DType::I32, tokens / LANES * strip_words),
-            b: dequantises.then(|| k.alloc(DType::I32, 2 * strip_words)),
-            c: k.alloc(DType::F32, 4 * LANES * LANES),
+            b: dequantises.then(|| k.alloc(DType::I32, STRIPS * strip_words)),
+            c: k.alloc(DType::F32, STRIPS * 2 * LANES * LANES),
         }
     }
 
@@ -293,7 +301,7 @@ impl Panel {
         k.offset(self.a, bytes)
     }
 
-    /// Products of one or two tiles with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`.
+    /// Products of at most [`STRIPS`] tiles with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
@@ -302,6 +310,13 @@ impl Panel {
         each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
     ) {
         let strips: Vec<Val> = (0..).zip(tiles).map(|(j, tile)| self.strip(k, j, tile)).collect();
+        let strips: Vec<&[Val]> = strips.chunks(2).collect();
+        let sums: Vec<Val> = (0..strips.len() as u64)
+            .map(|pair| {
+                let bytes = k.index(pair * 4 * TILE_BYTES);
+                k.offset(self.c, bytes)
+            })
+            .collect();
         let (zero, depth, end) = (k.const_i64(0), k.index(self.depth()), round_up(k, count, LANES));
         k.for_each((zero, end, 2 * LANES), |k, first| {
             let low = self.line(k, first);
@@ -312,11 +327,11 @@ impl Panel {
                 |k| {
                     let bytes = k.index(self.depth() * TILE_BYTES);
                     let high = k.offset(low, bytes);
-                    k.tile_dot(self.c, &[low, high], &strips, depth);
+                    sums.iter().zip(&strips).for_each(|(&c, b)| k.tile_dot(c, &[low, high], b, depth));
                     Vec::new()
                 },
                 |k| {
-                    k.tile_dot(self.c, &[low], &strips, depth);
+                    sums.iter().zip(&strips).for_each(|(&c, b)| k.tile_dot(c, &[low], b, depth));
                     Vec::new()
                 },
             );
@@ -324,13 +339,14 @@ impl Panel {
             let last = k.min_i64(last, count);
             k.for_each((first, last, 1), |k, i| {
                 let row = k.sub(i, first);
-                let row = row_ptr(k, self.c, row, LANES * strips.len() as u64);
-                let values: Vec<Val> = (0..strips.len() as u64)
-                    .map(|j| {
+                let mut values = Vec::new();
+                for (&c, pair) in sums.iter().zip(&strips) {
+                    let row = row_ptr(k, c, row, LANES * pair.len() as u64);
+                    for j in 0..pair.len() as u64 {
                         let at = k.index(j * LANES);
-                        k.load_f32x16(row, at)
-                    })
-                    .collect();
+                        values.push(k.load_f32x16(row, at));
+                    }
+                }
                 each(k, i, &values);
             });
         });
@@ -378,18 +394,18 @@ impl Panel {
         }
     }
 
-    /// Rows `first..last` of x against tiles `lo..hi` of a matrix.
+    /// Rows `first..last` of x against tiles `lo..hi` of a matrix, `at_once` together.
     pub fn emit_tiles(
         &self,
         k: &mut KernelBuilder,
         (matrix, weight): (Matrix, Val),
         (rows, first, last): (&Rows, Val, Val),
-        (lo, hi): (Val, Val),
+        ((lo, hi), at_once): ((Val, Val), u64),
         epilogue: &mut Epilogue<'_>,
     ) {
         self.for_blocks(k, (first, last), |k, begin, count| {
             self.pack(k, rows, count, |k, i| k.add(begin, i));
-            for_tiles(k, (lo, hi), (matrix.tiles(), 2), |k, tiles| {
+            for_tiles(k, (lo, hi), (matrix.tiles(), at_once), |k, tiles| {
                 let pointers: Vec<_> = tiles.iter().map(|&t| matrix.tile(k, weight, t)).collect();
                 self.products(k, &pointers, count, |k, i, values| {
                     let row = k.add(begin, i);

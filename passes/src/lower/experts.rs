@@ -485,7 +485,8 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let bulk = classes.map(|classes| {
         let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
-        BackBulk { classes, mix: classes.mix(&mut k), numbers: h.numbers(&mut k), h, s }
+        let at_once = classes.at_once(size, tasks);
+        BackBulk { classes, mix: classes.mix(&mut k), numbers: h.numbers(&mut k), at_once, h, s }
     });
     let task = k.task();
     let range = tile_range(&mut k, task, size, tiles);
@@ -524,6 +525,8 @@ struct BackBulk {
     mix: Mix,
     /// Scratch for the numbers of a panel's rows.
     numbers: Val,
+    /// Tiles that are multiplied together.
+    at_once: u64,
     h: Panel,
     s: Panel,
 }
@@ -603,7 +606,7 @@ impl Back {
                     number
                 });
                 let begin = k.mul_const(e, self.tiles);
-                for_tiles(k, (lo, hi), (self.tiles, 2), |k, tiles| {
+                for_tiles(k, (lo, hi), (self.tiles, bulk.at_once), |k, tiles| {
                     let weights: Vec<_> = tiles
                         .iter()
                         .map(|&tile| {
@@ -623,9 +626,15 @@ impl Back {
             });
         });
         bulk.classes.for_runs(k, Class::Bulk, |k, first, last| {
-            bulk.s.emit_tiles(k, self.dense, (&self.s, first, last), (lo, hi), &mut |k, tile, t, value| {
-                self.add_shared(k, tile, t, value);
-            });
+            bulk.s.emit_tiles(
+                k,
+                self.dense,
+                (&self.s, first, last),
+                ((lo, hi), bulk.at_once),
+                &mut |k, tile, t, value| {
+                    self.add_shared(k, tile, t, value);
+                },
+            );
         });
     }
 

@@ -578,7 +578,8 @@ impl Multiplier {
         let some = k.cmp(Pred::Lt, lo, hi);
         k.if_then(some, |k| {
             classes.for_runs(k, Class::Bulk, |k, first, last| {
-                panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), (lo, hi), epilogue);
+                let tiles = ((lo, hi), classes.at_once(size, tasks));
+                panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), tiles, epilogue);
             });
         });
     }
