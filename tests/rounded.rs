@@ -20,9 +20,15 @@ mod gate {
 }
 
 /// Fixtures of all formats that are multiplied in tiles, and of sizes that divide none; `gptq-int4` has columns in an order of their own, which are not. Beside
-/// each the relative L2 error of a prompt's logits that may be: that of the published implementation run in bfloat16 (`tests/oracle/README.md`).
-const FIXTURES: [(&str, f64); 6] =
-    [("tiny", 0.074), ("odd", 0.067), ("dense-mix", 0.047), ("fp8", 0.071), ("int4", 0.071), ("gptq-int4", 0.029)];
+/// each the mean divergence of a prompt's rows that may be, nats: that of the published implementation run in bfloat16 (`tests/oracle/README.md`).
+const FIXTURES: [(&str, f64); 6] = [
+    ("tiny", 0.0117),
+    ("odd", 0.0136),
+    ("dense-mix", 0.0063),
+    ("fp8", 0.0237),
+    ("int4", 0.0116),
+    ("gptq-int4", 0.0035),
+];
 
 /// A machine with a matrix unit.
 fn target(activations: Activations) -> Target {
@@ -58,13 +64,19 @@ fn same_bits(a: &[f32], b: &[f32], what: &str) {
 fn products_in_tiles_keep_to_the_published_logits() {
     for (name, bound) in FIXTURES {
         let g = Golden::read(&fixture(name).join("golden.safetensors"));
-        let (want, _) = g.floats("prefill_logits");
+        let (want, vocab) = g.floats("prefill_logits");
         let tokens = prompt(name);
         let kernels = Interpreter::kernels(&fixture(name), &target(Activations::Bf16));
         let got = one(&kernels, &tokens, Feed::Prefill).logits;
         let rel = distance(&got[..want.len()], want);
-        println!("{name}: relative L2 {rel:.2e}");
-        assert!(rel <= bound, "{name}: relative L2 {rel:e}, at most {bound}");
+        let rows = want.chunks(vocab).zip(got.chunks(vocab));
+        let mut divergences: Vec<f64> = rows.map(|(want, got)| divergence(want, got)).collect();
+        divergences.sort_by(f64::total_cmp);
+        // a single flipped expert moves one row a lot, as the fixtures' README says: the worst is left out
+        let worst = divergences.pop().expect("a prompt has rows");
+        let kl = divergences.iter().sum::<f64>() / divergences.len() as f64;
+        println!("{name}: relative L2 {rel:.2e}, KL mean {kl:.2e} without the worst row, {worst:.2e}");
+        assert!(kl <= bound, "{name}: KL {kl:e}, at most {bound}");
         assert!(rel > 0.0, "{name}: nothing was rounded");
         let few = &tokens[..11];
         let exact = Interpreter::kernels(&fixture(name), &target(Activations::F32));
