@@ -106,7 +106,7 @@ impl Model {
 }
 
 /// Rows that a draft may lag behind before it is fed them without being asked for drafts.
-const CATCH_UP_TOKENS: usize = 64;
+const CATCH_UP_TOKENS: usize = 256;
 
 /// What the draft of a sequence has not been fed yet: it is fed the hidden row of a position with the token after it, so it
 /// lags behind the model by one token at least.

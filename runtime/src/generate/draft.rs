@@ -1,9 +1,11 @@
 //! How many tokens to draft: a fixed number, or as many as pay.
 //!
-//! A step with `k` drafts costs `c_k` seconds and gives `1 + a_1 + a_1 a_2 + ...` tokens, where `a_i` is the share of drafts number
-//! `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second. What a
-//! number that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
+//! A step with `k` drafts costs `c_k` times what one without costs, and gives `1 + a_1 + a_1 a_2 + ...` tokens, where `a_i` is the share
+//! of drafts number `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second.
+//! Costs are only compared where one number follows another, so a machine that becomes slower or faster does not matter. What a number
+//! that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
 
+use std::collections::VecDeque;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -46,16 +48,22 @@ impl DraftTokens {
 
 /// Most drafts that `auto` makes.
 const AUTO_MOST: usize = 4;
+/// Steps of a stretch before its cost is compared with that of the one before it; no number of drafts is left sooner.
+const STRETCH: usize = 3;
+/// Newest costs of a stretch, of which the median counts: a step in which the machine did something else says little.
+const NEWEST: usize = 5;
 /// Least steps between two trials of another number of drafts.
-const TRIAL_STEPS: usize = 48;
+const TRIAL_STEPS: usize = 32;
+/// Most times that trials that change nothing double the steps between them.
+const MOST_DOUBLINGS: u32 = 4;
 /// Share of the time that trials may cost.
 const TRIAL_SHARE: f64 = 0.01;
-/// Least weight of the newest cost.
-const NEWEST: f64 = 0.2;
-/// A cost counts as no more than so many times what it was before: a step in which the machine did something else says little.
-const OUTLIER: f64 = 2.0;
+/// Weight of the newest comparison of two costs, at least.
+const COMPARISON: f64 = 0.3;
 /// What the older observations of drafts weigh after another one.
 const OLDER: f64 = 0.98;
+/// How much better than seen a draft may be: by so much over the root of how many were seen. Few say little.
+const DOUBT: f64 = 0.3;
 /// What is expected of a draft before any was seen: so many of two are right.
 const PRIOR: (f64, f64) = (1.2, 2.0);
 /// What a draft is expected to add to a step's cost before that was measured.
@@ -68,17 +76,68 @@ const MARGIN: f64 = 1.03;
 pub struct Planner {
     /// A fixed number.
     fixed: Option<usize>,
-    /// Seconds of a step with 0, 1, ... drafts, and how often that was measured.
-    costs: Vec<(f64, usize)>,
+    /// What steps with 0, 1, ... drafts cost, as multiples of one without.
+    costs: Vec<Cost>,
     /// Of the first, second, ... draft, where those before it were right: how many were right, and how many there were; older ones
     /// count less.
     drafts: Vec<(f64, f64)>,
-    /// Steps until the next trial.
-    until_trial: usize,
+    /// The steps since the number of drafts or of sequences changed.
+    stretch: Stretch,
+    /// Drafts and cost of a step of the stretch before, until this one is compared with it.
+    before: Option<(usize, f64)>,
+    /// The draft was fed what it missed since the last stretch with drafts.
+    caught_up: bool,
+    /// The stretches to begin with.
+    plan: VecDeque<usize>,
+    /// Steps since the last trial.
+    since_trial: usize,
+    /// While a trial goes on, the number that was the best before it.
+    tried_from: Option<usize>,
+    /// Trials in a row that changed nothing.
+    idle_trials: u32,
     /// The next trial is of more drafts, not of fewer.
     upwards: bool,
-    /// Sequences of the newest step.
+}
+
+/// What steps with some number of drafts cost, as a multiple of those without.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cost {
+    multiple: f64,
+    /// How often it was compared.
+    seen: usize,
+}
+
+impl Cost {
+    fn learn(&mut self, multiple: f64) {
+        self.seen += 1;
+        let weight = COMPARISON.max(1.0 / self.seen as f64);
+        self.multiple += weight * (multiple - self.multiple);
+    }
+}
+
+/// Steps in a row with as many drafts for as many sequences.
+#[derive(Clone, Debug, Default)]
+struct Stretch {
+    drafts: usize,
     sequences: usize,
+    /// The newest costs, in seconds.
+    seconds: VecDeque<f64>,
+}
+
+impl Stretch {
+    fn push(&mut self, seconds: f64) {
+        if self.seconds.len() == NEWEST {
+            self.seconds.pop_front();
+        }
+        self.seconds.push_back(seconds);
+    }
+
+    /// The median; none while there are too few.
+    fn median(&self) -> Option<f64> {
+        let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().filter(|_| sorted.len() >= STRETCH)
+    }
 }
 
 impl Planner {
@@ -89,13 +148,21 @@ impl Planner {
 
     /// As many as pay, at most `most`.
     pub fn auto(most: usize) -> Self {
+        let mut costs = vec![Cost::default(); most + 1];
+        costs[0] = Cost { multiple: 1.0, seen: 1 };
         Self {
             fixed: None,
-            costs: vec![(0.0, 0); most + 1],
+            costs,
             drafts: vec![PRIOR; most],
-            until_trial: TRIAL_STEPS,
+            stretch: Stretch::default(),
+            before: None,
+            caught_up: false,
+            // what is slow since it is done for the first time is so on one side of a comparison: so there are two
+            plan: if most > 0 { VecDeque::from([1, 0]) } else { VecDeque::new() },
+            since_trial: 0,
+            tried_from: None,
+            idle_trials: 0,
             upwards: true,
-            sequences: 0,
         }
     }
 
@@ -109,20 +176,35 @@ impl Planner {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
-        if self.costs[0].1 == 0 {
-            return 0;
+        let now = self.stretch.drafts;
+        let Some(cost) = self.stretch.median() else { return now };
+        let next = self.plan.pop_front().unwrap_or_else(|| self.best_or_trial());
+        if next != now {
+            self.before = Some((now, cost));
+            self.caught_up = false;
+            self.stretch = Stretch { drafts: next, seconds: VecDeque::new(), ..self.stretch };
         }
+        next
+    }
+
+    /// The best number as far as is known; now and then a neighbour of it.
+    fn best_or_trial(&mut self) -> usize {
         let best = self.best();
-        self.until_trial -= 1;
-        if self.until_trial > 0 {
+        if let Some(from) = self.tried_from.take() {
+            self.idle_trials = if best == from { MOST_DOUBLINGS.min(self.idle_trials + 1) } else { 0 };
+        }
+        self.since_trial += 1;
+        let up = best == 0 || (self.upwards && best + 1 < self.costs.len());
+        let other = if up { best + 1 } else { best - 1 };
+        let extra = (STRETCH + 1) as f64 * (self.cost(other) / self.cost(best) - 1.0);
+        let rest = (TRIAL_STEPS << self.idle_trials).max((extra / TRIAL_SHARE) as usize);
+        if best != self.stretch.drafts || self.since_trial < rest {
             return best;
         }
-        let up = best == 0 || self.upwards;
-        let trial = if up { (best + 1).min(self.costs.len() - 1) } else { best - 1 };
-        let extra = self.cost(trial) / self.cost(best) - 1.0;
-        self.until_trial = TRIAL_STEPS.max((extra / TRIAL_SHARE) as usize);
+        self.since_trial = 0;
         self.upwards = !up;
-        trial
+        self.tried_from = Some(best);
+        other
     }
 
     /// Learns that a step with `drafts` drafts took `time`, and how many tokens each sequence gained.
@@ -140,25 +222,38 @@ impl Planner {
     }
 
     fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) {
-        let (old, times) = self.costs[drafts];
-        if times > 0 && self.sequences != sequences {
-            // another batch: all costs change about as this one does
-            self.costs.iter_mut().for_each(|(cost, _)| *cost *= seconds / old.max(1e-9));
+        if (drafts, sequences) != (self.stretch.drafts, self.stretch.sequences) {
+            // another batch, or sequences that want fewer: nothing to compare with
+            self.before =
+                self.before.filter(|_| self.stretch.sequences == sequences && self.stretch.seconds.is_empty());
+            self.stretch = Stretch { drafts, sequences, seconds: VecDeque::new() };
         }
-        self.sequences = sequences;
-        let (cost, times) = &mut self.costs[drafts];
-        *times += 1;
-        let weight = NEWEST.max(1.0 / *times as f64);
-        let seconds = if *times > 1 { seconds.min(OUTLIER * *cost) } else { seconds };
-        *cost += weight * (seconds - *cost);
+        if drafts > 0 && self.before.is_some_and(|(before, _)| before == 0) && !self.caught_up {
+            // the draft was fed all that it missed, which it will not be in the next step
+            self.caught_up = true;
+            return;
+        }
+        self.stretch.push(seconds);
+        let Some(((before, old), new)) = self.before.zip(self.stretch.median()) else { return };
+        self.before = None;
+        self.compare((before, old), (drafts, new));
     }
 
-    /// The number with the most tokens a second; none unless it is better by a margin.
+    /// Learns from two stretches what steps of the number of drafts that is known less cost.
+    fn compare(&mut self, a: (usize, f64), b: (usize, f64)) {
+        let known = |&(drafts, _): &(usize, f64)| (drafts == 0, self.costs[drafts].seen);
+        let (known, other) = if known(&a) >= known(&b) { (a, b) } else { (b, a) };
+        let multiple = self.cost(known.0) * other.1 / known.1.max(1e-9);
+        self.costs[other.0].learn(multiple);
+    }
+
+    /// The number with the most tokens a second, no more than one above those that were measured; none unless it is better by a margin.
     fn best(&self) -> usize {
         let mut best = (0, MARGIN / self.cost(0));
         let (mut chance, mut tokens) = (1.0, 1.0);
-        for (i, (right, seen)) in self.drafts.iter().enumerate() {
-            chance *= right / seen;
+        let measured = self.costs.iter().rposition(|cost| cost.seen > 0).unwrap_or(0);
+        for (i, (right, seen)) in self.drafts.iter().enumerate().take(measured + 1) {
+            chance *= (right / seen + DOUBT / seen.sqrt()).min(1.0);
             tokens += chance;
             let speed = tokens / self.cost(i + 1);
             if speed > best.1 {
@@ -168,9 +263,9 @@ impl Planner {
         best.0
     }
 
-    /// Seconds of a step with `drafts` drafts: measured, or on a line through what was measured with fewer and with more.
+    /// What a step with `drafts` drafts costs: measured, or on a line through what was measured with fewer and with more.
     fn cost(&self, drafts: usize) -> f64 {
-        let known = |k: usize| (self.costs[k].1 > 0).then_some((k as f64, self.costs[k].0));
+        let known = |k: usize| (self.costs[k].seen > 0).then_some((k as f64, self.costs[k].multiple));
         let below = (0..=drafts).rev().find_map(known).unwrap_or((0.0, 1.0));
         let above = (drafts..self.costs.len()).find_map(known);
         let further = (0..below.0 as usize).rev().find_map(known);
@@ -187,40 +282,65 @@ impl Planner {
 mod tests {
     use super::*;
 
-    /// Tokens a second of `steps` steps of a planner, where `k` drafts cost `cost(k)`, every tenth step `noise` times as much, and drafts
-    /// are right `right` of the time.
-    fn speed(mut planner: Planner, steps: usize, cost: impl Fn(usize) -> f64, noise: f64, right: f64) -> f64 {
-        let (mut tokens, mut seconds, mut chance) = (0u32, 0.0, 0.5f64);
-        for step in 0..steps {
-            let k = planner.next_drafts();
-            let mut gained = 1;
-            for _ in 0..k {
-                chance = (chance * 997.0 + 0.123).fract();
-                if chance >= right {
-                    break;
-                }
-                gained += 1;
-            }
-            let time = cost(k) * if step % 10 == 7 { noise } else { 1.0 };
-            planner.observe(k, &[gained], Duration::from_secs_f64(time));
-            tokens += gained as u32;
-            seconds += time;
+    /// What a simulated machine does.
+    #[derive(Clone, Copy, Debug)]
+    struct Machine {
+        /// A draft adds so much to a step's cost.
+        draft: f64,
+        /// So many of all drafts are right.
+        right: f64,
+        /// Every tenth step takes so many times as long.
+        noise: f64,
+        /// The first step with each number of drafts takes so many times as long.
+        cold: f64,
+    }
+
+    /// Tokens that a draft misses at most, after which it is fed them in any case, and what each costs.
+    const MISSED: (f64, f64) = (256.0, 0.005);
+
+    impl Machine {
+        /// Tokens in the time of a step without drafts, over `steps` steps of a planner, the mean of several runs.
+        fn speed(&self, planner: &Planner, steps: usize) -> f64 {
+            const RUNS: usize = 16;
+            (0..RUNS).map(|run| self.run(planner.clone(), steps, run as f64 / RUNS as f64)).sum::<f64>() / RUNS as f64
         }
-        f64::from(tokens) / seconds
+
+        fn run(&self, mut planner: Planner, steps: usize, mut chance: f64) -> f64 {
+            let (mut tokens, mut time, mut missed) = (0, 0.0, 0.0);
+            let mut cold = [self.cold; AUTO_MOST + 1];
+            for step in 0..steps {
+                let k = planner.next_drafts();
+                let mut gained = 1;
+                for _ in 0..k {
+                    chance = (chance * 997.0 + 0.123).fract();
+                    if chance >= self.right {
+                        break;
+                    }
+                    gained += 1;
+                }
+                missed = if k == 0 { (missed + 1.0) % MISSED.0 } else { missed };
+                let caught_up = if k == 0 { 0.0 } else { MISSED.1 * std::mem::take(&mut missed) };
+                let slow = if step % 10 == 7 { self.noise } else { 1.0 };
+                let cost = (1.0 + self.draft * k as f64) * slow * std::mem::replace(&mut cold[k], 1.0) + caught_up;
+                planner.observe(k, &[gained], Duration::from_secs_f64(0.01 * cost));
+                tokens += gained;
+                time += cost;
+            }
+            tokens as f64 / time
+        }
     }
 
     #[test]
     fn auto_loses_at_most_three_percent_and_finds_what_pays() {
-        for (step, draft) in [(0.05, 0.1), (0.15, 0.15), (0.4, 0.2), (1.0, 0.35)] {
-            let cost = |k: usize| 0.010 * (1.0 + (step + draft) * k as f64);
+        for draft in [0.15, 0.3, 0.6, 1.35] {
             for right in [0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95] {
-                for (steps, noise) in [(256, 1.0), (4000, 1.0), (4000, 8.0)] {
-                    let fixed = |k| speed(Planner::fixed(k), steps, cost, noise, right);
-                    let auto = speed(Planner::auto(4), steps, cost, noise, right);
-                    let best = (0..=4).map(fixed).fold(0.0, f64::max);
-                    let what = format!("{step} + {draft} a draft, {right} right, {steps} steps, noise {noise}");
-                    assert!(auto > 0.97 * fixed(0), "{what}: {auto} against {} without drafts", fixed(0));
-                    assert!(auto > 0.9 * best, "{what}: {auto} against {best}");
+                for (steps, noise, cold) in [(256, 1.0, 1.0), (512, 1.0, 1.5), (4000, 1.0, 1.5), (4000, 8.0, 1.5)] {
+                    let machine = Machine { draft, right, noise, cold };
+                    let auto = machine.speed(&Planner::auto(4), steps);
+                    let fixed = [0, 1, 2, 3, 4].map(|k| machine.speed(&Planner::fixed(k), steps));
+                    let best = fixed.into_iter().fold(0.0, f64::max);
+                    assert!(auto > 0.97 * fixed[0], "{machine:?}, {steps} steps: {auto} against {}", fixed[0]);
+                    assert!(auto > 0.9 * best, "{machine:?}, {steps} steps: {auto} against {fixed:?}");
                 }
             }
         }
@@ -233,7 +353,7 @@ mod tests {
             let k = planner.next_drafts();
             let time = Duration::from_secs_f64(0.01 * (1.0 + 0.1 * k as f64) * sequences as f64);
             planner.observe(k, &vec![1 + right.min(k); sequences], time);
-            k
+            planner.best()
         };
         for _ in 0..100 {
             observe(&mut planner, 3, 4);
