@@ -152,3 +152,23 @@ fn two_vectors_become_bf16_in_a_row_or_in_pairs() {
     // the second number of a row is the upper half of its first word, and the lower half of its second pair
     assert_eq!(out[0] >> 16, out[17] & 0xffff);
 }
+
+#[test]
+fn nibbles_are_numbers_whatever_lies_beside_them() {
+    let shifts = [0, 4, 8, 12, 16, 20, 24, 28];
+    let mut k = KernelBuilder::new("nibbles", &[("x", false), ("out", true)], 1.into());
+    let (x, out, zero) = (k.param(0), k.param(1), k.const_i64(0));
+    let words = k.load(nextc_ir::DType::I32, 16, x, zero);
+    for (i, shift) in (0..).zip(shifts) {
+        let numbers = k.nibble(words, shift);
+        let at = k.index(16 * i);
+        k.store(out, at, numbers);
+    }
+    let mut random = Random(23);
+    let words: Vec<u32> = (0..16).map(|_| random.word() << 8 ^ random.word()).collect();
+    let out = check(&k.finish(), &[words.clone(), vec![0; 128]], "nibbles");
+    for (i, &got) in out.iter().enumerate() {
+        let want = (words[i % 16] >> shifts[i / 16] & 15) as f32 - 8.0;
+        assert_eq!(f32::from_bits(got), want, "word {}, shift {}", i % 16, shifts[i / 16]);
+    }
+}
