@@ -87,7 +87,7 @@ pub struct ModelArgs {
     /// format (`q4<g64>`). A later one goes before an earlier one.
     #[arg(long, value_name = "QUANT[,PATTERN=FORMAT...]", default_value = "keep", hide_default_value = true)]
     pub quant: Quantise,
-    /// What activations may be rounded to.
+    /// What activations may be rounded to in products of more than 8 tokens of a sequence.
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...; or several, `x86-64-v3,sapphirerapids`.
@@ -138,11 +138,11 @@ pub enum Backend {
 /// `--activations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
-    /// What the machine is fastest with; float32 for now.
+    /// What the machine is fastest with: bfloat16 if it has a matrix unit (AMX), else float32.
     Auto,
     /// float32 throughout: the form that is compared with the reference.
     F32,
-    /// bfloat16 where the machine multiplies it faster.
+    /// bfloat16, in a matrix unit.
     Bf16,
     /// 8-bit integers where the machine multiplies them faster.
     Int8,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use nextc_frontend::{Model, Options};
 use nextc_ir::schedule::KernelModule;
+use nextc_ir::target::Activations as Rounding;
 use nextc_ir::{Module, Target};
 use nextc_link::{LinkInputs, Report};
 use nextc_passes::lower::lower;
@@ -63,10 +64,23 @@ fn targets(args: &ModelArgs, backend: Backend) -> anyhow::Result<Vec<Target>> {
     targets.dedup_by(|a, b| a.features == b.features);
     if backend == Backend::Cranelift {
         // its code is the same for all of them
-        let least = targets.pop().into_iter();
-        return Ok(least.map(Target::for_cranelift).collect());
+        targets = targets.pop().into_iter().map(Target::for_cranelift).collect();
     }
-    Ok(targets)
+    let rounds = |target| Ok(Target { activations: activations(args.activations, &target)?, ..target });
+    targets.into_iter().map(rounds).collect()
+}
+
+/// What activations are rounded to: bfloat16 where that is faster, unless something else is asked for.
+fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding> {
+    match wanted {
+        Activations::Auto | Activations::Bf16 if target.has_tiles() => Ok(Rounding::Bf16),
+        Activations::Auto | Activations::F32 => Ok(Rounding::F32),
+        Activations::Bf16 => bail!(
+            "`--activations bf16`: `{}` has no matrix unit that the backend uses (AMX, through LLVM); expected `auto` or `f32`",
+            target.cpu
+        ),
+        Activations::Int8 => bail!("`--activations int8` is not there yet, expected `auto`, `f32` or `bf16`"),
+    }
 }
 
 /// LLVM where it is compiled in.
@@ -84,12 +98,7 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
     if args.target == TargetKind::Cuda && args.activations != Activations::Auto {
         bail!("`--activations`: a GPU multiplies rows of 16-bit floats, or sums of two of them; expected `auto`");
     }
-    match args.activations {
-        Activations::Auto | Activations::F32 => Ok(()),
-        Activations::Bf16 | Activations::Int8 => {
-            bail!("`--activations` asks for rounding; it is not there yet, expected `f32` or `auto` (f32 for now)")
-        }
-    }
+    Ok(())
 }
 
 fn options(args: &ModelArgs) -> Options {
@@ -202,6 +211,7 @@ mod tests {
             ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
             ("--activations int8", "`--activations`"),
+            ("--backend cranelift --activations bf16", "`--activations bf16`"),
             ("--cpu pentium", "`pentium` is unknown"),
         ] {
             let error = format!("{:#}", plan(options).expect_err(expected));
@@ -222,6 +232,20 @@ mod tests {
         }
         let error = plan("--cpu x86-64-v3,,").expect_err("one has no name");
         assert!(format!("{error:#}").contains("cpu `` is unknown"), "{error:#}");
+    }
+
+    #[test]
+    #[cfg(feature = "llvm")]
+    fn activations_are_rounded_where_a_matrix_unit_multiplies_them() {
+        let of = |options: &str| plan(options).expect(options).target.activations;
+        assert_eq!(of("--cpu sapphirerapids"), Rounding::Bf16);
+        assert_eq!(of("--cpu sapphirerapids --activations bf16"), Rounding::Bf16);
+        assert_eq!(of("--cpu sapphirerapids --activations f32"), Rounding::F32);
+        assert_eq!(of("--cpu x86-64-v4"), Rounding::F32);
+        assert!(plan("--cpu x86-64-v4 --activations bf16").is_err());
+        let several = plan("--cpu x86-64-v4,sapphirerapids").expect("they are known");
+        assert_eq!((several.target.activations, several.others[0].activations), (Rounding::Bf16, Rounding::F32));
+        assert!(plan("--cpu x86-64-v4,sapphirerapids --activations bf16").is_err());
     }
 
     #[test]

@@ -34,6 +34,15 @@ pub const GPUS: &[Gpu] = &[Gpu {
     launch_ns: 1000.0,
 }];
 
+/// What products of many tokens may round activations to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// Nothing is rounded.
+    F32,
+    /// bfloat16, where a matrix unit multiplies it.
+    Bf16,
+}
+
 /// A machine and the choices made for it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Target {
@@ -49,6 +58,8 @@ pub struct Target {
     pub vector_registers: u32,
     /// Threads that share the work by default.
     pub threads: u32,
+    /// What activations are rounded to.
+    pub activations: Activations,
     /// Tokens of KV in one page.
     pub page_tokens: u64,
     /// The longest context a sequence may have.
@@ -68,6 +79,24 @@ pub struct MatmulTile {
     pub row_tiles: u64,
     /// Tokens that are computed together.
     pub tokens: u64,
+}
+
+/// How products of many tokens are cut for a matrix unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BulkTile {
+    /// Bytes of rounded rows of activations that are multiplied with all tiles of a task: they stay in the second cache.
+    pub panel_bytes: u64,
+    /// Most tokens whose rows are rounded together.
+    pub most_tokens: u64,
+    /// Row tiles of 16 that a task takes, if they leave every thread a few tasks.
+    pub row_tiles: u64,
+}
+
+impl BulkTile {
+    /// Tokens whose rows of `columns` numbers are rounded together: a multiple of 32.
+    pub fn tokens(&self, columns: u64) -> u64 {
+        (self.panel_bytes / (2 * columns.max(1))).clamp(32, self.most_tokens) / 32 * 32
+    }
 }
 
 /// Rates that the cost model assumes of every CPU until it is told better: those of two cores of a shared server.
@@ -134,6 +163,8 @@ const ICE_LAKE: &[&str] =
     &["avx512vnni", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq", "avx512ifma", "gfni"];
 const BF16: &[&str] = &["avx512bf16"];
 const AVX_VNNI: &[&str] = &["avxvnni"];
+/// What products in tiles of bfloat16 are made of.
+const TILES: &[&str] = &["avx512bf16", "amx-tile", "amx-bf16"];
 const AMX: &[&str] = &["avx512fp16", "amx-tile", "amx-int8", "amx-bf16"];
 
 /// A CPU that has a name.
@@ -203,6 +234,7 @@ impl Target {
             vector_bits,
             vector_registers: vector_registers(vector_bits),
             threads: cores(),
+            activations: Activations::F32,
             page_tokens: 64,
             max_context: 0,
             read_bytes_per_s: RATES.read_bytes_per_s,
@@ -279,7 +311,20 @@ impl Target {
     /// the backends emit today. Others are known of the target, but no instruction of them is used.
     pub fn required_features(&self) -> Vec<&str> {
         let wide = self.vector_bits == 512;
-        self.features.iter().map(String::as_str).filter(|f| V3.contains(f) || (wide && V4.contains(f))).collect()
+        let tiles = self.bulk_tile().is_some();
+        let used = |f: &&str| V3.contains(f) || (wide && V4.contains(f)) || (tiles && TILES.contains(f));
+        self.features.iter().map(String::as_str).filter(used).collect()
+    }
+
+    /// True if the machine has a matrix unit that multiplies bfloat16, and the backend uses vectors as wide as its tiles.
+    pub fn has_tiles(&self) -> bool {
+        self.vector_bits == 512 && TILES.iter().all(|f| self.has(f))
+    }
+
+    /// How products of many tokens are cut for the matrix unit; `None` if there is none, or if activations may not be rounded.
+    pub fn bulk_tile(&self) -> Option<BulkTile> {
+        let used = self.has_tiles() && self.activations == Activations::Bf16;
+        used.then_some(BulkTile { panel_bytes: 1 << 20, most_tokens: 256, row_tiles: 64 })
     }
 
     /// The micro-kernel that fits the registers: two accumulators for each 16 rows and token, and room for weights.
@@ -313,7 +358,7 @@ fn native_features() -> Result<Vec<&'static str>, TargetError> {
         (@one $llvm:tt) => { std::arch::is_x86_feature_detected!($llvm) };
         (@one $llvm:tt $std:tt) => { std::arch::is_x86_feature_detected!($std) };
     }
-    Ok(detect![
+    let mut found = detect![
         "sse3",
         "ssse3",
         "sse4.1",
@@ -343,7 +388,18 @@ fn native_features() -> Result<Vec<&'static str>, TargetError> {
         "avx512bf16",
         "avx512fp16",
         "avxvnni",
-    ])
+    ];
+    found.extend(matrix_units());
+    Ok(found)
+}
+
+/// The features of a matrix unit, which the standard library does not report.
+#[cfg(target_arch = "x86_64")]
+fn matrix_units() -> impl Iterator<Item = &'static str> {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    let edx = if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx };
+    let bits = [("amx-bf16", 22), ("amx-tile", 24), ("amx-int8", 25)];
+    bits.into_iter().filter(move |(_, bit)| edx >> bit & 1 == 1).map(|(name, _)| name)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -363,6 +419,21 @@ mod tests {
             assert_eq!(target.vector_bits, if target.has("avx512vl") { 512 } else { 256 }, "{}", cpu.name);
             assert!(target.required_features().iter().all(|f| target.has(f)));
         }
+    }
+
+    #[test]
+    fn a_matrix_unit_is_used_where_activations_may_be_rounded() {
+        let exact = Target::named("sapphirerapids").expect("it is in the table");
+        assert!(exact.has_tiles() && exact.bulk_tile().is_none());
+        assert!(!exact.required_features().iter().any(|f| f.starts_with("amx") || *f == "avx512bf16"));
+        let rounding = Target { activations: Activations::Bf16, ..exact };
+        let tile = rounding.bulk_tile().expect("it has a matrix unit");
+        assert_eq!([64, 2048, 4096, 1 << 20].map(|columns| tile.tokens(columns)), [256, 256, 128, 32]);
+        assert!(rounding.required_features().contains(&"amx-bf16"));
+        let narrow = rounding.clone().for_cranelift();
+        assert!(!narrow.has_tiles() && !narrow.required_features().contains(&"amx-bf16"));
+        let without = Target { activations: Activations::Bf16, ..Target::named("znver5").expect("it is in the table") };
+        assert_eq!(without.bulk_tile(), None);
     }
 
     #[test]

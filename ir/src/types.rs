@@ -58,6 +58,10 @@ pub enum StateKind {
 /// matrices; it keeps what its tokens would have done, and the next step replays as many of them as were accepted.
 pub const TENTATIVE_TOKENS: u64 = 8;
 
+/// A sequence with at most so many tokens in a step is decoded: its tokens are of the class `decode`, those of a longer run are of the class `bulk`. In each class a
+/// token's arithmetic is the same whatever else the step holds; a tentative run is always decoded.
+pub const DECODE_TOKENS: u64 = TENTATIVE_TOKENS;
+
 impl StateKind {
     /// Every kind.
     pub const ALL: [Self; 3] = [Self::Kv, Self::Conv, Self::Delta];

@@ -75,6 +75,11 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
 } tail {
   %52 = const i64 1
   store %out[%52], %T
+  %53 = load f32x16 %x[%52]
+  %54 = bf16_row %53, %53
+  %55 = bf16_pairs %53, %53
+  %56 = nibble %55 12
+  tile_dot 2 1 %out, %x, %x, %x, %52
 }
 ";
 

@@ -10,6 +10,7 @@ use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
 use crate::engine::{DraftInput, Engine, LogitRows};
 use crate::error::Error;
+use crate::piece::cut;
 use crate::sample::SampleError;
 use crate::state::SequenceId;
 use crate::step::Rows;
@@ -208,18 +209,19 @@ impl Eval<'_> {
     fn run_window(&mut self, engine: &mut Engine, begin: usize, end: usize, step: usize) -> Result<(), Error> {
         let ids: Vec<SequenceId> =
             self.batch.sequences.iter().map(|_| engine.new_sequence()).collect::<Result<_, _>>()?;
-        let mut at = begin;
-        while at < end {
-            let stop = at.saturating_add(step).min(end);
-            let pieces: Vec<Piece<'_>> = (self.batch.sequences.iter().zip(&ids).enumerate())
-                .filter(|(_, (tokens, _))| at < tokens.len())
-                .map(|(number, (tokens, &sequence))| {
-                    let tokens = &tokens[at..stop.min(tokens.len())];
-                    Piece { number, sequence, first: at, tokens }
+        let mut read = vec![begin; ids.len()];
+        loop {
+            let pieces: Vec<Piece<'_>> = (self.batch.sequences.iter().zip(&ids).zip(&mut read).enumerate())
+                .filter_map(|(number, ((tokens, &sequence), at))| {
+                    let (first, left) = (*at, end.min(tokens.len()).checked_sub(*at)?);
+                    *at += cut(left, step, true);
+                    (left > 0).then(|| Piece { number, sequence, first, tokens: &tokens[first..*at] })
                 })
                 .collect();
+            if pieces.is_empty() {
+                break;
+            }
             self.run_step(engine, &pieces)?;
-            at = stop;
         }
         ids.into_iter().for_each(|id| engine.end_sequence(id));
         Ok(())

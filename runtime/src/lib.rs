@@ -16,6 +16,7 @@ mod host;
 pub mod info;
 pub mod limits;
 pub mod memory;
+mod piece;
 pub mod pool;
 pub mod random;
 mod recent;

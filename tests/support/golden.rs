@@ -100,6 +100,15 @@ pub fn check(what: &str, candidate: &[f32], golden: &[f32], width: usize) {
     assert!(kl <= gate::MAX_KL, "{what}: KL {kl:e}");
 }
 
+/// Relative L2 distance of a candidate.
+pub fn distance(candidate: &[f32], golden: &[f32]) -> f64 {
+    assert_eq!(candidate.len(), golden.len(), "elements");
+    let sum = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+        candidate.iter().zip(golden).map(|(&x, &y)| f(x.into(), y.into())).sum()
+    };
+    (sum(&|x, y| (x - y).powi(2)) / sum(&|_, y| y.powi(2))).sqrt()
+}
+
 /// KL(golden || candidate) of the row's softmax.
 pub fn divergence(golden: &[f32], candidate: &[f32]) -> f64 {
     let log_softmax = |row: &[f32]| {

@@ -31,6 +31,14 @@ pub enum Error {
         /// The op.
         op: &'static str,
     },
+    /// An op of 512-bit vectors or of a matrix unit, for which Cranelift has no instructions.
+    #[error(
+        "`{op}` is of 512-bit vectors or a CPU's matrix unit, expected kernels without: lowering for this backend makes none"
+    )]
+    Tile {
+        /// The op.
+        op: &'static str,
+    },
     /// A statement does not have the operands, regions or results of its op: the kernel was not verified.
     #[error("kernel `{kernel}`: `{op}` has {found} {what}, expected {expected}")]
     Shape {

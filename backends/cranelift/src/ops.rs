@@ -75,6 +75,9 @@ impl Emitter<'_, '_> {
             | KOp::Prefetch
             | KOp::Wait
             | KOp::Release => Err(Error::Block { op: stmt.op.name() }),
+            KOp::Nibble { .. } | KOp::Bf16Row | KOp::Bf16Pairs | KOp::TileDot { .. } => {
+                Err(Error::Tile { op: stmt.op.name() })
+            }
         }
     }
 

@@ -17,6 +17,9 @@ use crate::error::LinkError;
 use crate::image::Image;
 use crate::{LinkInputs, Version, pack};
 
+// kernels and the runtime that cuts prompts for them mean the same
+const _: () = assert!(abi::DECODE_TOKENS as u64 == nextc_ir::types::DECODE_TOKENS);
+
 /// The metadata, without what only packing finds out: checksums and fingerprints.
 pub(crate) fn metadata(inputs: &LinkInputs<'_>, images: &[Image]) -> Result<abi::Metadata, LinkError> {
     let Some((first, others)) = inputs.versions.split_first() else { return Err(LinkError::NoVersion) };

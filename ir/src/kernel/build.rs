@@ -444,6 +444,25 @@ impl KernelBuilder {
         self.push(KOp::Release, &[], Vec::new(), Vec::new());
     }
 
+    // ---- a CPU's widest vectors and its matrix unit
+    /// The numbers of four bits from bit `shift` on, less 8.
+    pub fn nibble(&mut self, words: Val, shift: u64) -> Val {
+        self.emit(KOp::Nibble { shift: shift as u32 }, &[words], KType::vector(DType::F32, 16))
+    }
+    /// Two f32 vectors as 32 bf16 in a row.
+    pub fn bf16_row(&mut self, first: Val, second: Val) -> Val {
+        self.emit(KOp::Bf16Row, &[first, second], KType::vector(DType::I32, 16))
+    }
+    /// Two f32 vectors as pairs of bf16.
+    pub fn bf16_pairs(&mut self, first: Val, second: Val) -> Val {
+        self.emit(KOp::Bf16Pairs, &[first, second], KType::vector(DType::I32, 16))
+    }
+    /// `c = a·b` in tiles, `count` of them deep.
+    pub fn tile_dot(&mut self, c: Val, a: &[Val], b: &[Val], count: Val) {
+        let args: Vec<Val> = [c].iter().chain(a).chain(b).chain([&count]).copied().collect();
+        self.push(KOp::TileDot { rows: a.len() as u32, columns: b.len() as u32 }, &args, Vec::new(), Vec::new());
+    }
+
     // ---- control
     /// A loop with carried values: `body(builder, i, carried)` gives their next values.
     pub fn for_carry(

@@ -29,6 +29,7 @@ mod mask;
 mod memory;
 mod program;
 mod shadow;
+mod tile;
 
 pub use code::Code;
 pub use memory::{Buffer, Place, Slot};

@@ -1,7 +1,8 @@
 //! The op table of the kernel IR. Printer, parser, verifier, interpreter, legalisation and both emitters `match` on it
 //! without a wildcard, so that a new op is a compile error wherever it wants thought.
 //!
-//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs.
+//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs. Those of class [`Sig::Tile`] exist in
+//! kernels for CPUs with 512-bit vectors, or with a matrix unit ([`crate::Target::bulk_tile`]).
 
 use crate::dtype::DType;
 
@@ -66,6 +67,8 @@ pub enum Sig {
     Special,
     /// What only a block of threads can do: checked op by op.
     Block,
+    /// What only a CPU with 512-bit vectors or a matrix unit can do: checked op by op.
+    Tile,
 }
 
 macro_rules! kops {
@@ -218,4 +221,20 @@ kops! {
     Wait = "wait" Block;
     /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
     Release = "release" Block;
+
+    // ---- a CPU's widest vectors and its matrix unit
+    /// In each of 16 lanes the number of four bits of an i32, from bit `shift` on, less 8: `(words) -> f32x16`. One look into a table of 16 lanes.
+    Nibble { shift: u32 } = "nibble" Tile;
+    /// Two vectors of 16 f32 as 32 bf16 that follow one another: `(first, second) -> i32x16`. Rounded to nearest even; what is smaller than the least
+    /// normal number counts as zero (VCVTNE2PS2BF16).
+    Bf16Row = "bf16_row" Tile;
+    /// Two vectors of 16 f32 as 16 pairs of bf16, a pair a lane, the first in the lower half: `(first, second) -> i32x16`. Rounded as `bf16_row` does.
+    Bf16Pairs = "bf16_pairs" Tile;
+    /// Products of tiles, `C[i][j] = Σ A[i][k]·B[j][k]` for `rows` times `columns` of them and `k` from 0 on: `(c, a..., b..., count)`. Each pointer `a` and `b` leads to
+    /// `count` tiles of 1 KiB, one after the other, each 16 lines of 64 bytes. A line of an A is 32 numbers of a row, a line of a B one pair of numbers of each of 16
+    /// columns; all are bf16. C is a matrix of `16 · rows` by `16 · columns` f32, row by row; nothing of it is read.
+    ///
+    /// Per tile `even += a[2p]·b[2p]` and `odd += a[2p+1]·b[2p+1]` by fused multiply-adds over the pairs `p` in order, from zeros; then `c += even + odd`. Numbers
+    /// smaller than the least normal one count as zero, as operands and as results. Source: Intel's Software Developer's Manual, TDPBF16PS.
+    TileDot { rows: u32, columns: u32 } = "tile_dot" Tile;
 }

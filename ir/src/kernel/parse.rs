@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 35] = [
+const PLAIN: [KOp; 37] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -95,6 +95,8 @@ const PLAIN: [KOp; 35] = [
     KOp::WarpMax,
     KOp::WarpMin,
     KOp::Quad,
+    KOp::Bf16Row,
+    KOp::Bf16Pairs,
 ];
 
 /// Reads one kernel.
@@ -428,6 +430,14 @@ impl<'t> Parser<'t> {
             "pack" => (KOp::Pack { dtype: self.dtype()? }, self.values()?),
             "half_fma" => (KOp::HalfFma { dtype: self.dtype()? }, self.values()?),
             "mma" => (KOp::Mma { dtype: self.dtype()? }, self.values()?),
+            "nibble" => {
+                let words = self.value()?;
+                (KOp::Nibble { shift: self.read("a shift", |w| w.parse().ok())? }, vec![words])
+            }
+            "tile_dot" => {
+                let [rows, columns] = [(); 2].map(|()| self.read("a number of tiles", |w| w.parse().ok()));
+                (KOp::TileDot { rows: rows?, columns: columns? }, self.values()?)
+            }
             "atomic_add" => (KOp::AtomicAdd, self.element_and_value()?),
             "prefetch" => (KOp::Prefetch, self.element_and_value()?),
             "splat" => {

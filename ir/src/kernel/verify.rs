@@ -90,7 +90,7 @@ pub enum Broken {
     /// An allocation in a loop or a condition.
     #[error("scratch is allocated inside a region, expected at the top level")]
     NestedAlloc,
-    /// An op that tasks of so many threads do not have: scratch is a single thread's, what a block does together needs several.
+    /// An op that tasks of so many threads do not have: scratch and tiles are a single thread's, what a block does together needs several.
     #[error("not in a kernel whose tasks have {0} threads")]
     Threads(u32),
     /// A second `partials` in a region, or one in the tail that is not the body's.

@@ -9,7 +9,7 @@
 //! epilogue out = rms_norm(o, norm) · silu(z)
 //! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head, sequence and block: bound by memory at one token
 //!
-//! A tentative sequence sweeps a copy of the columns and keeps k, d, α of each token and its inputs of the convolution
+//! Several tokens sweep a copy of the columns, which is put back after them. A tentative sequence sweeps a copy of the columns and keeps k, d, α of each token and its inputs of the convolution
 //! behind the window, so that the next step can replay as many as were accepted: the same operations in the same order.
 //! A sequence whose first token of the step has position 0 begins with zero states.
 //! Source: arXiv:2412.06464; the single-read form is algebra on its recurrence.
@@ -240,6 +240,10 @@ impl SequencePorts {
 /// Tokens that are swept over the state together.
 const BLOCK: u64 = TENTATIVE_TOKENS;
 
+/// From so many tokens of a block on its columns of the state are swept as a copy: rows that follow one another stay in the first cache, where every
+/// eighth line of a matrix does not.
+const COPIED_TOKENS: u64 = 3;
+
 /// What is computed of a block of tokens, a row a token.
 struct Scratch {
     /// `[BLOCK][pad(head_k_dim)]`.
@@ -256,7 +260,7 @@ struct Scratch {
     alpha: Val,
     /// `[BLOCK]`.
     beta: Val,
-    /// `[head_k_dim][columns of a sweep]`: the state of a tentative sequence.
+    /// `[head_k_dim][columns of a sweep]`: a part of the state, of a tentative sequence or for several tokens.
     copy: Val,
 }
 
@@ -417,9 +421,24 @@ impl Mixer {
                 Vec::new()
             },
             |k| {
+                let (few, count) = (k.index(COPIED_TOKENS), block.count);
+                let is_few = k.cmp(Pred::Lt, count, few);
                 k.for_range(columns, self.sweep_elems(), |k, column| {
-                    let place = Columns { matrix: state, stride: columns, at: column, column };
-                    self.sweep(k, block, scratch, &place, None);
+                    k.if_else(
+                        is_few,
+                        |k| {
+                            let place = Columns { matrix: state, stride: columns, at: column, column };
+                            self.sweep(k, block, scratch, &place, None);
+                            Vec::new()
+                        },
+                        |k| {
+                            self.copy_columns(k, state, scratch.copy, column);
+                            let place = Columns { matrix: scratch.copy, stride: self.sweep_elems(), at: zero, column };
+                            self.sweep(k, block, scratch, &place, None);
+                            self.put_columns(k, scratch.copy, state, column);
+                            Vec::new()
+                        },
+                    );
                 });
                 Vec::new()
             },
@@ -516,6 +535,19 @@ impl Mixer {
                 let (at, place) = (k.add_const(column, c * LANES), k.index(c * LANES));
                 let x = k.load_f32x16(from, at);
                 k.store(to, place, x);
+            }
+        });
+    }
+
+    /// Puts columns that were copied back.
+    fn put_columns(&self, k: &mut KernelBuilder, copy: Val, state: Val, column: Val) {
+        k.for_range(self.k.width, 1, |k, i| {
+            let from = row_ptr(k, copy, i, self.sweep_elems());
+            let to = row_ptr(k, state, i, pad(self.v.width));
+            for c in 0..self.chunks() {
+                let (place, at) = (k.index(c * LANES), k.add_const(column, c * LANES));
+                let x = k.load_f32x16(from, place);
+                k.store(to, at, x);
             }
         });
     }

@@ -20,7 +20,8 @@ use super::ports::{Lowered, Port, Ports, Site, describe};
 /// `embed`: one row of the packed matrix, which lies in one lane of a tile.
 pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let planes = Matrix::of(site, site.named("w"), 1).planes;
+    let matrix = Matrix::of(site, site.named("w"), 1);
+    let planes = matrix.planes;
     let blocks = planes.format.blocks();
     if blocks.is_some_and(|b| b.ordered) {
         return Err(site.error("an embedding whose columns are in an order of their own"));
@@ -32,7 +33,7 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (tokens, w, out) = (k.param(tokens), k.param(w), k.param(out));
     let token = k.load_index(tokens, t);
     let (tile, lane) = (k.div_const(token, LANES), Lanes::One(k.rem_const(token, LANES)));
-    let tile = Matrix { planes }.tile(&mut k, w, tile);
+    let tile = matrix.tile(&mut k, w, tile);
     let out = row_ptr(&mut k, out, t, planes.columns);
     let (step, per_word) = (blocks.map_or(planes.columns, |b| u64::from(b.columns)), planes.format.group_columns());
     let end = k.index(planes.columns);

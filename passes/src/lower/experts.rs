@@ -14,9 +14,10 @@ use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
+use super::bulk::{self, Class, Classes, Mix, Panel};
 use super::matmul::{
-    GROUP_TILES, Matrix, Normed, Residual, Rows, dot, emit_swiglu, for_rows, group_tiles, in_range, row_ptr,
-    store_tile, swiglu_rows, tile_range,
+    GROUP_TILES, Matrix, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, for_tiles,
+    group_tiles, in_range, row_ptr, store_tile, swiglu_rows, tile_range,
 };
 use super::ports::{Lowered, Port, Ports, Site};
 
@@ -91,10 +92,11 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let choice = Choice { experts, k: site.int("k"), renormalise: site.int("renormalise") != 0, sym };
     let kernel = k.finish_with_tail(|k| {
         let [weights, ids, order, table, _, logits] = [0, 1, 2, 3, 4, 5].map(|i: usize| k.param(outs[i]));
-        let work = k.alloc(DType::F32, pad(experts));
+        let (work, numbers) = (k.alloc(DType::F32, pad(experts)), k.alloc(DType::F32, pad(experts)));
+        choice.count(k, numbers);
         let cursor = k.alloc(DType::I32, experts + 1);
         let (first, last) = (k.const_i64(0), k.dim(sym));
-        k.for_each((first, last, 1), |k, t| choice.top_k(k, t, logits, work, weights, ids));
+        k.for_each((first, last, 1), |k, t| choice.top_k(k, t, logits, (work, numbers), weights, ids));
         choice.dispatch(k, ids, order, table, cursor);
     });
     Ok(ports.finish(kernel))
@@ -110,7 +112,7 @@ struct Choice {
 
 impl Choice {
     /// Top-k of one row of logits, the lower index first among equals, and the weights of the chosen.
-    fn top_k(&self, k: &mut KernelBuilder, t: Val, logits: Val, work: Val, weights: Val, ids: Val) {
+    fn top_k(&self, k: &mut KernelBuilder, t: Val, logits: Val, (work, numbers): (Val, Val), weights: Val, ids: Val) {
         let logits = row_ptr(k, logits, t, pad(self.experts));
         let weights = row_ptr(k, weights, t, pad(self.k));
         let ids = row_ptr(k, ids, t, pad(self.k));
@@ -124,7 +126,7 @@ impl Choice {
         let divisor = if self.renormalise { None } else { Some(self.sum_exp(k, work, largest)) };
         k.for_range(self.k, 1, |k, s| {
             let best = self.largest(k, work);
-            let id = self.first_equal(k, work, best);
+            let id = self.first_equal(k, work, numbers, best);
             let shifted = k.fsub(best, largest);
             let weight = k.exp(shifted);
             k.store(weights, s, weight);
@@ -180,18 +182,30 @@ impl Choice {
         })[0]
     }
 
-    /// Index of the first element equal to `best`; the last expert if none is (all NaN).
-    fn first_equal(&self, k: &mut KernelBuilder, work: Val, best: Val) -> Val {
-        let none = k.const_i32(self.experts as i32 - 1);
-        let (lo, hi) = (k.const_i64(0), k.index(self.experts));
-        k.for_carry((lo, hi, 1), &[none], |k, back, found| {
-            let end = k.index(self.experts - 1);
-            let i = k.sub(end, back);
-            let x = k.load_f32(work, i);
+    /// Index of the first element equal to `best`; the last expert if none is (all NaN). `numbers` holds the indices as floats, which are exact.
+    fn first_equal(&self, k: &mut KernelBuilder, work: Val, numbers: Val, best: Val) -> Val {
+        let (best, none) = (k.splat(best, 16), k.splat_f32(16, 1.0 - self.experts as f32));
+        let (lo, hi) = (k.const_i64(0), k.index(pad(self.experts)));
+        // the largest of negative numbers
+        let found = k.for_carry((lo, hi, LANES), &[none], |k, i, found| {
+            let (x, number) = (k.load_f32x16(work, i), k.load_f32x16(numbers, i));
             let same = k.cmp(Pred::Eq, x, best);
-            let index = k.narrow(i);
-            vec![k.select(same, index, found[0])]
-        })[0]
+            let number = k.fneg(number);
+            let number = k.select(same, number, none);
+            vec![k.fmax(found[0], number)]
+        });
+        let found = k.reduce_max(found[0]);
+        let index = k.fneg(found);
+        k.to_int(index)
+    }
+
+    /// Fills `numbers` with the indices of experts.
+    fn count(&self, k: &mut KernelBuilder, numbers: Val) {
+        k.for_range(pad(self.experts), 1, |k, i| {
+            let number = k.narrow(i);
+            let number = k.to_float(number);
+            k.store(numbers, i, number);
+        });
     }
 
     /// Counting sort of all choices by expert.
@@ -277,6 +291,48 @@ fn bump(k: &mut KernelBuilder, counts: Val, at: Val) -> Val {
     old
 }
 
+/// Where the choices of a step are, by expert.
+#[derive(Clone, Copy)]
+struct Choices {
+    order: Port,
+    table: Port,
+    layout: Table,
+    /// Experts of a token.
+    each: u64,
+}
+
+impl Choices {
+    /// The number of the choice at a place, and its token.
+    fn at(self, k: &mut KernelBuilder, place: Val) -> (Val, Val) {
+        let order = k.param(self.order);
+        let number = k.load_index(order, place);
+        (number, k.div_const(number, self.each))
+    }
+
+    /// Runs `body(expert, its places)` for the expert at place `i` among the chosen ones, if there is one.
+    fn expert(self, k: &mut KernelBuilder, i: Val, body: impl FnOnce(&mut KernelBuilder, Val, (Val, Val))) {
+        let table = k.param(self.table);
+        let count = self.layout.count(k, table);
+        let chosen = k.cmp(Pred::Lt, i, count);
+        k.if_then(chosen, |k| {
+            let e = self.layout.active(k, table, i);
+            let run = self.layout.run(k, table, e);
+            body(k, e, run);
+        });
+    }
+
+    /// The same for every chosen expert, in ascending order.
+    fn for_experts(self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder, Val, (Val, Val))) {
+        let (zero, table) = (k.const_i64(0), k.param(self.table));
+        let count = self.layout.count(k, table);
+        k.for_each((zero, count, 1), |k, i| {
+            let e = self.layout.active(k, table, i);
+            let run = self.layout.run(k, table, e);
+            body(k, e, run);
+        });
+    }
+}
+
 /// `experts_gate_up`.
 pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::ExpertsGateUp);
@@ -285,68 +341,117 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (order, table) = (ports.read("order", site.named("order")), ports.read("table", site.named("table")));
     let shape = site.weight(site.named("w_gate")).shape.clone();
     let (experts, width) = (shape[0], shape[1]);
-    let [routed_gate, routed_up, shared_gate, shared_up] =
-        ["w_gate", "w_up", "s_gate", "s_up"].map(|n| Matrix::of(site, site.named(n), 1));
-    let [gate, up, s_gate, s_up] = ["w_gate", "w_up", "s_gate", "s_up"].map(|n| ports.read(n, site.named(n)));
+    let names = ["w_gate", "w_up", "s_gate", "s_up"];
+    let [routed_gate, routed_up, shared_gate, shared_up] = names.map(|n| Matrix::of(site, site.named(n), 1));
+    let [gate, up, s_gate, s_up] = names.map(|n| ports.read(n, site.named(n)));
     let (h, s) = (ports.write("h", site.result(0)), ports.write("s", site.result(1)));
-    let (sym, choices) = (site.rows(site.result(0))?, site.inner(site.result(0))[0]);
+    let (sym, each) = (site.rows(site.result(0))?, site.inner(site.result(0))[0]);
     let s_stride = site.stride(site.result(1));
     let expert_tiles = pad(width) / LANES;
     let groups = expert_tiles.div_ceil(GROUP_TILES);
-    let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
+    let most = Extent::Const(experts).min(Extent::from(sym) * each.into());
     let shared_groups = shared_gate.tiles().div_ceil(GROUP_TILES);
+    let pairs = [[routed_gate, routed_up], [shared_gate, shared_up]];
+    let mut multiplier = Multiplier::of_pairs(site, &mut ports, rows, sym, &pairs);
     let mut k = ports.builder(site, most.clone() * groups.into() + shared_groups.into());
-    let block = swiglu_rows(site.target);
-    let scratch = rows.scratch(&mut k, block);
-    let layout = Table { experts };
+    multiplier.alloc(&mut k, pairs.as_flattened());
+    let numbers = multiplier.by_class().map(|(classes, panel)| (classes.mix(&mut k), panel.numbers(&mut k)));
 
     let (task, tokens) = (k.task(), k.dim(sym));
-    let all_choices = k.mul_const(tokens, choices);
+    let all_choices = k.mul_const(tokens, each);
     let all_experts = k.index(experts);
     let most = k.min_i64(all_choices, all_experts);
     let routed_tasks = k.mul_const(most, groups);
     let is_routed = k.cmp(Pred::Lt, task, routed_tasks);
+    let front = Front {
+        choices: Choices { order, table, layout: Table { experts }, each },
+        multiplier,
+        block: swiglu_rows(site.target.matmul_tile()),
+        tiles: expert_tiles,
+        tasks: experts * groups,
+        h,
+        stride: pad(width),
+        weights: ((routed_gate, k.param(gate)), (routed_up, k.param(up))),
+        numbers,
+    };
     k.if_else(
         is_routed,
         |k| {
             let (place, group) = (k.div_const(task, groups), k.rem_const(task, groups));
-            let table = k.param(table);
-            let count = layout.count(k, table);
-            let chosen = k.cmp(Pred::Lt, place, count);
-            k.if_then(chosen, |k| {
-                let e = layout.active(k, table, place);
-                let run = layout.run(k, table, e);
-                let begin = k.mul_const(e, expert_tiles);
-                let weights = ((routed_gate, k.param(gate)), (routed_up, k.param(up)));
-                let (order, h) = (k.param(order), k.param(h));
-                let (lo, hi) = tile_range(k, group, GROUP_TILES, expert_tiles);
-                for_rows(k, run, block, |k, places| {
-                    let numbers: Vec<Val> = places.iter().map(|&p| k.load_index(order, p)).collect();
-                    let tokens: Vec<Val> = numbers.iter().map(|&n| k.div_const(n, choices)).collect();
-                    let x = rows.load(k, scratch, &tokens);
-                    emit_swiglu(k, weights, (begin, lo, hi), &x, |k, tile, i, value| {
-                        store_tile(k, h, pad(width), tile, numbers[i], value);
-                    });
-                });
-            });
+            front.choices.expert(k, place, |k, e, run| front.task(k, e, run, group));
             Vec::new()
         },
         |k| {
-            let group = k.sub(task, routed_tasks);
-            let (lo, hi) = tile_range(k, group, GROUP_TILES, shared_gate.tiles());
-            let s = k.param(s);
+            let (group, s) = (k.sub(task, routed_tasks), k.param(s));
             let weights = ((shared_gate, k.param(s_gate)), (shared_up, k.param(s_up)));
-            let first = k.const_i64(0);
-            for_rows(k, (first, tokens), block, |k, block| {
-                let x = rows.load(k, scratch, block);
-                emit_swiglu(k, weights, (first, lo, hi), &x, |k, tile, i, value| {
-                    store_tile(k, s, s_stride, tile, block[i], value);
-                });
+            let size = (GROUP_TILES, experts * groups);
+            front.multiplier.swiglu_task(k, weights, group, size, &mut |k, tile, row, value| {
+                store_tile(k, s, s_stride, tile, row, value);
             });
             Vec::new()
         },
     );
     Ok(ports.finish(k.finish()))
+}
+
+/// The first half of the routed experts.
+struct Front {
+    choices: Choices,
+    multiplier: Multiplier,
+    /// Rows of a block that is decoded.
+    block: u64,
+    /// Tiles of an expert's gate.
+    tiles: u64,
+    /// Tasks where every expert is chosen.
+    tasks: u64,
+    h: Port,
+    stride: u64,
+    weights: (Weight, Weight),
+    /// Where classes are told apart: which there are, and scratch for the numbers of a panel's rows.
+    numbers: Option<(Mix, Val)>,
+}
+
+impl Front {
+    /// Group `group` of the tiles of expert `e`, for the choices at `run`.
+    fn task(&self, k: &mut KernelBuilder, e: Val, run: (Val, Val), group: Val) {
+        let begin = k.mul_const(e, self.tiles);
+        let (lo, hi) = tile_range(k, group, GROUP_TILES, self.tiles);
+        let mut decode = |k: &mut KernelBuilder, places: &[Val]| self.decode(k, places, (begin, lo, hi));
+        let (Some((mix, numbers)), Some((classes, panel))) = (self.numbers, self.multiplier.by_class()) else {
+            return for_rows(k, run, self.block, decode);
+        };
+        k.if_then(mix.decode, |k| {
+            mix.for_decoded(k, run, self.block, |k, place| self.choices.at(k, place).1, &mut decode);
+        });
+        let (lo, hi) = Classes::range(k, group, (GROUP_TILES, classes.joined(GROUP_TILES, self.tasks)), self.tiles);
+        let some = k.cmp(Pred::Lt, lo, hi);
+        let some = k.and(some, mix.bulk);
+        k.if_then(some, |k| {
+            panel.for_blocks(k, run, |k, first, count| {
+                panel.pack(k, &self.multiplier.rows, count, |k, i| {
+                    let place = k.add(first, i);
+                    let (number, t) = self.choices.at(k, place);
+                    mix.note(k, numbers, i, number, t);
+                    t
+                });
+                let h = k.param(self.h);
+                panel.swiglu(k, self.weights, (begin, lo, hi), count, &mut |k, tile, i, value| {
+                    Mix::if_noted(k, numbers, i, |k, number| store_tile(k, h, self.stride, tile, number, value));
+                });
+            });
+        });
+    }
+
+    /// A block of choices in the arithmetic of tokens that are decoded.
+    fn decode(&self, k: &mut KernelBuilder, places: &[Val], tiles: (Val, Val, Val)) {
+        let choices: Vec<(Val, Val)> = places.iter().map(|&p| self.choices.at(k, p)).collect();
+        let tokens: Vec<Val> = choices.iter().map(|c| c.1).collect();
+        let x = self.multiplier.rows.load(k, self.multiplier.scratch, &tokens);
+        let h = k.param(self.h);
+        emit_swiglu(k, self.weights, tiles, &x, |k, tile, i, value| {
+            store_tile(k, h, self.stride, tile, choices[i].0, value);
+        });
+    }
 }
 
 /// `experts_down`.
@@ -355,71 +460,210 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (h, s) = (ports.read("h", site.named("h")), ports.read("s", site.named("s")));
     let [weights, order, table, shared] = ["weights", "order", "table", "shared"].map(|n| ports.read(n, site.named(n)));
     let shape = site.weight(site.named("w_down")).shape.clone();
-    let (routed, dense) = (Matrix::of(site, site.named("w_down"), 1), Matrix::of(site, site.named("s_down"), 1));
-    let (w_down, s_down) = (ports.read("w_down", site.named("w_down")), ports.read("s_down", site.named("s_down")));
+    let [routed, dense] = ["w_down", "s_down"].map(|n| Matrix::of(site, site.named(n), 1));
+    let [w_down, s_down] = ["w_down", "s_down"].map(|n| ports.read(n, site.named(n)));
     let residual = Residual::ports(site, &mut ports)?;
-    let choices = site.inner(site.named("weights"))[0];
-    let (sym, h_stride, s_stride) = (site.rows(site.result(0))?, pad(shape[2]), site.stride(site.named("s")));
+    let each = site.inner(site.named("weights"))[0];
     let (experts, tiles) = (shape[0], pad(shape[1]) / LANES);
+    let sym = site.rows(site.result(0))?;
+    let classes = Classes::ports(site, &mut ports, sym).filter(|_| [routed, dense].iter().all(bulk::takes));
     let size = group_tiles(site.target);
-    let mut k = ports.builder(site, tiles.div_ceil(size).into());
-    let block = site.target.matmul_tile().tokens;
-    // one tile's sums of all tokens: in the tile's own column of `out`, which nobody else touches
-    let out = residual.out_param(&k);
-    let out_stride = pad(shape[1]);
-    let layout = Table { experts };
-    let task = k.task();
-    let (lo, hi) = tile_range(&mut k, task, size, tiles);
-    k.for_each((lo, hi, 1), |k, tile| {
-        let zero = k.splat_f32(16, 0.0);
-        let (first, tokens) = (k.const_i64(0), k.dim(sym));
-        k.for_each((first, tokens, 1), |k, t| store_tile(k, out, out_stride, tile, t, zero));
-        let table = k.param(table);
-        let count = layout.count(k, table);
-        k.for_each((first, count, 1), |k, place| {
-            let e = layout.active(k, table, place);
-            let run = layout.run(k, table, e);
-            let e_tile = k.mul_const(e, tiles);
-            let e_tile = k.add(e_tile, tile);
-            let base = k.param(w_down);
-            let e_tile = routed.tile(k, base, e_tile);
-            let (order, h, weights) = (k.param(order), k.param(h), k.param(weights));
-            for_rows(k, run, block, |k, places| {
-                let numbers: Vec<Val> = places.iter().map(|&p| k.load_index(order, p)).collect();
-                let x: Vec<Val> = numbers.iter().map(|&n| row_ptr(k, h, n, h_stride)).collect();
-                let products = dot(k, &[e_tile], &x);
-                for (&number, &value) in numbers.iter().zip(&products[0]) {
-                    let (t, choice) = (k.div_const(number, choices), k.rem_const(number, choices));
-                    let row = row_ptr(k, weights, t, pad(choices));
-                    let weight = k.load_f32(row, choice);
-                    accumulate(k, (out, out_stride), tile, t, weight, value);
-                }
-            });
-        });
-        let (s, shared, base) = (k.param(s), k.param(shared), k.param(s_down));
-        let dense_tile = dense.tile(k, base, tile);
-        for_rows(k, (first, tokens), block, |k, rows| {
-            let x: Vec<Val> = rows.iter().map(|&t| row_ptr(k, s, t, s_stride)).collect();
-            let products = dot(k, &[dense_tile], &x);
-            for (&t, &value) in rows.iter().zip(&products[0]) {
-                let zero = k.const_i64(0);
-                let row = row_ptr(k, shared, t, LANES);
-                let weight = k.load_f32(row, zero);
-                let sum = accumulate(k, (out, out_stride), tile, t, weight, value);
-                residual.store(k, tile, t, sum);
-            }
-        });
+    let tasks = tiles.div_ceil(size);
+    let mut k = ports.builder(site, tasks.into());
+    let back = Back {
+        choices: Choices { order, table, layout: Table { experts }, each },
+        h: Rows::Plain { x: h, stride: pad(shape[2]) },
+        s: Rows::Plain { x: s, stride: site.stride(site.named("s")) },
+        weights,
+        shared,
+        routed: (routed, k.param(w_down)),
+        dense: (dense, k.param(s_down)),
+        residual,
+        tiles,
+        block: site.target.matmul_tile().tokens,
+        sym,
+    };
+    let bulk = classes.map(|classes| {
+        let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
+        let at_once = classes.at_once(size, tasks);
+        BackBulk { classes, mix: classes.mix(&mut k), numbers: h.numbers(&mut k), at_once, h, s }
     });
+    let task = k.task();
+    let range = tile_range(&mut k, task, size, tiles);
+    let Some(bulk) = bulk else {
+        back.decode(&mut k, range, None);
+        return Ok(ports.finish(k.finish()));
+    };
+    k.if_then(bulk.mix.decode, |k| back.decode(k, range, Some(&bulk)));
+    let (lo, hi) = Classes::range(&mut k, task, (size, bulk.classes.joined(size, tasks)), tiles);
+    let some = k.cmp(Pred::Lt, lo, hi);
+    let some = k.and(some, bulk.mix.bulk);
+    k.if_then(some, |k| back.bulk(k, (lo, hi), &bulk));
     Ok(ports.finish(k.finish()))
 }
 
-/// `out[t][tile] += weight * value`; gives the new sum.
-fn accumulate(k: &mut KernelBuilder, (out, stride): (Val, u64), tile: Val, t: Val, weight: Val, value: Val) -> Val {
-    let row = row_ptr(k, out, t, stride);
-    let column = k.mul_const(tile, LANES);
-    let old = k.load_f32x16(row, column);
-    let weight = k.splat(weight, 16);
-    let new = k.fma(weight, value, old);
-    k.store(row, column, new);
-    new
+/// The second half of all experts. A tile's sums of all tokens lie in the tile's own column of the result, which nobody else touches.
+struct Back {
+    choices: Choices,
+    h: Rows,
+    s: Rows,
+    weights: Port,
+    shared: Port,
+    routed: Weight,
+    dense: Weight,
+    residual: Residual,
+    /// Tiles of an expert.
+    tiles: u64,
+    /// Rows of a block that is decoded.
+    block: u64,
+    sym: Sym,
+}
+
+/// What products of `bulk` tokens need.
+struct BackBulk {
+    classes: Classes,
+    mix: Mix,
+    /// Scratch for the numbers of a panel's rows.
+    numbers: Val,
+    /// Tiles that are multiplied together.
+    at_once: u64,
+    h: Panel,
+    s: Panel,
+}
+
+impl Back {
+    /// Runs `body(first, last)` for the tokens that are decoded.
+    fn for_decoded(
+        &self,
+        k: &mut KernelBuilder,
+        bulk: Option<&BackBulk>,
+        body: impl FnOnce(&mut KernelBuilder, Val, Val),
+    ) {
+        match bulk {
+            Some(bulk) => bulk.classes.for_runs(k, Class::Decode, body),
+            None => {
+                let (first, last) = (k.const_i64(0), k.dim(self.sym));
+                body(k, first, last);
+            }
+        }
+    }
+
+    /// `out[first..last][tile] = 0`.
+    fn clear(&self, k: &mut KernelBuilder, tile: Val, first: Val, last: Val) {
+        let (zero, out) = (k.splat_f32(16, 0.0), self.residual.out_param(k));
+        k.for_each((first, last, 1), |k, t| store_tile(k, out, self.residual.stride(), tile, t, zero));
+    }
+
+    /// Tiles `lo..hi` for the tokens that are decoded: all of them, unless the step may have others.
+    fn decode(&self, k: &mut KernelBuilder, (lo, hi): (Val, Val), bulk: Option<&BackBulk>) {
+        k.for_each((lo, hi, 1), |k, tile| {
+            self.for_decoded(k, bulk, |k, first, last| self.clear(k, tile, first, last));
+            self.choices.for_experts(k, |k, e, run| {
+                let number = k.mul_const(e, self.tiles);
+                let number = k.add(number, tile);
+                let weight = self.routed.0.tile(k, self.routed.1, number);
+                let mut body = |k: &mut KernelBuilder, places: &[Val]| {
+                    let choices: Vec<(Val, Val)> = places.iter().map(|&p| self.choices.at(k, p)).collect();
+                    let numbers: Vec<Val> = choices.iter().map(|c| c.0).collect();
+                    let x = self.h.load(k, None, &numbers);
+                    let products = dot(k, &[weight], &x);
+                    for (&(number, t), &value) in choices.iter().zip(&products[0]) {
+                        self.add_routed(k, tile, number, t, value);
+                    }
+                };
+                match bulk {
+                    Some(bulk) => {
+                        let token = |k: &mut KernelBuilder, place| self.choices.at(k, place).1;
+                        bulk.mix.for_decoded(k, run, self.block, token, &mut body);
+                    }
+                    None => for_rows(k, run, self.block, body),
+                }
+            });
+            let weight = self.dense.0.tile(k, self.dense.1, tile);
+            self.for_decoded(k, bulk, |k, first, last| {
+                for_rows(k, (first, last), self.block, |k, rows| {
+                    let x = self.s.load(k, None, rows);
+                    let products = dot(k, &[weight], &x);
+                    for (&t, &value) in rows.iter().zip(&products[0]) {
+                        self.add_shared(k, tile, t, value);
+                    }
+                });
+            });
+        });
+    }
+
+    /// Tiles `lo..hi` for `bulk` tokens.
+    fn bulk(&self, k: &mut KernelBuilder, (lo, hi): (Val, Val), bulk: &BackBulk) {
+        bulk.classes.for_runs(k, Class::Bulk, |k, first, last| {
+            k.for_each((lo, hi, 1), |k, tile| self.clear(k, tile, first, last));
+        });
+        self.choices.for_experts(k, |k, e, run| {
+            bulk.h.for_blocks(k, run, |k, first, count| {
+                bulk.h.pack(k, &self.h, count, |k, i| {
+                    let place = k.add(first, i);
+                    let (number, t) = self.choices.at(k, place);
+                    bulk.mix.note(k, bulk.numbers, i, number, t);
+                    number
+                });
+                let begin = k.mul_const(e, self.tiles);
+                for_tiles(k, (lo, hi), (self.tiles, bulk.at_once), |k, tiles| {
+                    let weights: Vec<_> = tiles
+                        .iter()
+                        .map(|&tile| {
+                            let number = k.add(begin, tile);
+                            self.routed.0.tile(k, self.routed.1, number)
+                        })
+                        .collect();
+                    bulk.h.products(k, &weights, count, |k, i, values| {
+                        Mix::if_noted(k, bulk.numbers, i, |k, number| {
+                            let t = k.div_const(number, self.choices.each);
+                            for (&tile, &value) in tiles.iter().zip(values) {
+                                self.add_routed(k, tile, number, t, value);
+                            }
+                        });
+                    });
+                });
+            });
+        });
+        bulk.classes.for_runs(k, Class::Bulk, |k, first, last| {
+            bulk.s.emit_tiles(
+                k,
+                self.dense,
+                (&self.s, first, last),
+                ((lo, hi), bulk.at_once),
+                &mut |k, tile, t, value| {
+                    self.add_shared(k, tile, t, value);
+                },
+            );
+        });
+    }
+
+    /// Adds the product of choice `number` of token `t`, times its weight.
+    fn add_routed(&self, k: &mut KernelBuilder, tile: Val, number: Val, t: Val, value: Val) {
+        let (weights, choice) = (k.param(self.weights), k.rem_const(number, self.choices.each));
+        let row = row_ptr(k, weights, t, pad(self.choices.each));
+        let weight = k.load_f32(row, choice);
+        self.accumulate(k, tile, t, weight, value);
+    }
+
+    /// Adds the product of the shared expert, times its gate, and finishes the tile.
+    fn add_shared(&self, k: &mut KernelBuilder, tile: Val, t: Val, value: Val) {
+        let (shared, zero) = (k.param(self.shared), k.const_i64(0));
+        let row = row_ptr(k, shared, t, LANES);
+        let weight = k.load_f32(row, zero);
+        let sum = self.accumulate(k, tile, t, weight, value);
+        self.residual.store(k, tile, t, sum);
+    }
+
+    /// `out[t][tile] += weight * value`; gives the new sum.
+    fn accumulate(&self, k: &mut KernelBuilder, tile: Val, t: Val, weight: Val, value: Val) -> Val {
+        let out = self.residual.out_param(k);
+        let row = row_ptr(k, out, t, self.residual.stride());
+        let column = k.mul_const(tile, LANES);
+        let old = k.load_f32x16(row, column);
+        let weight = k.splat(weight, 16);
+        let new = k.fma(weight, value, old);
+        k.store(row, column, new);
+        new
+    }
 }

@@ -8,17 +8,20 @@
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
 //! traffic  each weight once a block of rows (bound by memory at one row, by FMAs at many)
 //!
+//! Where the target has a matrix unit and may round, these are the products of tokens that are decoded; those of longer runs are [`super::bulk`]'s.
+//!
 //! The order of a row's sums depends on neither T nor the block, so a token has the same bits alone and among others.
 
 use nextc_ir::format::{Blocks, Format, Shift};
 use nextc_ir::graph::Value;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::layout::Planes;
+use nextc_ir::layout::{Planes, pieces};
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Layout, Target};
 
 use super::LowerError;
+use super::bulk::{self, Class, Classes, Panel};
 use super::ports::{Lowered, Port, Ports, Site};
 
 /// Row tiles of one task, for matrices of many rows.
@@ -31,6 +34,8 @@ const TURN_COLUMNS: (u64, u64) = (4, 32);
 pub struct Matrix {
     /// Where everything lies.
     pub planes: Planes,
+    /// Whether vectors hold all rows of a tile, so that what needs 512 bits may be used.
+    pub wide: bool,
 }
 
 impl Matrix {
@@ -38,7 +43,8 @@ impl Matrix {
     pub fn of(site: &Site<'_>, weight: Value, in_rank: usize) -> Self {
         let w = site.weight(weight);
         let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
-        Self { planes: Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims) }
+        let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
+        Self { planes, wide: site.target.vector_bits == 512 && site.target.gpu.is_none() }
     }
 
     /// Its row tiles.
@@ -67,15 +73,17 @@ impl Matrix {
             let bytes = k.add_const(bytes, p.units_at());
             k.offset(base, bytes)
         });
-        Tile { planes: *p, codes, scales, units, order }
+        Tile { matrix: *self, codes, scales, units, order }
     }
 }
 
 /// Pointers to the parts of one tile.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile {
-    planes: Planes,
-    codes: Val,
+    /// The matrix.
+    pub matrix: Matrix,
+    /// The codes.
+    pub codes: Val,
     scales: Option<Val>,
     units: Option<Val>,
     order: Option<Val>,
@@ -148,19 +156,26 @@ impl Lanes {
 impl Tile {
     /// The codes of column `column` and those of its group, as numbers; it is the first of them.
     pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
-        let def = self.planes.format.def();
-        let at = k.mul_const(column, LANES * def.words / self.planes.format.group_columns());
+        let format = self.matrix.planes.format;
+        let def = format.def();
+        let at = k.mul_const(column, LANES * def.words / format.group_columns());
         let word = |word: u64| {
             let at = k.add_const(at, word * LANES);
             lanes.load(k, DType::I32, self.codes, at)
         };
         let words: Vec<Val> = (0..def.words).map(word).collect();
-        (def.unpack)(k, &words)
+        match (format, lanes, &words[..]) {
+            (Format::Q4(_), Lanes::All, &[word]) if self.matrix.wide => {
+                let shifts = (0..format.group_columns()).flat_map(|c| pieces(format, c));
+                shifts.map(|piece| k.nibble(word, piece.shift)).collect()
+            }
+            _ => (def.unpack)(k, &words),
+        }
     }
 
     /// What the blocks of columns `block` share.
     pub fn block(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> Block {
-        let (Some(blocks), Some(scales)) = (self.planes.format.blocks(), self.scales) else {
+        let (Some(blocks), Some(scales)) = (self.matrix.planes.format.blocks(), self.scales) else {
             return Block { scale: None, second: None };
         };
         let (scale, second) = match (blocks.rows, self.units) {
@@ -177,7 +192,7 @@ impl Tile {
                 (lanes.splat(k, scale), None)
             }
         };
-        Block { scale: Some(scale), second: second.map(|x| (self.planes.format.def().shift, x)) }
+        Block { scale: Some(scale), second: second.map(|x| (self.matrix.planes.format.def().shift, x)) }
     }
 }
 
@@ -240,11 +255,11 @@ fn word_of(k: &mut KernelBuilder, lines: Val, number: Val, per_word: u64, lanes:
 /// Dot products of every tile with every row: `[tile][row]`, each a vector of 16 weight rows.
 pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>> {
     let (first, others) = tiles.split_first().expect("a product has tiles");
-    if others.iter().any(|t| t.planes.format != first.planes.format) {
+    if others.iter().any(|t| t.matrix.planes.format != first.matrix.planes.format) {
         return tiles.iter().flat_map(|t| dot(k, std::slice::from_ref(t), rows)).collect();
     }
-    let columns = first.planes.columns;
-    let sums = match first.planes.format.blocks() {
+    let columns = first.matrix.planes.columns;
+    let sums = match first.matrix.planes.format.blocks() {
         None => {
             let zero = k.const_i64(0);
             sum_columns(k, tiles, &[], rows, zero, columns)
@@ -256,7 +271,7 @@ pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>>
 
 /// The sums of all blocks of columns, each times its scale.
 fn sum_blocks(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], block_columns: u64) -> Vec<Val> {
-    let columns = tiles[0].planes.columns;
+    let columns = tiles[0].matrix.planes.columns;
     let zero = k.splat_f32(16, 0.0);
     let init = vec![zero; tiles.len() * rows.len()];
     let add_block = |k: &mut KernelBuilder, block: Val, columns: u64, acc: &[Val]| -> Vec<Val> {
@@ -283,7 +298,7 @@ fn sum_columns(
     first: Val,
     columns: u64,
 ) -> Vec<Val> {
-    let format = tiles[0].planes.format;
+    let format = tiles[0].matrix.planes.format;
     let per_word = format.group_columns();
     let turn = match format.blocks() {
         None => TURN_COLUMNS.0.max(per_word),
@@ -318,7 +333,7 @@ fn add_line(
     (column, number): (Val, u64),
     acc: &mut [Val],
 ) {
-    let per_word = tiles[0].planes.format.group_columns();
+    let per_word = tiles[0].matrix.planes.format.group_columns();
     let shared: Vec<Vec<Val>> = match tiles[0].order {
         None => (0..per_word).map(|i| load_column(k, rows, column, i, None)).collect(),
         Some(_) => Vec::new(),
@@ -424,6 +439,17 @@ impl Rows {
         }
     }
 
+    /// Row `row` of x after the prologue, to be read vector by vector.
+    pub fn reader(&self, k: &mut KernelBuilder, row: Val) -> RowReader {
+        match self {
+            Self::Plain { x, stride } => {
+                let base = k.param(*x);
+                RowReader { x: row_ptr(k, base, row, *stride), norm: None }
+            }
+            Self::Normed(n) => n.reader(k, row),
+        }
+    }
+
     /// Pointers to the given rows of x, after the prologue.
     pub fn load(&self, k: &mut KernelBuilder, scratch: Option<Val>, rows: &[Val]) -> Vec<Val> {
         rows.iter()
@@ -432,7 +458,7 @@ impl Rows {
                 (Self::Normed(n), Some(scratch)) => {
                     let i = k.index(i as u64);
                     let out = row_ptr(k, scratch, i, self.stride());
-                    normalise(k, n, row, out);
+                    n.write(k, row, out);
                     out
                 }
                 (Self::Plain { x, stride }, _) => {
@@ -442,6 +468,25 @@ impl Rows {
                 (Self::Normed(_), None) => unreachable!("`scratch` gives scratch to rows that are computed"),
             })
             .collect()
+    }
+}
+
+/// A row of x, and what a norm makes of it: its scale in all lanes, and the stored gain.
+#[derive(Clone, Copy, Debug)]
+pub struct RowReader {
+    x: Val,
+    norm: Option<(Val, Val)>,
+}
+
+impl RowReader {
+    /// The 16 elements from element `i` on: `x`, or `x * rms_scale * (1 + gain)`.
+    pub fn at(self, k: &mut KernelBuilder, i: Val) -> Val {
+        let v = k.load_f32x16(self.x, i);
+        let Some((scale, gain)) = self.norm else { return v };
+        let (g, one) = (k.load_f32x16(gain, i), k.splat_f32(16, 1.0));
+        let g = k.fadd(g, one);
+        let v = k.fmul(v, scale);
+        k.fmul(v, g)
     }
 }
 
@@ -465,22 +510,23 @@ pub fn mean_rsqrt(k: &mut KernelBuilder, sum: Val, width: u64, eps: f32) -> Val 
     k.rsqrt(shifted)
 }
 
-/// `out = x[row] * rms_scale * (1 + gain)`.
-fn normalise(k: &mut KernelBuilder, n: &Normed, row: Val, out: Val) {
-    let stride = pad(n.width);
-    let (x, ssq, gain) = (k.param(n.x), k.param(n.ssq), k.param(n.gain));
-    let x = row_ptr(k, x, row, stride);
-    let ssq = row_ptr(k, ssq, row, pad(n.width.div_ceil(LANES)));
-    let scale = rms_scale(k, ssq, n.width, n.eps);
-    let scale = k.splat(scale, 16);
-    let one = k.splat_f32(16, 1.0);
-    k.for_range(stride, LANES, |k, i| {
-        let (v, g) = (k.load_f32x16(x, i), k.load_f32x16(gain, i));
-        let g = k.fadd(g, one);
-        let v = k.fmul(v, scale);
-        let v = k.fmul(v, g);
-        k.store(out, i, v);
-    });
+impl Normed {
+    fn reader(&self, k: &mut KernelBuilder, row: Val) -> RowReader {
+        let (x, ssq, gain) = (k.param(self.x), k.param(self.ssq), k.param(self.gain));
+        let x = row_ptr(k, x, row, pad(self.width));
+        let ssq = row_ptr(k, ssq, row, pad(self.width.div_ceil(LANES)));
+        let scale = rms_scale(k, ssq, self.width, self.eps);
+        RowReader { x, norm: Some((k.splat(scale, 16), gain)) }
+    }
+
+    /// Writes row `row` to `out`.
+    fn write(&self, k: &mut KernelBuilder, row: Val, out: Val) {
+        let reader = self.reader(k, row);
+        k.for_range(pad(self.width), LANES, |k, i| {
+            let v = reader.at(k, i);
+            k.store(out, i, v);
+        });
+    }
 }
 
 /// Runs `body` for every row in `lo..hi`: in blocks of `block`, and what is left as one smaller block, so that two or three rows cost one
@@ -512,7 +558,7 @@ pub fn for_rows(
 }
 
 /// Runs `body` for every tile in `lo..hi` of a matrix of `tiles`, `step` at a time; one by one at the end where `step` leaves a rest.
-fn for_tiles(
+pub fn for_tiles(
     k: &mut KernelBuilder,
     (lo, hi): (Val, Val),
     (tiles, step): (u64, u64),
@@ -528,18 +574,18 @@ fn for_tiles(
 }
 
 /// What becomes of a tile's dot products: `epilogue(builder, tile, row, value)`.
-type Epilogue<'a> = dyn FnMut(&mut KernelBuilder, Val, Val, Val) + 'a;
+pub type Epilogue<'a> = dyn FnMut(&mut KernelBuilder, Val, Val, Val) + 'a;
 
-/// Emits one weight's share of a task: tiles `lo..hi` against all rows of the step.
+/// Emits one weight's share of a task: tiles `lo..hi` against rows `first..last`.
 fn emit_tiles(
     k: &mut KernelBuilder,
     (matrix, weight): (Matrix, Val),
-    (rows, scratch, sym): (&Rows, Option<Val>, Sym),
+    (rows, scratch): (&Rows, Option<Val>),
+    (first, last): (Val, Val),
     (lo, hi): (Val, Val),
     tile: MatmulTile,
     epilogue: &mut Epilogue<'_>,
 ) {
-    let (first, last) = (k.const_i64(0), k.dim(sym));
     for_rows(k, (first, last), tile.tokens, |k, block| {
         let x = rows.load(k, scratch, block);
         for_tiles(k, (lo, hi), (matrix.tiles(), tile.row_tiles), |k, tiles| {
@@ -552,6 +598,109 @@ fn emit_tiles(
             }
         });
     });
+}
+
+/// What a kernel needs to multiply the rows of a step: all alike, or by their classes.
+pub struct Multiplier {
+    /// Where rows come from.
+    pub rows: Rows,
+    sym: Sym,
+    tile: MatmulTile,
+    classes: Option<Classes>,
+    /// Scratch for rows that are computed.
+    pub scratch: Option<Val>,
+    panel: Option<Panel>,
+}
+
+impl Multiplier {
+    /// For rows of `sym`, which are not multiplied yet; asks for its ports.
+    pub fn ports(site: &Site<'_>, ports: &mut Ports, rows: Rows, sym: Sym, matrices: &[Matrix]) -> Self {
+        let classes = Classes::ports(site, ports, sym).filter(|_| matrices.iter().any(bulk::takes));
+        Self { rows, sym, tile: site.target.matmul_tile(), classes, scratch: None, panel: None }
+    }
+
+    /// As [`Multiplier::ports`], for pairs of a gate and an up matrix, all of which are multiplied alike.
+    pub fn of_pairs(site: &Site<'_>, ports: &mut Ports, rows: Rows, sym: Sym, pairs: &[[Matrix; 2]]) -> Self {
+        let classes = Classes::ports(site, ports, sym).filter(|_| pairs.iter().flatten().all(bulk::takes));
+        Self { rows, sym, tile: site.target.matmul_tile(), classes, scratch: None, panel: None }
+    }
+
+    /// The classes and the panel, where rows are multiplied by their classes.
+    pub fn by_class(&self) -> Option<(Classes, Panel)> {
+        self.classes.zip(self.panel)
+    }
+
+    /// Takes scratch. Call it at the top level of the body.
+    pub fn alloc(&mut self, k: &mut KernelBuilder, matrices: &[Matrix]) {
+        self.scratch = self.rows.scratch(k, self.tile.tokens);
+        self.panel = self.classes.map(|classes| Panel::alloc(k, classes, matrices));
+    }
+
+    /// Task `group` of `tasks`, each with `size` tiles of `matrix`, against all rows.
+    pub fn task(
+        &self,
+        k: &mut KernelBuilder,
+        (matrix, weight): (Matrix, Val),
+        group: Val,
+        (size, tasks): (u64, u64),
+        epilogue: &mut Epilogue<'_>,
+    ) {
+        let range = tile_range(k, group, size, matrix.tiles());
+        let by_class = self.by_class().filter(|_| bulk::takes(&matrix));
+        let Some((classes, panel)) = by_class else {
+            let all = (k.const_i64(0), k.dim(self.sym));
+            return emit_tiles(k, (matrix, weight), (&self.rows, self.scratch), all, range, self.tile, epilogue);
+        };
+        classes.for_runs(k, Class::Decode, |k, first, last| {
+            let rows = (&self.rows, self.scratch);
+            emit_tiles(k, (matrix, weight), rows, (first, last), range, self.tile, epilogue);
+        });
+        let (lo, hi) = Classes::range(k, group, (size, classes.joined(size, tasks)), matrix.tiles());
+        let some = k.cmp(Pred::Lt, lo, hi);
+        k.if_then(some, |k| {
+            classes.for_runs(k, Class::Bulk, |k, first, last| {
+                let tiles = ((lo, hi), classes.at_once(size, tasks));
+                panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), tiles, epilogue);
+            });
+        });
+    }
+
+    /// Task `group` of `tasks`, each with `size` tiles of a gate and an up matrix, against all rows: `swiglu` of both.
+    pub fn swiglu_task(
+        &self,
+        k: &mut KernelBuilder,
+        weights: (Weight, Weight),
+        group: Val,
+        (size, tasks): (u64, u64),
+        store: &mut Epilogue<'_>,
+    ) {
+        let (tiles, zero) = (weights.0.0.tiles(), k.const_i64(0));
+        let (lo, hi) = tile_range(k, group, size, tiles);
+        let decode = |k: &mut KernelBuilder, rows: (Val, Val), store: &mut Epilogue<'_>| {
+            for_rows(k, rows, swiglu_rows(self.tile), |k, block| {
+                let x = self.rows.load(k, self.scratch, block);
+                emit_swiglu(k, weights, (zero, lo, hi), &x, |k, tile, i, value| store(k, tile, block[i], value));
+            });
+        };
+        let Some((classes, panel)) = self.by_class() else {
+            let all = (zero, k.dim(self.sym));
+            return decode(k, all, store);
+        };
+        classes.for_runs(k, Class::Decode, |k, first, last| decode(k, (first, last), store));
+        let (lo, hi) = Classes::range(k, group, (size, classes.joined(size, tasks)), tiles);
+        let some = k.cmp(Pred::Lt, lo, hi);
+        k.if_then(some, |k| {
+            classes.for_runs(k, Class::Bulk, |k, first, last| {
+                panel.for_blocks(k, (first, last), |k, begin, count| {
+                    panel.pack(k, &self.rows, count, |k, i| k.add(begin, i));
+                    panel.swiglu(k, weights, (zero, lo, hi), count, &mut |k, tile, i, value| {
+                        let row = k.add(begin, i);
+                        store(k, tile, row, value);
+                    });
+                });
+            });
+        });
+    }
 }
 
 /// One weight of a kernel and where its products go.
@@ -588,18 +737,17 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
             }
         })
         .collect();
-    let sym = site.rows(x)?;
+    let matrices: Vec<Matrix> = segments.iter().map(|s| s.matrix).collect();
+    let mut multiplier = Multiplier::ports(site, &mut ports, rows, site.rows(x)?, &matrices);
     let tasks: u64 = segments.iter().map(|s| s.matrix.tiles().div_ceil(GROUP_TILES)).sum();
     let mut k = ports.builder(site, tasks.into());
-    let tile = site.target.matmul_tile();
-    let scratch = rows.scratch(&mut k, tile.tokens);
-    let mut begin = 0;
+    multiplier.alloc(&mut k, &matrices);
+    let (mut begin, all) = (0, tasks);
     for s in &segments {
         let tasks = s.matrix.tiles().div_ceil(GROUP_TILES);
         in_range(&mut k, begin, begin + tasks, |k, group| {
-            let range = tile_range(k, group, GROUP_TILES, s.matrix.tiles());
             let (weight, out) = (k.param(s.weight), k.param(s.out));
-            emit_tiles(k, (s.matrix, weight), (&rows, scratch, sym), range, tile, &mut |k, t, row, value| {
+            multiplier.task(k, (s.matrix, weight), group, (GROUP_TILES, all), &mut |k, t, row, value| {
                 store_tile(k, out, s.out_stride, t, row, value);
             });
         });
@@ -709,6 +857,11 @@ impl Residual {
         })
     }
 
+    /// Elements of a row of result 0.
+    pub fn stride(&self) -> u64 {
+        pad(self.width)
+    }
+
     /// The pointer to result 0.
     pub fn out_param(&self, k: &KernelBuilder) -> Val {
         k.param(self.out)
@@ -768,14 +921,13 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let matrix = Matrix::of(site, w, site.tensor(x).shape.rank() - 1);
     let weight = ports.read("w", w);
     let residual = Residual::ports(site, &mut ports)?;
-    let sym = site.rows(x)?;
+    let mut multiplier = Multiplier::ports(site, &mut ports, rows, site.rows(x)?, &[matrix]);
     let size = group_tiles(site.target);
-    let mut k = ports.builder(site, matrix.tiles().div_ceil(size).into());
-    let task = k.task();
-    let range = tile_range(&mut k, task, size, matrix.tiles());
-    let weight = k.param(weight);
-    let tile = site.target.matmul_tile();
-    emit_tiles(&mut k, (matrix, weight), (&rows, None, sym), range, tile, &mut |k, t, row, value| {
+    let tasks = matrix.tiles().div_ceil(size);
+    let mut k = ports.builder(site, tasks.into());
+    multiplier.alloc(&mut k, &[matrix]);
+    let (task, weight) = (k.task(), k.param(weight));
+    multiplier.task(&mut k, (matrix, weight), task, (size, tasks), &mut |k, t, row, value| {
         residual.store(k, t, row, value);
     });
     Ok(ports.finish(k.finish()))
@@ -811,8 +963,7 @@ pub fn emit_swiglu(
 }
 
 /// Rows of a block in kernels that compute gate and up together: half as many as two tiles take.
-pub fn swiglu_rows(target: &Target) -> u64 {
-    let tile = target.matmul_tile();
+pub fn swiglu_rows(tile: MatmulTile) -> u64 {
     (tile.tokens * tile.row_tiles / 2).max(1)
 }
 
@@ -825,21 +976,16 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let tiles = matrices.0.tiles();
     let (gate, up) = (ports.read("w_gate", gate), ports.read("w_up", up));
     let result = site.result(0);
-    let out = ports.write("out", result);
-    let (sym, stride) = (site.rows(result)?, site.stride(result));
-    let mut k = ports.builder(site, tiles.div_ceil(GROUP_TILES).into());
-    let block = swiglu_rows(site.target);
-    let scratch = rows.scratch(&mut k, block);
-    let task = k.task();
-    let (lo, hi) = tile_range(&mut k, task, GROUP_TILES, tiles);
-    let (gate, up, out) = (k.param(gate), k.param(up), k.param(out));
-    let (first, last) = (k.const_i64(0), k.dim(sym));
-    for_rows(&mut k, (first, last), block, |k, block| {
-        let x = rows.load(k, scratch, block);
-        let weights = ((matrices.0, gate), (matrices.1, up));
-        emit_swiglu(k, weights, (first, lo, hi), &x, |k, tile, i, value| {
-            store_tile(k, out, stride, tile, block[i], value);
-        });
+    let (out, stride) = (ports.write("out", result), site.stride(result));
+    let both = [matrices.0, matrices.1];
+    let mut multiplier = Multiplier::of_pairs(site, &mut ports, rows, site.rows(result)?, &[both]);
+    let tasks = tiles.div_ceil(GROUP_TILES);
+    let mut k = ports.builder(site, tasks.into());
+    multiplier.alloc(&mut k, &both);
+    let (task, gate, up, out) = (k.task(), k.param(gate), k.param(up), k.param(out));
+    let weights = ((matrices.0, gate), (matrices.1, up));
+    multiplier.swiglu_task(&mut k, weights, task, (GROUP_TILES, tasks), &mut |k, tile, row, value| {
+        store_tile(k, out, stride, tile, row, value);
     });
     Ok(ports.finish(k.finish()))
 }

@@ -1,6 +1,6 @@
 //! Graph IR to kernel IR: a kernel, on a GPU sometimes several, for each that `partition` drew, and the schedule of the entry points.
 //!
-//! A skeleton is a file: [`matmul`], [`experts`], [`delta_rule`], [`attention`], [`elementwise`], [`sample`], [`choose`]. Each gives a kernel and says what its
+//! A skeleton is a file: [`matmul`], [`bulk`], [`experts`], [`delta_rule`], [`attention`], [`elementwise`], [`sample`], [`choose`]. Each gives a kernel and says what its
 //! parameters are bound to in the function it came from ([`ports`]); this module resolves the bindings of every call to
 //! places: weights, states, inputs and the arena.
 //!
@@ -8,6 +8,7 @@
 //! weights are zero), so no kernel has a tail in lanes.
 
 pub mod attention;
+pub mod bulk;
 pub mod choose;
 pub mod delta_rule;
 pub mod elementwise;

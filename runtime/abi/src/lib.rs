@@ -30,6 +30,10 @@ pub const VERSION: u32 = 2;
 /// Alignment of sections, so that they can be mapped.
 pub const PAGE_BYTES: u64 = 4096;
 
+/// A sequence with at most so many tokens in a step is computed in the arithmetic of decoding, a longer run in that of many tokens. The compiler's own constant
+/// of this name is the same: the linker checks it.
+pub const DECODE_TOKENS: usize = 8;
+
 /// Machine code of a kernel, or of its tail. `args` points to the four dimensions of the step (`T`, `B`, `P`, `R`) and then the
 /// addresses of the kernel's parameters; `scratch` to memory of the calling thread alone, aligned to 64 bytes; it
 /// runs the tasks `first .. last` (a tail ignores them).

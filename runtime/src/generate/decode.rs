@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::draft::Planner;
 use super::requests::Request;
 use super::{Checked, Forward, GenerateError, Run, Sequence};
+use crate::piece::cut;
 use crate::sample::logprobs::Logprobs;
 use crate::sample::{Choosing, Edits};
 
@@ -180,11 +181,12 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// What a step of at most `most` tokens reads of the prompt, and the token after it.
-    fn next_piece(&self, most: usize) -> (&'a [u32], Option<&'a u32>) {
+    /// What a step that has room for `most` tokens reads of the prompt, and the token after it; nothing if that is too little room, though not if it is
+    /// `all` that a step has.
+    fn next_piece(&self, most: usize, all: bool) -> (&'a [u32], Option<&'a u32>) {
         let unread = &self.request.tokens[self.read..];
         let until_halt = self.halt.checked_sub(self.read).filter(|&n| n > 0).unwrap_or(unread.len());
-        let (piece, later) = unread.split_at(most.min(until_halt).min(unread.len()));
+        let (piece, later) = unread.split_at(cut(until_halt.min(unread.len()), most, all));
         (piece, later.first())
     }
 
@@ -276,7 +278,7 @@ impl Decoder {
         told: &mut Told<'_>,
     ) -> Result<Gained, GenerateError> {
         job.begun.get_or_insert_with(Instant::now);
-        let (piece, later) = job.next_piece(self.step_tokens.clamp(1, ALL_LOGITS_TOKENS));
+        let (piece, later) = job.next_piece(self.step_tokens.clamp(1, ALL_LOGITS_TOKENS), true);
         let token = model.forward_all(job.run(piece)).map_err(GenerateError::Model)?;
         for (row, &token) in piece[1..].iter().chain(later).enumerate() {
             job.prompt_logprobs.push(Logprobs::of(model.logits(row), token, top));
@@ -301,9 +303,11 @@ impl Decoder {
                 parts.push((i, &newest[i]));
             } else if room > 0 {
                 job.begun.get_or_insert_with(Instant::now);
-                let (piece, _) = job.next_piece(room);
-                room -= piece.len();
-                parts.push((i, piece));
+                let (piece, _) = job.next_piece(room, decoding == 0 && parts.is_empty());
+                if !piece.is_empty() {
+                    room -= piece.len();
+                    parts.push((i, piece));
+                }
             }
         }
         let runs: Vec<Run<'_>> = parts.iter().map(|&(i, tokens)| jobs[i].run(tokens)).collect();

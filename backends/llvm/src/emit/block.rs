@@ -35,7 +35,11 @@ impl<'c> Emitter<'_, 'c> {
         Ok(self.builder.build_int_z_extend(value.into_int_value(), self.context.i64_type(), "")?)
     }
 
-    fn call_intrinsic(&self, name: &'static str, args: &[BasicMetadataValueEnum<'c>]) -> Result<CallSiteValue<'c>> {
+    pub(super) fn call_intrinsic(
+        &self,
+        name: &'static str,
+        args: &[BasicMetadataValueEnum<'c>],
+    ) -> Result<CallSiteValue<'c>> {
         let callee = Intrinsic::find(name).and_then(|i| i.get_declaration(self.module, &[]));
         Ok(self.builder.build_call(callee.ok_or(EmitError::Intrinsic(name))?, args, "")?)
     }

@@ -8,6 +8,7 @@ mod block;
 mod gpu;
 mod ops;
 mod params;
+mod tile;
 
 pub use gpu::kernel as gpu_kernel;
 
@@ -190,17 +191,21 @@ impl<'a, 'c> Emitter<'a, 'c> {
         let (first, last) = (self.param(2).into_int_value(), self.param(3).into_int_value());
         let one = self.context.i64_type().const_int(1, false);
         let kernel = self.kernel;
+        let tiles = self.begin_tiles(&kernel.body)?;
         self.counted_loop((first, last, one), &[], |this, task, _| {
             this.define(Kernel::TASK, task.into());
             this.region(&kernel.body)
         })?;
+        self.end_tiles(tiles)?;
         self.builder.build_return(None)?;
         Ok(())
     }
 
     /// The tail: a region without a task.
     fn once(mut self, tail: &Region) -> Result<()> {
+        let tiles = self.begin_tiles(tail)?;
         self.region(tail)?;
+        self.end_tiles(tiles)?;
         self.builder.build_return(None)?;
         Ok(())
     }

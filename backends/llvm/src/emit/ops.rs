@@ -87,6 +87,11 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Wait => return self.order("llvm.nvvm.griddepcontrol.wait"),
             KOp::Release => return self.order("llvm.nvvm.griddepcontrol.launch.dependents"),
 
+            KOp::Nibble { shift } => self.nibble(stmt, shift)?,
+            KOp::Bf16Row => self.bf16_row(stmt)?,
+            KOp::Bf16Pairs => self.bf16_pairs(stmt)?,
+            KOp::TileDot { rows, columns } => return self.tile_dot(stmt, rows as usize, columns as usize),
+
             KOp::For => return self.for_loop(stmt),
             KOp::If => return self.branch(stmt),
         };

@@ -12,6 +12,7 @@ mod ptx;
 #[path = "../../../../tests/support/ptxas.rs"]
 mod ptxas;
 mod random;
+mod tile;
 
 use loader::{Code, Line};
 use nextc_ir::Target;

@@ -85,6 +85,15 @@ pub(super) struct Mma {
     pub c: Reg,
 }
 
+/// The operands of a product of tiles.
+#[derive(Clone, Debug)]
+pub(super) struct TileDot {
+    pub c: Reg,
+    pub a: Vec<Reg>,
+    pub b: Vec<Reg>,
+    pub count: Reg,
+}
+
 /// One instruction: `d` is where the result goes, `n` how many numbers it has in all threads, `lanes` how many in one.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Inst {
@@ -308,6 +317,24 @@ pub(super) enum Inst {
     },
     Wait,
     Release,
+    /// Four bits of each word, less 8.
+    Nibble {
+        d: Reg,
+        a: Reg,
+        shift: u32,
+        n: usize,
+    },
+    /// Two vectors of 16 as bf16: in a row, or pairs of lanes.
+    Bf16 {
+        in_a_row: bool,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+    },
+    /// The product of this number in [`Block::tile_dots`].
+    TileDot {
+        number: usize,
+    },
 }
 
 /// The instructions of a body or a tail.
@@ -320,6 +347,8 @@ pub(super) struct Block {
     pub own: Vec<u64>,
     /// Products of fragments.
     pub mmas: Vec<Mma>,
+    /// Products of tiles.
+    pub tile_dots: Vec<TileDot>,
     /// How deep regions lie in regions.
     pub depth: usize,
     /// The number of the first statement that waits for the launches before.

@@ -1,10 +1,11 @@
 //! Running the instructions of a [`Code`].
 
 use super::access::{Memory, Pointer};
-use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, Reg, UnaryOp};
+use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, Reg, TileDot, UnaryOp};
 use super::half;
 use super::mask::Masks;
 use super::memory::{Place, Slot};
+use super::tile::{self, Tile};
 use super::{EvalError, KernelFault, Misdeed, Options};
 use crate::kernel::{Kernel, Pred};
 use crate::schedule::Extent;
@@ -317,6 +318,18 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 self.memory.must_wait = false;
             }
             Inst::Release => self.masks.whole_block()?,
+            Inst::Nibble { d, a, shift, n } => {
+                let (from, to) = self.narrow.split_at_mut(d);
+                for (out, &word) in to[..n].iter_mut().zip(&from[a..a + n]) {
+                    *out = ((word >> shift & 15) as f32 - 8.0).to_bits();
+                }
+            }
+            Inst::Bf16 { in_a_row, d, a, b } => {
+                let [a, b] = [a, b].map(|reg| std::array::from_fn(|lane| self.narrow[reg + lane]));
+                let words = if in_a_row { tile::bf16_row(&a, &b) } else { tile::bf16_pairs(&a, &b) };
+                self.narrow[d..d + words.len()].copy_from_slice(&words);
+            }
+            Inst::TileDot { number } => self.tile_dot(&block.tile_dots[number])?,
         }
         Ok(next)
     }
@@ -513,6 +526,35 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
 
     fn half(&mut self, op: HalfOp, d: Reg, operands: [Reg; 3]) {
         self.three(d, operands, self.threads(), |x, y, z| half::apply(op, x, y, z));
+    }
+
+    /// A product of tiles; only single threads have it.
+    fn tile_dot(&mut self, dot: &TileDot) -> Result<(), Misdeed> {
+        for (i, &a) in dot.a.iter().enumerate() {
+            for (j, &b) in dot.b.iter().enumerate() {
+                let mut c = [[0.0; tile::ROWS]; tile::ROWS];
+                for k in 0..self.wide[dot.count] {
+                    let (a, b) = (self.tile(a, k)?, self.tile(b, k)?);
+                    tile::multiply_add(&mut c, &a, &b);
+                }
+                for (row, values) in c.iter().enumerate() {
+                    let at = ((i * tile::ROWS + row) * dot.b.len() + j) * tile::ROWS;
+                    let words = self.memory.write(self.pointers[dot.c], at as i64, (tile::ROWS, 4), 0)?;
+                    words.iter_mut().zip(values).for_each(|(word, x)| *word = x.to_bits());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tile `k` of those that a pointer leads to.
+    fn tile(&mut self, p: Reg, k: i64) -> Result<Tile, Misdeed> {
+        let mut tile = Tile::default();
+        for (line, words) in (0..).zip(&mut tile) {
+            let at = k.saturating_mul((tile::ROWS * tile::ROWS) as i64).saturating_add(line * tile::ROWS as i64);
+            words.copy_from_slice(self.memory.read(self.pointers[p], at, (tile::ROWS, 4), 0)?);
+        }
+        Ok(tile)
     }
 
     fn load32(&mut self, d: Reg, p: Reg, i: Reg, lanes: usize) -> Result<(), Misdeed> {

@@ -159,6 +159,23 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (1..3).try_for_each(|i| exact(args, i, i64_scalar))?;
             None
         }
+        KOp::Nibble { shift } => {
+            range("shift", shift.into(), shift <= 28, "0 to 28")?;
+            exact(args, 0, KType::vector(DType::I32, 16))?;
+            Some(KType::vector(DType::F32, 16))
+        }
+        KOp::Bf16Row | KOp::Bf16Pairs => {
+            (0..2).try_for_each(|i| exact(args, i, KType::vector(DType::F32, 16)))?;
+            Some(KType::vector(DType::I32, 16))
+        }
+        KOp::TileDot { rows, columns } => {
+            range("rows", rows.into(), (1..=2).contains(&rows), "1 or 2")?;
+            range("columns", columns.into(), (1..=2).contains(&columns), "1 or 2")?;
+            let count = args.len() - 1;
+            (0..count).try_for_each(|i| pointer(args, i))?;
+            exact(args, count, i64_scalar)?;
+            None
+        }
         // checked with their regions
         KOp::For | KOp::If => None,
     })
@@ -168,13 +185,20 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
 const fn arity(op: KOp) -> usize {
     match op {
         KOp::Splat { .. } | KOp::Extract { .. } | KOp::If => 1,
-        KOp::ShuffleXor { .. } | KOp::WarpMax | KOp::WarpMin | KOp::HalfToFloat | KOp::Fp8ToF16 => 1,
+        KOp::ShuffleXor { .. }
+        | KOp::WarpMax
+        | KOp::WarpMin
+        | KOp::HalfToFloat
+        | KOp::Fp8ToF16
+        | KOp::Nibble { .. } => 1,
         KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
         KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
         KOp::Quad => 4,
         KOp::Mma { .. } => 7,
+        KOp::TileDot { rows, columns } => 2 + rows as usize + columns as usize,
+        KOp::Bf16Row | KOp::Bf16Pairs => 2,
         _ => match op.sig() {
-            Sig::Leaf | Sig::Special | Sig::Block => 0,
+            Sig::Leaf | Sig::Special | Sig::Block | Sig::Tile => 0,
             Sig::Unary | Sig::FloatUnary | Sig::Convert | Sig::Reduce => 1,
             Sig::IntBinary | Sig::FloatBinary | Sig::Compare => 2,
             Sig::FloatTernary | Sig::Select => 3,

@@ -150,8 +150,11 @@ impl<'k> Checker<'k> {
         if allocates && self.depth > 0 {
             self.fail(&text, Broken::NestedAlloc);
         }
-        let misplaced =
-            if self.kernel.is_block() { matches!(stmt.op, KOp::Alloc { .. }) } else { stmt.op.sig() == Sig::Block };
+        let misplaced = match stmt.op.sig() {
+            Sig::Tile => self.kernel.is_block(),
+            Sig::Block => !self.kernel.is_block(),
+            _ => self.kernel.is_block() && matches!(stmt.op, KOp::Alloc { .. }),
+        };
         if misplaced {
             self.fail(&text, Broken::Threads(self.kernel.threads));
         }
@@ -302,7 +305,7 @@ fn collect<'k>(region: &'k Region, flows: &mut Vec<(Val, Val)>, stores: &mut Vec
             KOp::If => {
                 flows.extend(s.regions.iter().flat_map(|r| r.yields.iter().copied().zip(s.results.iter().copied())));
             }
-            KOp::Store | KOp::AtomicAdd => stores.push(s),
+            KOp::Store | KOp::AtomicAdd | KOp::TileDot { .. } => stores.push(s),
             _ => {}
         }
         s.regions.iter().for_each(|r| collect(r, flows, stores));

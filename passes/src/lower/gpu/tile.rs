@@ -625,9 +625,8 @@ impl<'a> Product<'a> {
             for (group, sums) in sums.iter_mut().enumerate() {
                 let b = b(k, group);
                 let none = k.splat_f32(4, 0.0);
-                let product = a.iter().fold(none, |sum, &(half, step, a)| {
-                    k.mma(self.fragments.half(), a, b[half][step], sum)
-                });
+                let product =
+                    a.iter().fold(none, |sum, &(half, step, a)| k.mma(self.fragments.half(), a, b[half][step], sum));
                 for (i, sum) in sums[4 * tile..4 * tile + 4].iter_mut().enumerate() {
                     let x = k.extract(product, i as u32);
                     *sum = k.fma(x, scales[i / 2].0, *sum);

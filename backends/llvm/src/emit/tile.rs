@@ -1,0 +1,149 @@
+//! What a CPU's widest vectors and its matrix unit do, as LLVM's intrinsics for AVX-512, its BF16, and AMX.
+//!
+//! Tile registers go by their numbers: 0 to 3 are C, 4 and 5 A, 6 and 7 B. A product uses and leaves them within one statement, so nothing has to keep
+//! them. A function with products loads the configuration first and gives the registers back at its end.
+
+use inkwell::module::Linkage;
+use inkwell::types::VectorType;
+use inkwell::values::{BasicMetadataValueEnum, BasicValueEnum, PointerValue, VectorValue};
+use nextc_ir::kernel::{KOp, Region, Stmt};
+
+use super::{EmitError, Emitter, Result, count, kind};
+
+/// Bytes of a tile, and of one of its lines.
+const TILE_BYTES: u64 = 1024;
+const LINE_BYTES: u64 = 64;
+/// Lines of a tile, and words of a line.
+const ROWS: u64 = 16;
+/// The first registers of A and B.
+const A: usize = 4;
+const B: usize = 6;
+/// The name of the configuration in the module.
+const CONFIGURATION: &str = "nextc_tiles";
+
+/// True if a region multiplies tiles.
+fn has_products(region: &Region) -> bool {
+    region.stmts.iter().any(|s| matches!(s.op, KOp::TileDot { .. }) || s.regions.iter().any(has_products))
+}
+
+impl<'c> Emitter<'_, 'c> {
+    /// Before a region: configures the tile registers if it uses them. Gives whether it does.
+    pub(super) fn begin_tiles(&self, region: &Region) -> Result<bool> {
+        let used = has_products(region);
+        if used {
+            let bytes = self.context.i8_type();
+            // all 64 bytes are the configuration: a constant with nothing left out
+            let values: Vec<_> = configuration().iter().map(|&b| bytes.const_int(b.into(), false)).collect();
+            let place = self.module.get_global(CONFIGURATION).unwrap_or_else(|| {
+                let place = self.module.add_global(bytes.array_type(64), None, CONFIGURATION);
+                place.set_initializer(&bytes.const_array(&values));
+                place.set_constant(true);
+                place.set_linkage(Linkage::Private);
+                place.set_alignment(LINE_BYTES as u32);
+                place
+            });
+            self.call_intrinsic("llvm.x86.ldtilecfg", &[place.as_pointer_value().into()])?;
+        }
+        Ok(used)
+    }
+
+    /// After a region that used tile registers.
+    pub(super) fn end_tiles(&self, used: bool) -> Result<()> {
+        if used { self.call_intrinsic("llvm.x86.tilerelease", &[]).map(drop) } else { Ok(()) }
+    }
+
+    /// The instruction looks at the lowest four bits of a lane, so nothing masks the others.
+    pub(super) fn nibble(&self, stmt: &Stmt, shift: u32) -> Result<BasicValueEnum<'c>> {
+        const NAME: &str = "llvm.x86.avx512.permvar.sf.512";
+        let BasicValueEnum::VectorValue(words) = self.arg(stmt, 0)? else {
+            return Err(kind(stmt, self.arg(stmt, 0)?, "16 words"));
+        };
+        let (f32, i32) = (self.context.f32_type(), self.context.i32_type());
+        let table: Vec<_> = (0..ROWS).map(|i| f32.const_float(i as f64 - 8.0)).collect();
+        let by = VectorType::const_vector(&[i32.const_int(shift.into(), false); ROWS as usize]);
+        let index = self.builder.build_right_shift(words, by, false, "index")?;
+        let args = [VectorType::const_vector(&table).into(), index.into()];
+        self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(NAME))
+    }
+
+    /// Two vectors as 32 halves, the first in the lower.
+    fn halves(&self, stmt: &Stmt) -> Result<VectorValue<'c>> {
+        const NAME: &str = "llvm.x86.avx512bf16.cvtne2ps2bf16.512";
+        let args = [self.arg(stmt, 1)?.into(), self.arg(stmt, 0)?.into()];
+        let value = self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic();
+        let halves = self.context.i16_type().vec_type(2 * ROWS as u32);
+        let value = value.ok_or(EmitError::Intrinsic(NAME))?;
+        Ok(self.builder.build_bit_cast(value, halves, "halves")?.into_vector_value())
+    }
+
+    fn words(&self, halves: VectorValue<'c>) -> Result<BasicValueEnum<'c>> {
+        Ok(self.builder.build_bit_cast(halves, self.context.i32_type().vec_type(ROWS as u32), "words")?)
+    }
+
+    pub(super) fn bf16_row(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        self.words(self.halves(stmt)?)
+    }
+
+    pub(super) fn bf16_pairs(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        let halves = self.halves(stmt)?;
+        let i32 = self.context.i32_type();
+        let mask: Vec<_> = (0..ROWS).flat_map(|i| [i, i + ROWS]).map(|i| i32.const_int(i, false)).collect();
+        let poison = halves.get_type().get_poison();
+        self.words(self.builder.build_shuffle_vector(halves, poison, VectorType::const_vector(&mask), "pairs")?)
+    }
+
+    pub(super) fn tile_dot(&mut self, stmt: &Stmt, rows: usize, columns: usize) -> Result<()> {
+        if stmt.args.len() != rows + columns + 2 {
+            return Err(count(stmt, "operands", stmt.args.len(), rows + columns + 2));
+        }
+        let c = self.pointer(stmt, 0)?;
+        let a = (1..=rows).map(|i| self.pointer(stmt, i)).collect::<Result<Vec<_>>>()?;
+        let b = (1 + rows..=rows + columns).map(|i| self.pointer(stmt, i)).collect::<Result<Vec<_>>>()?;
+        let depth = self.int(stmt, 1 + rows + columns)?;
+        let i64 = self.context.i64_type();
+        for register in 0..rows * columns {
+            self.call_intrinsic("llvm.x86.tilezero", &[self.register(register)])?;
+        }
+        self.counted_loop((i64.const_zero(), depth, i64.const_int(1, false)), &[], |this, k, _| {
+            let at = this.builder.build_int_nuw_mul(k, i64.const_int(TILE_BYTES, false), "at")?;
+            for (first, pointers) in [(A, &a), (B, &b)] {
+                for (i, &pointer) in pointers.iter().enumerate() {
+                    let tile = this.element(this.context.i8_type().into(), pointer, at)?;
+                    this.move_tile("llvm.x86.tileloadd64", first + i, tile, LINE_BYTES)?;
+                }
+            }
+            for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+                let registers = [i * columns + j, A + i, B + j].map(|r| this.register(r));
+                this.call_intrinsic("llvm.x86.tdpbf16ps", &registers)?;
+            }
+            Ok(Vec::new())
+        })?;
+        let stride = columns as u64 * LINE_BYTES;
+        for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+            let at = i64.const_int(i as u64 * ROWS * stride + j as u64 * LINE_BYTES, false);
+            let tile = self.element(self.context.i8_type().into(), c, at)?;
+            self.move_tile("llvm.x86.tilestored64", i * columns + j, tile, stride)?;
+        }
+        Ok(())
+    }
+
+    fn register(&self, number: usize) -> BasicMetadataValueEnum<'c> {
+        self.context.i8_type().const_int(number as u64, false).into()
+    }
+
+    fn move_tile(&self, name: &'static str, register: usize, place: PointerValue<'c>, stride: u64) -> Result<()> {
+        let stride = self.context.i64_type().const_int(stride, false);
+        self.call_intrinsic(name, &[self.register(register), place.into(), stride.into()]).map(drop)
+    }
+}
+
+/// Palette 1, and 16 lines of 64 bytes for each of the eight registers.
+fn configuration() -> [u8; 64] {
+    let mut bytes = [0; 64];
+    bytes[0] = 1;
+    for register in 0..8 {
+        bytes[16 + 2 * register] = LINE_BYTES as u8;
+        bytes[48 + register] = ROWS as u8;
+    }
+    bytes
+}

@@ -1,0 +1,174 @@
+//! The matrix unit: its bits are the interpreter's, for ordinary numbers and for those at the ends of the range.
+
+use nextc_ir::Target;
+use nextc_ir::kernel::{Kernel, KernelBuilder};
+use nextc_ir::target::Activations;
+
+use super::{canonical, interpret, native, run_on};
+
+/// This machine with its matrix unit, if it has one that the kernel lets a process use.
+fn machine() -> Option<Target> {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    let target = Target { activations: Activations::Bf16, ..native() };
+    // SAFETY: this call only widens what the process may use.
+    let allowed = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0;
+    let there = target.bulk_tile().is_some() && allowed();
+    if !there {
+        println!("skipped: no matrix unit");
+    }
+    there.then_some(target)
+}
+
+/// Runs a kernel on the machine and in the interpreter; gives the last buffer, the same in both.
+fn check(kernel: &Kernel, buffers: &[Vec<u32>], what: &str) -> Vec<u32> {
+    let want = interpret(kernel, [0; 4], buffers).pop().expect("it has buffers");
+    if let Some(target) = machine() {
+        let got = run_on(&target, kernel, [0; 4], (0, 1), buffers).pop().expect("it has buffers");
+        assert_eq!(got, want, "{what}: compiled (left) and interpreted");
+    }
+    want
+}
+
+struct Random(u64);
+
+impl Random {
+    fn word(&mut self) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 20) as u32
+    }
+
+    /// A bf16 whose exponent is one of `exponents`, around 127 for 1.
+    fn half(&mut self, exponents: &std::ops::Range<u32>) -> u32 {
+        let exponent = exponents.start + self.word() % (exponents.end - exponents.start);
+        self.word() & 0x807f | exponent << 7
+    }
+}
+
+fn product(rows: u64, columns: u64, count: u64) -> Kernel {
+    let mut k = KernelBuilder::new("product", &[("a", false), ("b", false), ("c", true)], 1.into());
+    let strips = |k: &mut KernelBuilder, base, n| {
+        let at = |k: &mut KernelBuilder, i| {
+            let bytes = k.index(i * count * 1024);
+            k.offset(base, bytes)
+        };
+        (0..n).map(|i| at(k, i)).collect::<Vec<_>>()
+    };
+    let (pa, pb, c) = (k.param(0), k.param(1), k.param(2));
+    let (a, b, depth) = (strips(&mut k, pa, rows), strips(&mut k, pb, columns), k.index(count));
+    k.tile_dot(c, &a, &b, depth);
+    k.finish()
+}
+
+fn check_products(exponents: &std::ops::Range<u32>, seed: u64) {
+    let mut random = Random(seed);
+    for (rows, columns, count) in [(1, 1, 1), (1, 2, 3), (2, 1, 2), (2, 2, 5), (2, 2, 0)] {
+        let kernel = product(rows, columns, count);
+        let mut words = |n: u64| -> Vec<u32> {
+            (0..n * 256).map(|_| random.half(exponents) | random.half(exponents) << 16).collect()
+        };
+        let buffers = [words(rows * count), words(columns * count), vec![7; (rows * columns * 256) as usize]];
+        let what = format!("{rows} x {columns} tiles, {count} deep, exponents {exponents:?}");
+        let c = check(&kernel, &buffers, &what);
+        if count == 0 {
+            assert!(c.iter().all(|&x| x == 0), "{what}");
+        }
+    }
+}
+
+#[test]
+fn products_of_tiles_have_the_interpreters_bits() {
+    check_products(&(120..134), 0x9e37_79b9_7f4a_7c15);
+    // sums that cancel and lose digits
+    check_products(&(90..160), 3);
+}
+
+/// Products and sums around the least normal number: zeros where they are smaller.
+#[test]
+fn small_numbers_are_zeros_in_products_of_tiles() {
+    check_products(&(0..3), 5);
+    check_products(&(55..68), 7);
+    check_products(&(0..70), 11);
+}
+
+/// A product against numbers computed in Rust: row by column.
+#[test]
+fn a_product_of_tiles_is_a_product_of_matrices() {
+    let kernel = product(2, 2, 2);
+    let value = |row: usize, column: usize| ((row * 7 + column * 3) % 13) as f32 - 6.0;
+    let bits = |x: f32| x.to_bits() >> 16;
+    // rows of A, and rows of B, both over 64 columns; all numbers are exact
+    let a: Vec<u32> = (0..2 * 2 * 256)
+        .map(|w| {
+            let (strip, tile, line, word) = (w / 512, w / 256 % 2, w / 16 % 16, w % 16);
+            let at = |half| value(strip * 16 + line, tile * 32 + word * 2 + half);
+            bits(at(0)) | bits(at(1)) << 16
+        })
+        .collect();
+    let b: Vec<u32> = (0..2 * 2 * 256)
+        .map(|w| {
+            let (strip, tile, line, word) = (w / 512, w / 256 % 2, w / 16 % 16, w % 16);
+            let at = |half| value(40 + strip * 16 + word, tile * 32 + line * 2 + half);
+            bits(at(0)) | bits(at(1)) << 16
+        })
+        .collect();
+    let c = check(&kernel, &[a, b, vec![0; 1024]], "a product of matrices");
+    for (i, &got) in c.iter().enumerate() {
+        let want: f32 = (0..64).map(|k| value(i / 32, k) * value(40 + i % 32, k)).sum();
+        assert_eq!(f32::from_bits(got), want, "row {}, column {}", i / 32, i % 32);
+    }
+}
+
+#[test]
+fn two_vectors_become_bf16_in_a_row_or_in_pairs() {
+    let mut k = KernelBuilder::new("round", &[("x", false), ("out", true)], 1.into());
+    let (x, out) = (k.param(0), k.param(1));
+    k.for_range(1024, 32, |k, i| {
+        let next = k.add_const(i, 16);
+        let (a, b) = (k.load_f32x16(x, i), k.load_f32x16(x, next));
+        let (row, pairs) = (k.bf16_row(a, b), k.bf16_pairs(a, b));
+        k.store(out, i, row);
+        k.store(out, next, pairs);
+    });
+    let kernel = k.finish();
+    let mut random = Random(17);
+    let special =
+        [0, 0x8000_0000, 1, 0x8000_0001, 0x7f_ffff, 0x80_0000, 0x7f80_0000, 0xff80_0000, 0x7f7f_ffff, 0x7fc0_0000];
+    // halfway cases, the ends of the range, and anything
+    let numbers: Vec<u32> = (0..1024)
+        .map(|i: usize| match i % 4 {
+            0 => special[i / 4 % special.len()],
+            1 => random.word() & 0xffff_0000 | 0x8000,
+            _ => random.word(),
+        })
+        .map(|bits| if f32::from_bits(bits).is_nan() { 0x7fc0_0000 } else { bits })
+        .collect();
+    assert_eq!(canonical(&numbers), numbers);
+    let out = check(&kernel, &[numbers.clone(), vec![0; 1024]], "bf16");
+    let low = |word: u32| f32::from_bits(word << 16);
+    assert_eq!(low(out[16]), f32::from_bits(numbers[0]));
+    // the second number of a row is the upper half of its first word, and the lower half of its second pair
+    assert_eq!(out[0] >> 16, out[17] & 0xffff);
+}
+
+#[test]
+fn nibbles_are_numbers_whatever_lies_beside_them() {
+    let shifts = [0, 4, 8, 12, 16, 20, 24, 28];
+    let mut k = KernelBuilder::new("nibbles", &[("x", false), ("out", true)], 1.into());
+    let (x, out, zero) = (k.param(0), k.param(1), k.const_i64(0));
+    let words = k.load(nextc_ir::DType::I32, 16, x, zero);
+    for (i, shift) in (0..).zip(shifts) {
+        let numbers = k.nibble(words, shift);
+        let at = k.index(16 * i);
+        k.store(out, at, numbers);
+    }
+    let mut random = Random(23);
+    let words: Vec<u32> = (0..16).map(|_| random.word() << 8 ^ random.word()).collect();
+    let out = check(&k.finish(), &[words.clone(), vec![0; 128]], "nibbles");
+    for (i, &got) in out.iter().enumerate() {
+        let want = (words[i % 16] >> shifts[i / 16] & 15) as f32 - 8.0;
+        assert_eq!(f32::from_bits(got), want, "word {}, shift {}", i % 16, shifts[i / 16]);
+    }
+}

@@ -1,0 +1,51 @@
+//! Arithmetic of a CPU's matrix unit: what `bf16_row`, `bf16_pairs` and `tile_dot` compute.
+//!
+//! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VCVTNE2PS2BF16 and TDPBF16PS. Both round to nearest even and
+//! take numbers smaller than the least normal one for zeros, whatever MXCSR says.
+
+use crate::format::{decode_bf16, encode_bf16};
+
+/// Lines of a tile, and words of a line.
+pub(super) const ROWS: usize = 16;
+
+/// A tile: lines of words, each two bf16.
+pub(super) type Tile = [[u32; ROWS]; ROWS];
+
+/// A number that is too small to be a normal one as a zero of its sign.
+fn flushed(x: f32) -> f32 {
+    if x.is_subnormal() { 0f32.copysign(x) } else { x }
+}
+
+fn to_bf16(bits: u32) -> u32 {
+    encode_bf16(flushed(f32::from_bits(bits))).into()
+}
+
+/// The lanes of `a`, then those of `b`, two a word.
+pub(super) fn bf16_row(a: &[u32; ROWS], b: &[u32; ROWS]) -> [u32; ROWS] {
+    let number = |i: usize| to_bf16(if i < ROWS { a[i] } else { b[i - ROWS] });
+    std::array::from_fn(|word| number(2 * word) | number(2 * word + 1) << 16)
+}
+
+/// A lane of `a` and the same of `b` in each word.
+pub(super) fn bf16_pairs(a: &[u32; ROWS], b: &[u32; ROWS]) -> [u32; ROWS] {
+    std::array::from_fn(|lane| to_bf16(a[lane]) | to_bf16(b[lane]) << 16)
+}
+
+/// `c += a·b`: row `m` of `a` times column `n` of `b`.
+pub(super) fn multiply_add(c: &mut [[f32; ROWS]; ROWS], a: &Tile, b: &Tile) {
+    let numbers = |tile: &Tile| -> [[[f32; 2]; ROWS]; ROWS] {
+        tile.map(|line| line.map(|word| [word as u16, (word >> 16) as u16].map(|half| flushed(decode_bf16(half)))))
+    };
+    let (a, b) = (numbers(a), numbers(b));
+    for (c, a) in c.iter_mut().zip(&a) {
+        let mut sums = [[0f32; 2]; ROWS];
+        for (x, line) in a.iter().zip(&b) {
+            for (sum, y) in sums.iter_mut().zip(line) {
+                *sum = [0, 1].map(|half| flushed(x[half].mul_add(y[half], sum[half])));
+            }
+        }
+        for (c, [even, odd]) in c.iter_mut().zip(sums) {
+            *c = flushed(*c + flushed(even + odd));
+        }
+    }
+}
