@@ -1,10 +1,10 @@
 //! Products of many rows: 64 tokens at a time.
 //!
-//! task     16 tiles of weight rows by 64 tokens; a warp has one tile, for all columns and all tokens
+//! task     16 tiles of weight rows by 64 tokens; a warp has two tiles, for all columns and all tokens
 //! stage    four turns of columns: the threads make operand B of the tokens in shared memory, once for all warps
 //! products as in [`tile`](super::tile): the columns in the same parts, summed in the same order, so a token has the bits that it has in a step of few
 //! epilogue a thread has rows `r` and `r + 8` of a tile, of two tokens of each group of eight
-//! traffic  each weight once for 64 tokens: bound by unpacking and tensor cores
+//! traffic  each weight once for 64 tokens: bound by tensor cores
 //!
 //! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
 
@@ -13,17 +13,19 @@ use nextc_ir::schedule::Extent;
 use nextc_ir::shape::Sym;
 use nextc_ir::{DType, Target};
 
-use super::super::matmul::{Rows, row_ptr};
+use super::super::matmul::Rows;
 use super::matmul::{At, load_row};
 use super::tile::{Operand, Product, TOKENS};
 use super::{Place, begin};
 
 /// Rows of a product of few, and most rows of a step of which kernels that work on experts count as few.
 pub const FEW_ROWS: u64 = 8;
-/// Tiles of a block, a warp each.
-pub const TILES: u64 = 16;
-/// Tiles of a gate, and as many of an up projection, of a block.
-pub const PAIRS: u64 = TILES / 2;
+/// Warps of a block.
+pub const WARPS: u64 = 8;
+/// Tiles of a warp.
+pub const WARP_TILES: u64 = 2;
+/// Tiles of a block.
+pub const TILES: u64 = WARPS * WARP_TILES;
 /// Groups of eight tokens of a block.
 const GROUPS: u64 = 8;
 /// Groups that are done where there are no more tokens.
@@ -37,7 +39,7 @@ const STAGE_TURNS: u64 = 4;
 const MOST_FEW_ROWS: u64 = 256;
 
 /// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below it would have
-/// too few blocks.
+/// fewer blocks than the machine has multiprocessors.
 pub fn few_rows(target: &Target, groups: u64) -> u64 {
     let multiprocessors = target.gpu.as_ref().map_or(1, |g| u64::from(g.multiprocessors));
     (multiprocessors / groups * MANY_TOKENS / 4).clamp(FEW_ROWS, MOST_FEW_ROWS)
@@ -77,7 +79,7 @@ pub fn token_blocks(rows: impl Into<Extent>) -> Extent {
 
 /// Begins a block of this kind.
 pub fn begin_block(k: &mut KernelBuilder) -> Place {
-    k.threads(TILES as u32 * 32);
+    k.threads(WARPS as u32 * 32);
     begin(k);
     Place::here(k)
 }
@@ -87,15 +89,15 @@ pub fn stage(k: &mut KernelBuilder, operands: u64) -> Val {
     k.shared(DType::I32, STAGE_TURNS * GROUPS * operands * 2 * 32 * 4)
 }
 
-/// Sums of two rows of a tile, 8 apart, of one token.
+/// Two rows of a tile, 8 apart, of one token.
 pub struct Pair {
     /// The first of the rows.
     pub row: Val,
-    /// The sums of both.
-    pub values: [Val; 2],
+    /// The sums of both, of each tile of the warp.
+    pub values: Vec<[Val; 2]>,
 }
 
-/// The products of a block with tokens `first .. first + 32` of `count`; `row_of` gives the row of x of a token. `product` has the warp's tiles
+/// The products of a block with tokens `first .. first + 64` of `count`; `row_of` gives the row of x of a token. `product` has the warp's tiles
 /// and the parts of the kernel for few. `epilogue` gets each token with the sums of its pair of rows; all threads of a warp come along.
 pub fn products(
     k: &mut KernelBuilder,
@@ -105,77 +107,19 @@ pub fn products(
     row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
     epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair),
 ) {
-    let sums = sums(k, (product, stage), rows, (first, count), row_of);
-    each_pair(k, product, &sums, (first, count), epilogue);
-}
-
-/// The sums of a block's products, of each group of tokens four numbers of the warp's tile.
-pub fn sums(
-    k: &mut KernelBuilder,
-    (product, stage): (&Product<'_>, Val),
-    rows: &Rows,
-    range: (Val, Val),
-    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-) -> Vec<[Val; 4]> {
     let groups = Groups { product, stage };
-    let sums = groups.sums(k, rows, range, row_of);
-    sums.iter().map(|sums| product.split_sums(k, sums)[0]).collect()
-}
-
-/// Runs `epilogue` for each token of this thread with its pair of rows.
-pub fn each_pair(
-    k: &mut KernelBuilder,
-    product: &Product<'_>,
-    sums: &[[Val; 4]],
-    (first, count): (Val, Val),
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair),
-) {
+    let sums = groups.sums(k, rows, (first, count), row_of);
     for (g, sums) in (0..).zip(sums) {
+        let sums = product.split_sums(k, &sums);
         let pair = k.mul_const(product.q(), 2);
         let token = k.add(first, pair);
         for j in 0..2 {
             let token = k.add_const(token, g * TOKENS + j);
             let exists = k.cmp(Pred::Lt, token, count);
-            let values = [sums[j as usize], sums[2 + j as usize]];
+            let values = sums.iter().map(|s| [s[j as usize], s[2 + j as usize]]).collect();
             epilogue(k, &At { token, exists }, &Pair { row: product.token(), values });
         }
     }
-}
-
-/// Multiplies `silu(gate) · up`: the warps of the upper half of a block give what they have to those of the lower half, who have the sums of the gate;
-/// in these, `true` and the products.
-pub fn swiglu(k: &mut KernelBuilder, product: &Product<'_>, stage: Val, sums: &[[Val; 4]]) -> (Val, Vec<[Val; 4]>) {
-    let (pairs, zero) = (k.index(PAIRS), k.const_f32(0.0));
-    let is_gate = k.cmp(Pred::Lt, product.warp(), pairs);
-    let own = k.rem_const(product.warp(), PAIRS);
-    let own = row_ptr(k, stage, own, GROUPS * 4 * 32);
-    let place = |k: &mut KernelBuilder, i: u64| k.add_const(product.lane(), i * 32);
-    let is_up = k.not(is_gate);
-    // the stage is still read by others
-    k.barrier();
-    k.if_then(is_up, |k| {
-        for (i, &x) in (0..).zip(sums.iter().flatten()) {
-            let at = place(k, i);
-            let bits = k.bitcast(x, DType::I32);
-            k.store(own, at, bits);
-        }
-    });
-    k.barrier();
-    let products = k.if_else(
-        is_gate,
-        |k| {
-            let product = |(i, &gate): (u64, &Val)| {
-                let at = place(k, i);
-                let up = k.load(DType::I32, 1, own, at);
-                let up = k.bitcast(up, DType::F32);
-                let gate = k.silu(gate);
-                k.fmul(gate, up)
-            };
-            (0..).zip(sums.iter().flatten()).map(product).collect()
-        },
-        |_| vec![zero; 4 * sums.len()],
-    );
-    (is_gate, products.chunks(4).map(|c| [c[0], c[1], c[2], c[3]]).collect())
 }
 
 /// The groups of tokens of a block.
@@ -258,8 +202,8 @@ impl Groups<'_> {
         mut sums: Vec<Vec<Val>>,
     ) -> Vec<Val> {
         for operand in 0..self.product.operands() {
-            let operand = |k: &mut KernelBuilder, g: usize| self.operand(k, (within, g as u64), operand);
-            self.product.turn_sums(k, turn, codes, &operand, &mut sums);
+            let b = |k: &mut KernelBuilder, g: usize| self.operand(k, (within, g as u64), operand);
+            self.product.turn_sums_of_many(k, turn, codes, &b, &mut sums);
         }
         sums.concat()
     }
@@ -286,7 +230,7 @@ impl Groups<'_> {
     /// Makes the operands of a stage: this warp those of one group, of some turns.
     fn fill(&self, k: &mut KernelBuilder, first: Val, (group, x): (Val, super::tile::Row)) {
         let own = k.div_const(self.product.warp(), GROUPS);
-        for i in (0..STAGE_TURNS).step_by((TILES / GROUPS) as usize) {
+        for i in (0..STAGE_TURNS).step_by((WARPS / GROUPS) as usize) {
             let within = k.add_const(own, i);
             let turn = k.add(first, within);
             let make = |k: &mut KernelBuilder| {

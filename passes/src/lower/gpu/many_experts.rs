@@ -3,7 +3,7 @@
 //! norm_router      blocks as in [`many`](super::many)
 //! .choose          a warp a token
 //! .dispatch        a block for 1024 choices: a thread an expert counts them; tail: where each begins among all, and lists them
-//! experts_gate_up  blocks (64 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
+//! experts_gate_up  blocks (32 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
 //! experts_down     blocks as before, by 16 tiles of the residual stream, hand all products to the tail: a block a token adds up those of
 //!                  its choices in their order
 //!
@@ -18,8 +18,8 @@ use super::super::experts::Table;
 use super::super::matmul::{Rows, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::experts::{Choice, Down};
-use super::many::{self, FEW_ROWS, MANY_TOKENS, PAIRS, TILES, few_rows, many, token_blocks};
-use super::matmul::{At, GatePair, own_tile, store_one, store_pair, store_residual};
+use super::many::{self, FEW_ROWS, MANY_TOKENS, TILES, WARP_TILES, WARPS, few_rows, many, token_blocks};
+use super::matmul::{At, GatePair, own_tiles, store_one, store_residual};
 use super::tile::{Fragments, Product, Split};
 use super::{Place, begin, lanes_before, warp_count};
 
@@ -34,7 +34,7 @@ pub struct Router<'a> {
 }
 
 /// Tokens of a block that chooses: a warp each.
-const CHOOSING: u64 = 8;
+const CHOOSING: u64 = WARPS;
 /// Choices that a block dispatches.
 const DISPATCHED: u64 = 1024;
 
@@ -64,23 +64,27 @@ impl Router<'_> {
         for (is_gate, range) in [false, true].into_iter().zip(ranges) {
             let (fragments, weight) = self.matrices[usize::from(is_gate)];
             number_in_range(&mut k, number, range, |k, group| {
-                let tile = own_tile(k, group, place);
+                let numbers = own_tiles(k, group, place);
                 let (base, last) = (k.param(weight), k.index(fragments.planes.tiles() - 1));
-                let own = k.min_i64(tile, last);
-                let own = fragments.own_tile(k, base, own);
-                let product = Product::new(k, &fragments, vec![own], place, self.split.warps).precise();
+                let tiles = numbers.map(|n| {
+                    let n = k.min_i64(n, last);
+                    fragments.own_tile(k, base, n)
+                });
+                let product = Product::new(k, &fragments, tiles.to_vec(), place, self.split.warps).precise();
                 let out = k.param(outs[if is_gate { 4 } else { 5 }]);
                 let stride = if is_gate { LANES } else { pad(choice.experts) };
                 many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, pair| {
-                    let exists = k.cmp(Pred::Le, tile, last);
-                    let exists = k.and(exists, at.exists);
-                    k.if_then(exists, |k| {
-                        for (i, &value) in (0..).zip(&pair.values) {
-                            let value = if is_gate { k.sigmoid(value) } else { value };
-                            let row = k.add_const(pair.row, 8 * i);
-                            store_one(k, (out, stride), at.token, tile, row, value);
-                        }
-                    });
+                    for (&tile, values) in numbers.iter().zip(&pair.values) {
+                        let exists = k.cmp(Pred::Le, tile, last);
+                        let exists = k.and(exists, at.exists);
+                        k.if_then(exists, |k| {
+                            for (i, &value) in (0..).zip(values) {
+                                let value = if is_gate { k.sigmoid(value) } else { value };
+                                let row = k.add_const(pair.row, 8 * i);
+                                store_one(k, (out, stride), at.token, tile, row, value);
+                            }
+                        });
+                    }
                 });
             });
         }
@@ -332,7 +336,7 @@ impl GateUp<'_> {
     /// The kernel for steps of more tokens than `above`.
     pub fn kernel(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
         let (dense_tiles, tiles) = (self.dense.0.planes.tiles(), pad(self.width) / LANES);
-        let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(PAIRS));
+        let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(WARPS));
         let shared_tasks = token_blocks(sym) * dense_groups.into();
         let grid = shared_tasks.clone() + self.dispatch.units(sym) * groups.into();
         let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
@@ -349,10 +353,9 @@ impl GateUp<'_> {
                 let (block, group) = (k.div_const(task, dense_groups), k.rem_const(task, dense_groups));
                 let first = k.mul_const(block, MANY_TOKENS);
                 let pair = GatePair::of(k, (&self.dense.0, self.dense.1), (group, dense_tiles), place);
-                let matrix = (&self.dense.0, self.split.warps);
-                let range = (first, count);
-                pair.products(k, matrix, place, stage, self.rows, range, &mut |_, t| t, &mut |k, at, sums, tile| {
-                    store_pair(k, shared_out, at.token, tile, sums);
+                let product = Product::new(k, &self.dense.0, pair.tiles.to_vec(), place, self.split.warps);
+                many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, sums| {
+                    pair.store(k, at, sums, shared_out, at.token);
                 });
                 Vec::new()
             },
@@ -363,14 +366,16 @@ impl GateUp<'_> {
                 k.if_then(exists, |k| {
                     let pair =
                         GatePair::of_expert(k, (&self.routed.0, self.routed.1), unit.expert, (group, tiles), place);
+                    let product = Product::new(k, &self.routed.0, pair.tiles.to_vec(), place, self.split.warps);
                     let mut row_of = |k: &mut KernelBuilder, at: Val| {
                         let number = self.dispatch.choice(k, at);
                         k.div_const(number, self.dispatch.choices)
                     };
-                    let (matrix, range) = ((&self.routed.0, self.split.warps), (unit.first, unit.end));
-                    pair.products(k, matrix, place, stage, self.rows, range, &mut row_of, &mut |k, at, sums, tile| {
-                        let number = self.dispatch.choice(k, at.token);
-                        store_pair(k, routed_out, number, tile, sums);
+                    let range = (unit.first, unit.end);
+                    many::products(k, (&product, stage), self.rows, range, &mut row_of, &mut |k, at, sums| {
+                        let number =
+                            k.if_else(at.exists, |k| vec![self.dispatch.choice(k, at.token)], |_| vec![unit.first])[0];
+                        pair.store(k, at, sums, routed_out, number);
                     });
                 });
                 Vec::new()
@@ -381,7 +386,7 @@ impl GateUp<'_> {
 }
 
 /// Threads of a block that adds up the products of a token.
-const COMBINE_THREADS: u64 = TILES * 32;
+const COMBINE_THREADS: u64 = WARPS * 32;
 
 /// `experts_down`.
 pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64)) -> Kernel {
@@ -461,20 +466,25 @@ impl DownBlock<'_> {
         row_to: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
     ) {
         let tiles = self.down.tiles;
-        let tile = own_tile(k, group, self.place);
+        let numbers = own_tiles(k, group, self.place);
         let (last, skipped) = (k.index(tiles - 1), k.mul_const(expert, tiles));
-        let own = k.min_i64(tile, last);
-        let own = k.add(skipped, own);
-        let own = fragments.own_tile(k, base, own);
-        let product = Product::new(k, fragments, vec![own], self.place, 1);
+        let own = numbers.map(|n| {
+            let n = k.min_i64(n, last);
+            let n = k.add(skipped, n);
+            fragments.own_tile(k, base, n)
+        });
+        let product = Product::new(k, fragments, own[..WARP_TILES as usize].to_vec(), self.place, 1);
         many::products(k, (&product, self.stage), rows, range, row_of, &mut |k, at, pair| {
-            let exists = k.cmp(Pred::Le, tile, last);
-            let exists = k.and(exists, at.exists);
-            k.if_then(exists, |k| {
+            k.if_then(at.exists, |k| {
                 let row = row_to(k, at.token);
-                for (i, &value) in (0..).zip(&pair.values) {
-                    let within = k.add_const(pair.row, 8 * i);
-                    store_one(k, (self.partials, self.stride), row, tile, within, value);
+                for (&tile, values) in numbers.iter().zip(&pair.values) {
+                    let exists = k.cmp(Pred::Le, tile, last);
+                    k.if_then(exists, |k| {
+                        for (i, &value) in (0..).zip(values) {
+                            let within = k.add_const(pair.row, 8 * i);
+                            store_one(k, (self.partials, self.stride), row, tile, within, value);
+                        }
+                    });
                 }
             });
         });

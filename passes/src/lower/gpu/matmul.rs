@@ -16,7 +16,7 @@ use nextc_ir::{DType, Op};
 use super::super::LowerError;
 use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::many::{self, MANY_TOKENS, PAIRS, Pair, TILES, few, few_rows, many, token_blocks};
+use super::many::{self, MANY_TOKENS, Pair, TILES, WARP_TILES, WARPS, few, few_rows, many, token_blocks};
 use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
 use super::{Place, across, begin, half_warp_sum};
 
@@ -253,22 +253,28 @@ fn linears_of_many(
         number_in_range(&mut k, number, range, |k, number| {
             let fragments = group[0].fragments;
             let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
-            let tile = k.add(chosen.first, place.warp);
-            let own = k.min_i64(tile, chosen.last);
-            let own = fragments.tile(k, chosen.weight, chosen.scales_at, own);
-            let product = Product::new(k, &fragments, vec![own], place, warps);
+            let own = k.mul_const(place.warp, WARP_TILES);
+            let own = k.add(chosen.first, own);
+            let numbers = [0, 1].map(|i| k.add_const(own, i));
+            let tiles = numbers.map(|n| {
+                let n = k.min_i64(n, chosen.last);
+                fragments.tile(k, chosen.weight, chosen.scales_at, n)
+            });
+            let product = Product::new(k, &fragments, tiles.to_vec(), place, warps);
             many::products(k, (&product, stage), rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
                 let row = k.mul(at.token, chosen.stride);
                 let row = row_ptr(k, chosen.out, row, 1);
-                let exists = k.cmp(Pred::Le, tile, chosen.last);
-                let exists = k.and(exists, at.exists);
-                k.if_then(exists, |k| {
-                    let column = k.mul_const(tile, LANES);
-                    let column = k.add(column, pair.row);
-                    let lower = k.add_const(column, LANES / 2);
-                    k.store(row, column, pair.values[0]);
-                    k.store(row, lower, pair.values[1]);
-                });
+                for (&tile, values) in numbers.iter().zip(&pair.values) {
+                    let exists = k.cmp(Pred::Le, tile, chosen.last);
+                    let exists = k.and(exists, at.exists);
+                    k.if_then(exists, |k| {
+                        let column = k.mul_const(tile, LANES);
+                        let column = k.add(column, pair.row);
+                        let lower = k.add_const(column, LANES / 2);
+                        k.store(row, column, values[0]);
+                        k.store(row, lower, values[1]);
+                    });
+                }
             });
         });
         first_task = range.1;
@@ -419,23 +425,29 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (base, task, last) = (k.param(weight), k.task(), k.index(tiles - 1));
     let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
     let first = k.mul_const(block, MANY_TOKENS);
-    let tile = own_tile(&mut k, group, place);
-    let own = k.min_i64(tile, last);
-    let own = fragments.own_tile(&mut k, base, own);
-    let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
+    let numbers = own_tiles(&mut k, group, place);
+    let own = numbers.map(|n| {
+        let n = k.min_i64(n, last);
+        fragments.own_tile(&mut k, base, n)
+    });
+    let product = Product::new(&mut k, &fragments, own.to_vec(), place, split.warps);
     many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
-        let exists = k.cmp(Pred::Le, tile, last);
-        let exists = k.and(exists, at.exists);
-        store_residual_pair(k, &residual, tile, &At { exists, ..*at }, pair.row, pair.values);
+        for (&tile, &values) in numbers.iter().zip(&pair.values) {
+            let exists = k.cmp(Pred::Le, tile, last);
+            let exists = k.and(exists, at.exists);
+            store_residual_pair(k, &residual, tile, &At { exists, ..*at }, pair.row, values);
+        }
     });
     let many = ports.clone().finish(k.finish());
     Ok(ports.finish(few).then(many))
 }
 
-/// The number of a warp's tile in group `group` of [`TILES`].
-pub fn own_tile(k: &mut KernelBuilder, group: Val, place: Place) -> Val {
-    let first = k.mul_const(group, TILES);
-    k.add(first, place.warp)
+/// The numbers of a warp's tiles in group `group` of [`TILES`].
+pub fn own_tiles(k: &mut KernelBuilder, group: Val, place: Place) -> [Val; WARP_TILES as usize] {
+    let first = k.mul_const(group, WARPS);
+    let first = k.add(first, place.warp);
+    let first = k.mul_const(first, WARP_TILES);
+    std::array::from_fn(|i| k.add_const(first, i as u64))
 }
 
 /// `linear_wanted`: minus infinity where a tile is not wanted.
@@ -527,7 +539,7 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let out = ports.write("out", result);
     let (sym, stride): (Sym, u64) = (site.rows(result)?, site.stride(result));
     let split = pair_split(site, &fragments);
-    let groups = fragments.planes.tiles().div_ceil(PAIRS);
+    let groups = fragments.planes.tiles().div_ceil(WARPS);
     let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), fragments.planes.tiles().into()));
     k.threads(split.threads());
     let shared = split.shared(&mut k);
@@ -555,27 +567,19 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
     let first = k.mul_const(block, MANY_TOKENS);
     let pair = GatePair::of(&mut k, (&fragments, weights), (group, fragments.planes.tiles()), place);
-    pair.products(
-        &mut k,
-        (&fragments, split.warps),
-        place,
-        stage,
-        &rows,
-        (first, count),
-        &mut |_, t| t,
-        &mut |k, at, sums, tile| {
-            store_pair(k, (to, stride), at.token, tile, sums);
-        },
-    );
+    let product = Product::new(&mut k, &fragments, pair.tiles.to_vec(), place, split.warps);
+    many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, sums| {
+        pair.store(k, at, sums, (to, stride), at.token);
+    });
     let many = ports.clone().finish(k.finish());
     Ok(ports.finish(few).then(many))
 }
 
-/// A tile of a gate or of an up projection, a warp's in a product of many rows: the lower half of the warps has those of the gate.
+/// A gate tile and an up tile of one warp in a product of many rows.
 pub struct GatePair {
-    /// The tile.
-    own: Tile,
-    /// Its number, and whether there is such a tile.
+    /// Both tiles.
+    pub tiles: [Tile; 2],
+    /// Their number, and whether there is such a tile.
     tile: Val,
     exists: Val,
 }
@@ -600,52 +604,30 @@ impl GatePair {
         (group, tiles): (Val, u64),
         place: Place,
     ) -> Self {
-        let (which, within) = (k.div_const(place.warp, PAIRS), k.rem_const(place.warp, PAIRS));
-        let tile = k.mul_const(group, PAIRS);
-        let tile = k.add(tile, within);
+        let tile = k.mul_const(group, WARPS);
+        let tile = k.add(tile, place.warp);
         let last = k.index(tiles - 1);
         let exists = k.cmp(Pred::Le, tile, last);
         let within = k.min_i64(tile, last);
         let number = k.mul_const(expert, tiles);
         let number = k.add(number, within);
-        let zero = k.const_i64(0);
-        let is_gate = k.cmp(Pred::Eq, which, zero);
-        let [gate, up] = weights.map(|w| k.param(w));
-        let base = k.select(is_gate, gate, up);
-        Self { own: fragments.own_tile(k, base, number), tile, exists }
-    }
-
-    /// Runs `epilogue` for each token and pair of rows with `silu(gate) · up`, and the number of the tile; `warps` share the columns in the kernel
-    /// for few.
-    #[expect(clippy::too_many_arguments, reason = "those of `many::products`, and the pair's")]
-    pub fn products(
-        &self,
-        k: &mut KernelBuilder,
-        (fragments, warps): (&Fragments, u64),
-        place: Place,
-        stage: Val,
-        rows: &Rows,
-        range: (Val, Val),
-        row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-        epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Pair, Val),
-    ) {
-        let product = Product::new(k, fragments, vec![self.own], place, warps);
-        let sums = many::sums(k, (&product, stage), rows, range, row_of);
-        let (is_gate, products) = many::swiglu(k, &product, stage, &sums);
-        let stores = k.and(is_gate, self.exists);
-        k.if_then(stores, |k| {
-            many::each_pair(k, &product, &products, range, &mut |k, at, pair| {
-                k.if_then(at.exists, |k| epilogue(k, at, pair, self.tile));
-            });
+        let tiles = weights.map(|w| {
+            let base = k.param(w);
+            fragments.own_tile(k, base, number)
         });
+        Self { tiles, tile, exists }
     }
-}
 
-/// `out[row][tile * 16 + r]` of both rows of a pair.
-pub fn store_pair(k: &mut KernelBuilder, out: (Val, u64), row: Val, tile: Val, pair: &Pair) {
-    for (i, &value) in (0..).zip(&pair.values) {
-        let within = k.add_const(pair.row, LANES / 2 * i);
-        store_one(k, out, row, tile, within, value);
+    /// `out[row] = silu(gate) · up` of a token.
+    pub fn store(&self, k: &mut KernelBuilder, at: &At, sums: &Pair, out: (Val, u64), row: Val) {
+        let exists = k.and(at.exists, self.exists);
+        k.if_then(exists, |k| {
+            for i in 0..2 {
+                let value = silu_times(k, sums.values[0][i], sums.values[1][i]);
+                let within = k.add_const(sums.row, 8 * i as u64);
+                store_one(k, out, row, self.tile, within, value);
+            }
+        });
     }
 }
 
@@ -656,8 +638,12 @@ pub fn pair_split(site: &Site<'_>, fragments: &Fragments) -> Split {
 
 /// `silu(gate) · up` of the block's two tiles.
 pub fn swiglu(k: &mut KernelBuilder, sum: &Sum) -> Val {
-    let gate = k.silu(sum.values[0]);
-    k.fmul(gate, sum.values[1])
+    silu_times(k, sum.values[0], sum.values[1])
+}
+
+fn silu_times(k: &mut KernelBuilder, gate: Val, up: Val) -> Val {
+    let gate = k.silu(gate);
+    k.fmul(gate, up)
 }
 
 /// `out[token][tile * 16 + row] = value`.

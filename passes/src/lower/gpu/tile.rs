@@ -350,6 +350,15 @@ pub struct Product<'a> {
 /// Operand B of a turn: of each half turn and step, the thread's four columns of its token.
 pub type Operand = [[[Val; 2]; 2]; 2];
 
+/// Columns of a turn that share scales, of one tile, as numbers.
+struct Block {
+    tile: usize,
+    /// Operand A, by half turn and step.
+    a: Vec<(usize, usize, [Val; 4])>,
+    /// Scales of rows `r` and `r + 8`, where there are some.
+    scales: Option<[Val; 2]>,
+}
+
 /// Codes that have been asked for: by turn, tile and load.
 pub type Ahead = Vec<Vec<Vec<Val>>>;
 
@@ -473,19 +482,27 @@ impl<'a> Product<'a> {
     }
 
     fn chunk_sums(&self, k: &mut KernelBuilder, first: Val, codes: &Ahead, x: Row, sums: &[Val]) -> Vec<Val> {
-        let mut sums = [sums.to_vec()];
+        let mut sums = sums.to_vec();
         for (i, codes) in codes.iter().enumerate() {
             let turn = k.add_const(first, i as u64);
             for b in self.tokens(k, turn, x) {
-                self.turn_sums(k, turn, codes, &|_, _| b, &mut sums);
+                self.turn_sums(k, turn, codes, &b, &mut sums);
             }
         }
-        let [sums] = sums;
         sums
     }
 
-    /// Adds the products of a turn to the sums of some groups of tokens, whose operands `b(group)` gives.
-    pub fn turn_sums(
+    /// Adds the products of a turn to the sums of one group of tokens.
+    fn turn_sums(&self, k: &mut KernelBuilder, turn: Val, codes: &[Vec<Val>], b: &Operand, sums: &mut [Val]) {
+        for tile in 0..codes.len() {
+            for block in self.blocks(k, turn, (tile, &codes[tile])) {
+                self.block_sums(k, &block, b, sums);
+            }
+        }
+    }
+
+    /// The same of some groups, whose operands `b(group)` gives: the codes become numbers once for all of them, and an operand serves all tiles.
+    pub fn turn_sums_of_many(
         &self,
         k: &mut KernelBuilder,
         turn: Val,
@@ -493,11 +510,42 @@ impl<'a> Product<'a> {
         b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
         sums: &mut [Vec<Val>],
     ) {
-        for (tile, codes) in codes.iter().enumerate() {
-            match self.fragments.planes.format.blocks() {
-                None => self.plain(k, (tile, codes), b, sums),
-                Some(blocks) => self.scaled(k, blocks, (tile, codes), turn, b, sums),
-            }
+        let tiles: Vec<Vec<Block>> = (0..codes.len()).map(|tile| self.blocks(k, turn, (tile, &codes[tile]))).collect();
+        for (group, sums) in sums.iter_mut().enumerate() {
+            let b = b(k, group);
+            tiles.iter().flatten().for_each(|block| self.block_sums(k, block, &b, sums));
+        }
+    }
+
+    /// The blocks of columns of a turn that share scales, or the whole turn where nothing is scaled.
+    fn blocks(&self, k: &mut KernelBuilder, turn: Val, (tile, codes): (usize, &[Val])) -> Vec<Block> {
+        let Some(blocks) = self.fragments.planes.format.blocks() else {
+            let none = k.const_i32(0);
+            return vec![Block { tile, a: self.operands_a(k, codes, &[0, 1], [none; 2]), scales: None }];
+        };
+        let whole = u64::from(blocks.columns).is_multiple_of(TURN_COLUMNS);
+        let parts: &[&[usize]] = if whole { &[&[0, 1]] } else { &[&[0], &[1]] };
+        let of = |&halves: &&[usize]| {
+            let scales = self.scales(k, blocks, self.tiles[tile], turn, halves[0] as u64);
+            let bias = scales.map(|(_, zero)| self.fragments.bias(k, zero));
+            Block { tile, a: self.operands_a(k, codes, halves, bias), scales: Some(scales.map(|(scale, _)| scale)) }
+        };
+        parts.iter().map(of).collect()
+    }
+
+    /// `sum += scale · product` of a block of columns.
+    fn block_sums(&self, k: &mut KernelBuilder, block: &Block, b: &Operand, sums: &mut [Val]) {
+        let half = self.fragments.half();
+        let Some(scales) = block.scales else {
+            let sum = &mut sums[block.tile];
+            *sum = block.a.iter().fold(*sum, |sum, &(h, step, a)| k.mma(half, a, b[h][step], sum));
+            return;
+        };
+        let none = k.splat_f32(4, 0.0);
+        let product = block.a.iter().fold(none, |sum, &(h, step, a)| k.mma(half, a, b[h][step], sum));
+        for (i, sum) in sums[4 * block.tile..4 * block.tile + 4].iter_mut().enumerate() {
+            let x = k.extract(product, i as u32);
+            *sum = k.fma(x, scales[i / 2], *sum);
         }
     }
 
@@ -587,52 +635,6 @@ impl<'a> Product<'a> {
             }
             [0, 1, 2, 3].map(|i| k.extract(v, i))
         })
-    }
-
-    fn plain(
-        &self,
-        k: &mut KernelBuilder,
-        (tile, codes): (usize, &[Val]),
-        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
-        sums: &mut [Vec<Val>],
-    ) {
-        let none = k.const_i32(0);
-        let a = self.operands_a(k, codes, &[0, 1], [none; 2]);
-        for (group, sums) in sums.iter_mut().enumerate() {
-            let b = b(k, group);
-            for &(half, step, a) in &a {
-                sums[tile] = k.mma(self.fragments.half(), a, b[half][step], sums[tile]);
-            }
-        }
-    }
-
-    /// `sum += scale · product` for each block of columns of the turn.
-    fn scaled(
-        &self,
-        k: &mut KernelBuilder,
-        blocks: Blocks,
-        (tile, codes): (usize, &[Val]),
-        turn: Val,
-        b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
-        sums: &mut [Vec<Val>],
-    ) {
-        let whole = u64::from(blocks.columns).is_multiple_of(TURN_COLUMNS);
-        let parts: &[&[usize]] = if whole { &[&[0, 1]] } else { &[&[0], &[1]] };
-        for halves in parts {
-            let scales = self.scales(k, blocks, self.tiles[tile], turn, halves[0] as u64);
-            let bias = scales.map(|(_, zero)| self.fragments.bias(k, zero));
-            let a = self.operands_a(k, codes, halves, bias);
-            for (group, sums) in sums.iter_mut().enumerate() {
-                let b = b(k, group);
-                let none = k.splat_f32(4, 0.0);
-                let product =
-                    a.iter().fold(none, |sum, &(half, step, a)| k.mma(self.fragments.half(), a, b[half][step], sum));
-                for (i, sum) in sums[4 * tile..4 * tile + 4].iter_mut().enumerate() {
-                    let x = k.extract(product, i as u32);
-                    *sum = k.fma(x, scales[i / 2].0, *sum);
-                }
-            }
-        }
     }
 
     /// Scale and zero point of the thread's two rows in half turn `half`.
