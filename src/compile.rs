@@ -210,7 +210,7 @@ mod tests {
             ("--target cuda --backend cranelift", "`--target cuda`"),
             ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
-            ("--activations int8", "`--activations`"),
+            ("--activations int8", "`--activations int8`"),
             ("--backend cranelift --activations bf16", "`--activations bf16`"),
             ("--cpu pentium", "`pentium` is unknown"),
         ] {

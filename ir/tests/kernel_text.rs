@@ -107,10 +107,13 @@ kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads 
   %13 = mma f16 %6, %6, %8, %8, %11, %11, %12
   %14 = mma bf16 %7, %7, %9, %9, %7, %7, %13
   %15 = atomic_add %out[%3], %11
+  %16 = quad %4, %5, %10, %4
+  %17 = warp_max %15
+  %18 = warp_min %17
   release
 } tail grid = ceil(T / 2) {
-  %16 = partials f32 64
-  %17 = load f32 %16[%task]
+  %19 = partials f32 64
+  %20 = load f32 %19[%task]
 }
 ";
 

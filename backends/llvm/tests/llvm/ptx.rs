@@ -32,7 +32,7 @@ fn block(body: &str) -> Kernel {
 }
 
 /// Each op of a block: statements that use it, and what has to be in the PTX.
-const OPS: [(&str, &str, &str); 14] = [
+const OPS: [(&str, &str, &str); 17] = [
     ("thread", "store %out[%t], %t", "%tid.x"),
     (
         "shared",
@@ -45,11 +45,14 @@ const OPS: [(&str, &str, &str); 14] = [
         "nextc_kernel_0_param_6",
     ),
     ("barrier", "barrier\n store %out[%t], %w", "bar"),
+    ("quad", "%4 = const i64 4\n %i = mul %t, %4\n %q = quad %w, %w, %w, %w\n store %out[%i], %q", "st.global.v4"),
     (
         "shuffle_xor",
         "%v = shuffle_xor %w 5\n %g = shuffle_xor %f 16\n %i = to_int %g\n %y = add %v, %i\n store %out[%t], %y",
         "shfl.sync.bfly.b32",
     ),
+    ("warp_max", "%v = warp_max %w\n store %out[%t], %v", "redux.sync.max.s32"),
+    ("warp_min", "%v = warp_min %w\n store %out[%t], %v", "redux.sync.min.s32"),
     ("atomic_add", "%v = atomic_add %out[%0], %w\n store %out[%t], %v", "atom.acq_rel.gpu.global.add.u32"),
     (
         "pack",
