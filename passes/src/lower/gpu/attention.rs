@@ -250,9 +250,15 @@ impl Tile {
         CHUNK / self.groups
     }
 
-    /// Positions of a chunk that a warp scores.
+    /// Positions of a chunk that a warp scores, for one token or for all.
     fn scored(&self) -> u64 {
-        CHUNK / self.warps()
+        CHUNK / self.scoring_warps()
+    }
+
+    /// Warps that share the positions of a token: those of a block, or its share of them where they can be shared out.
+    fn scoring_warps(&self) -> u64 {
+        let shared = self.warps() / self.tokens;
+        if self.warps().is_multiple_of(self.tokens) && CHUNK.is_multiple_of(shared) { shared } else { self.warps() }
     }
 
     fn warps(&self) -> u64 {
@@ -650,13 +656,13 @@ impl Block<'_> {
         let stop = k.add(first, size);
         let stop = k.min_i64(stop, end);
         let context = Context { tokens, head, end };
-        let (sums, loaded) = (Sums::begin(k, tile, tile.rows()).flat(), self.load(k, &context, first));
-        let carried = [sums.clone(), loaded].concat();
+        let (sums, keys) = (Sums::begin(k, tile, tile.rows()).flat(), self.load_keys(k, &context, first));
+        let carried = [sums.clone(), keys].concat();
         let left = k.for_carry((first, stop, CHUNK), &carried, |k, first, carried| {
-            let (flat, loaded) = carried.split_at(sums.len());
+            let (flat, keys) = carried.split_at(sums.len());
+            let values = self.load_values(k, &context, first);
             let next = k.add_const(first, CHUNK);
             let more = k.cmp(Pred::Lt, next, stop);
-            let next = k.if_else(more, |k| self.load(k, &context, next), |_| loaded.to_vec());
             let number = k.div_const(first, CHUNK);
             let parity = k.rem_const(number, 2);
             let chunk = Chunk {
@@ -665,42 +671,62 @@ impl Block<'_> {
                 scores: row_ptr(k, self.smem.scores, parity, tile.rows() * CHUNK),
                 changes: row_ptr(k, self.smem.changes, parity, tile.rows()),
             };
-            let sums = self.chunk(k, &chunk, loaded, &Sums::of(tile, flat));
+            self.score(k, &chunk, keys);
+            // on their way while scores become weights
+            let next = k.if_else(more, |k| self.load_keys(k, &context, next), |_| keys.to_vec());
+            let sums = self.weigh_chunk(k, &chunk, &values, &Sums::of(tile, flat));
             [sums.flat(), next].concat()
         });
         let sums = Sums::of(tile, &left[..sums.len()]);
         self.put_together(k, sums)
     }
 
-    /// This thread's share of the keys and values of the chunk that begins at `first`: quads of its warp's positions, then its column of its group's. Of positions
-    /// that nobody sees, those of the last that somebody does.
-    fn load(&self, k: &mut KernelBuilder, context: &Context<'_>, first: Val) -> Vec<Val> {
+    /// Keys and values of the chunk that begins at `first`, and the number of its last position that somebody sees: of later ones those of this are read.
+    fn rows_of(&self, k: &mut KernelBuilder, context: &Context<'_>, first: Val) -> (Val, Val, Val) {
         let (tile, pages) = (self.tile(), &self.attention.pages);
         let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
         let (keys, values) = pages.block(k, context.tokens.sequence, page, context.head);
         let [keys, values] = [keys, values].map(|rows| row_ptr(k, rows, at, tile.elems));
         let (one, left) = (k.const_i64(1), k.sub(context.end, first));
-        let last = k.sub(left, one);
+        (keys, values, k.sub(left, one))
+    }
+
+    /// This thread's share of the keys of a chunk: quads of its warp's positions.
+    fn load_keys(&self, k: &mut KernelBuilder, context: &Context<'_>, first: Val) -> Vec<Val> {
+        let tile = self.tile();
+        let (keys, _, last) = self.rows_of(k, context, first);
         let quads = self.place.places(k, tile.elems / 4);
-        let from = k.mul_const(self.place.warp, tile.scored());
-        let mut loaded = Vec::new();
-        for j in 0..tile.scored() {
+        let from = self.first_scored(k);
+        let rows = (0..tile.scored()).flat_map(|j| {
             let j = k.add_const(from, j);
             let row = k.min_i64(j, last);
-            loaded.extend(self.row_quads(k, keys, row, &quads));
-        }
+            self.row_quads(k, keys, row, &quads)
+        });
+        rows.collect()
+    }
+
+    /// The first position that this warp scores.
+    fn first_scored(&self, k: &mut KernelBuilder) -> Val {
+        let number = k.rem_const(self.place.warp, self.tile().scoring_warps());
+        k.mul_const(number, self.tile().scored())
+    }
+
+    /// This thread's share of the values of a chunk: its column of its group's positions.
+    fn load_values(&self, k: &mut KernelBuilder, context: &Context<'_>, first: Val) -> Vec<Val> {
+        let tile = self.tile();
+        let (_, values, last) = self.rows_of(k, context, first);
         let (group, column) = self.column(k);
         let last_column = k.index(tile.elems - 1);
         let column = k.min_i64(column, last_column);
         let from = k.mul_const(group, tile.weighed());
-        for j in 0..tile.weighed() {
+        let load = |j| {
             let j = k.add_const(from, j);
             let row = k.min_i64(j, last);
             let at = k.mul_const(row, tile.elems);
             let at = k.add(at, column);
-            loaded.push(k.load_f32(values, at));
-        }
-        loaded
+            k.load_f32(values, at)
+        };
+        (0..tile.weighed()).map(load).collect()
     }
 
     /// The group of this thread, and its column.
@@ -709,10 +735,8 @@ impl Block<'_> {
         (k.div_const(self.place.thread, columns), k.rem_const(self.place.thread, columns))
     }
 
-    /// A chunk of positions; `loaded` is what [`Self::load`] gave.
-    fn chunk(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, loaded: &[Val], sums: &Sums) -> Sums {
-        let (keys, values) = loaded.split_at(loaded.len() - self.tile().weighed() as usize);
-        self.score(k, chunk, keys);
+    /// A chunk of positions that are scored.
+    fn weigh_chunk(&self, k: &mut KernelBuilder, chunk: &Chunk<'_>, values: &[Val], sums: &Sums) -> Sums {
         k.barrier();
         let (max, sum) = self.soften(k, chunk, sums);
         k.barrier();
@@ -785,11 +809,15 @@ impl Block<'_> {
         let tile = self.tile();
         let quads = self.place.places(k, tile.elems / 4);
         let keys: Vec<&[Val]> = keys.chunks(4 * quads.len()).collect();
-        let first = k.mul_const(self.place.warp, tile.scored());
+        let first = self.first_scored(k);
+        // a warp scores for one token, or for all
+        let tokens: Vec<Val> = match tile.scoring_warps() {
+            warps if warps < tile.warps() => vec![k.div_const(self.place.warp, warps)],
+            _ => (0..tile.tokens).map(|i| k.index(i)).collect(),
+        };
         for (batch, keys) in (0..).step_by(POSITIONS_AT_ONCE).zip(keys.chunks(POSITIONS_AT_ONCE)) {
             let from = k.add_const(first, batch);
-            for i in 0..tile.tokens {
-                let i = k.index(i);
+            for &i in &tokens {
                 let score = |k: &mut KernelBuilder| {
                     for head in (0..tile.heads).step_by(HEADS_AT_ONCE as usize) {
                         self.score_heads(k, chunk, (i, head), (from, keys), &quads);

@@ -108,7 +108,7 @@ impl<'a> Long<'a> {
         let (place, task) = (Place::here(k), k.task());
         let (pair, slice) = (k.div_const(task, self.slices), k.rem_const(task, self.slices));
         let (b, value_head) = (k.div_const(pair, mixer.v.heads), k.rem_const(pair, mixer.v.heads));
-        begin(k);
+        k.wait();
         let run = self.sequences.run(k, b);
         let (zero, is_short) = (k.const_i64(0), short_run(k, &run));
         let (is_long, live) = (k.not(is_short), k.cmp(Pred::Ge, run.slot, zero));

@@ -14,9 +14,9 @@ use nextc_ir::shape::Sym;
 use nextc_ir::{DType, Target};
 
 use super::super::matmul::Rows;
+use super::Place;
 use super::matmul::{At, load_row};
 use super::tile::{Operand, Product, TOKENS};
-use super::{Place, begin};
 
 /// Rows of a product of few, and most rows of a step of which kernels that work on experts count as few.
 pub const FEW_ROWS: u64 = 8;
@@ -80,7 +80,8 @@ pub fn token_blocks(rows: impl Into<Extent>) -> Extent {
 /// Begins a block of this kind.
 pub fn begin_block(k: &mut KernelBuilder) -> Place {
     k.threads(WARPS as u32 * 32);
-    begin(k);
+    // what comes next would take room from the blocks that are still to come
+    k.wait();
     Place::here(k)
 }
 
