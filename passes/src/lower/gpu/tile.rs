@@ -494,8 +494,8 @@ impl<'a> Product<'a> {
 
     /// Adds the products of a turn to the sums of one group of tokens.
     fn turn_sums(&self, k: &mut KernelBuilder, turn: Val, codes: &[Vec<Val>], b: &Operand, sums: &mut [Val]) {
-        for tile in 0..codes.len() {
-            for block in self.blocks(k, turn, (tile, &codes[tile])) {
+        for (tile, codes) in codes.iter().enumerate() {
+            for block in self.blocks(k, turn, (tile, codes)) {
                 self.block_sums(k, &block, b, sums);
             }
         }
