@@ -273,6 +273,23 @@ struct Sweep<'a> {
     threads: u64,
 }
 
+/// Rows of a block of 8 tokens.
+struct Rows {
+    begin: Val,
+    end: Val,
+}
+
+impl Rows {
+    /// The row itself, or the nearest of these.
+    fn within(&self, k: &mut KernelBuilder, row: Val) -> Val {
+        let one = k.const_i64(1);
+        let last = k.sub(self.end, one);
+        let row = k.min_i64(row, last);
+        let before = k.cmp(Pred::Lt, row, self.begin);
+        k.select(before, self.begin, row)
+    }
+}
+
 impl Sweep<'_> {
     fn run(&self, k: &mut KernelBuilder, value_head: Val) {
         let (block, run) = (&self.block, &self.block.run);
@@ -295,17 +312,22 @@ impl Sweep<'_> {
             let more = k.cmp(Pred::Lt, next, run.end);
             let next_block = k.select(more, next, first);
             let staged = self.load(k, next_block);
-            // of the step's tokens `first .. first + 8` those of the run
-            let begins = k.sub(run.begin, first);
-            let begins_later = k.cmp(Pred::Gt, begins, zero);
-            let lo = k.select(begins_later, begins, zero);
-            let (ends, most) = (k.sub(run.end, first), k.index(BLOCK));
-            let hi = k.min_i64(ends, most);
-            let tokens = Tokens { first, count: hi };
-            let state = k.for_carry((lo, hi, 1), state, |k, i, state| block.sweep(k, &turn, (&tokens, i), state));
+            let rows = self.rows(k, first);
+            let tokens = Tokens { first, count: rows.end };
+            let state =
+                k.for_carry((rows.begin, rows.end, 1), state, |k, i, state| block.sweep(k, &turn, (&tokens, i), state));
             [staged, state].concat()
         });
         block.store_state(k, &turn, &left[staged.len()..]);
+    }
+
+    /// Those of the step's tokens `first .. first + 8` that are the run's.
+    fn rows(&self, k: &mut KernelBuilder, first: Val) -> Rows {
+        let run = &self.block.run;
+        let (zero, begins) = (k.const_i64(0), k.sub(run.begin, first));
+        let later = k.cmp(Pred::Gt, begins, zero);
+        let (ends, most) = (k.sub(run.end, first), k.index(BLOCK));
+        Rows { begin: k.select(later, begins, zero), end: k.min_i64(ends, most) }
     }
 
     /// Quads of shared memory for q, k and v of 8 tokens.
@@ -321,6 +343,7 @@ impl Sweep<'_> {
         let task = k.add(task, block.head);
         let from = row_ptr(k, self.partials, task, long.task_elems());
         let keys = 2 * block.key_elems();
+        let rows = self.rows(k, first);
         let skipped = k.mul_const(self.own, pad(long.mixer.v.width));
         let columns = k.mul_const(block.slice, block.tile.columns);
         let skipped = k.add(skipped, columns);
@@ -336,6 +359,7 @@ impl Sweep<'_> {
                 let (end, further) = (k.index(keys), k.add(c, skipped));
                 let is_value = k.cmp(Pred::Ge, c, end);
                 let c = k.select(is_value, further, c);
+                let row = rows.within(k, row);
                 let row = row_ptr(k, from, row, long.row_elems());
                 let x = k.load(DType::F32, 4, row, c);
                 lanes_of(k, x)
@@ -346,6 +370,7 @@ impl Sweep<'_> {
         let (kind, row) = (k.div_const(which, BLOCK), k.rem_const(which, BLOCK));
         let bytes = k.index(BLOCK * long.row_elems() * 4);
         let gates = k.offset(from, bytes);
+        let row = rows.within(k, row);
         let gates = row_ptr(k, gates, row, long.gate_elems());
         let zero = k.const_i64(0);
         let is_gate = k.cmp(Pred::Gt, kind, zero);

@@ -475,11 +475,12 @@ impl Block<'_> {
     pub fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], fresh: Val) -> Vec<Val> {
         let (zero, mixer) = (k.const_i64(0), self.mixer);
         let state = k.for_carry((zero, self.run.replay, 1), state, |k, i, state| {
-            let updates: Vec<_> = turn.own.iter().map(|c| (c.column, mixer.update(k, c.state, i))).collect();
-            let d: Vec<Val> = updates.iter().map(|&(column, [_, d, _])| k.load_f32(d, column)).collect();
-            let alpha: Vec<Val> = updates.iter().map(|&(_, [_, _, alpha])| k.load_f32(alpha, zero)).collect();
-            // the heads of a block share their keys
-            self.apply(k, turn, state, updates[0].1[0], (&d, &alpha))
+            let updates: Vec<[Val; 3]> = turn.own.iter().map(|c| mixer.update(k, c.state, i)).collect();
+            let d: Vec<Val> = turn.own.iter().zip(&updates).map(|(c, u)| k.load_f32(u[1], c.column)).collect();
+            let alpha: Vec<Val> = updates.iter().map(|u| k.load_f32(u[2], zero)).collect();
+            let keys: Vec<Val> = updates.iter().map(|u| u[0]).collect();
+            let one_head = pad(mixer.v.width).is_multiple_of(32 * self.tile.own) || self.tile.own == 1;
+            self.apply(k, turn, state, if one_head { &keys[..1] } else { &keys }, (&d, &alpha))
         });
         let kept = k.cmp(Pred::Gt, self.run.replay, zero);
         let changed = k.or(kept, fresh);
@@ -488,22 +489,23 @@ impl Block<'_> {
         state
     }
 
-    /// `S ← fma(k, d, α S)`: the one place where a state changes. `key` points to k; d and α are those of each of the thread's columns.
+    /// `S ← fma(k, d, α S)`: the one place where a state changes. `keys` point to k, one for all of the thread's columns or one for each; d and α
+    /// are those of each.
     fn apply(
         &self,
         k: &mut KernelBuilder,
         turn: &Turn,
         state: &[Val],
-        key: Val,
+        keys: &[Val],
         (d, alpha): (&[Val], &[Val]),
     ) -> Vec<Val> {
         let mut next = Vec::with_capacity(state.len());
         for (i, chunk) in state.chunks(self.chunk() * d.len()).enumerate() {
-            let keys = self.load_rows(k, turn, key, i);
-            for (row, ki) in chunk.chunks(d.len()).zip(keys) {
-                for ((&s, &d), &alpha) in row.iter().zip(d).zip(alpha) {
-                    let decayed = k.fmul(alpha, s);
-                    next.push(k.fma(ki, d, decayed));
+            let keys: Vec<Vec<Val>> = keys.iter().map(|&key| self.load_rows(k, turn, key, i)).collect();
+            for (r, row) in chunk.chunks(d.len()).enumerate() {
+                for (j, &s) in row.iter().enumerate() {
+                    let decayed = k.fmul(alpha[j], s);
+                    next.push(k.fma(keys[j % keys.len()][r], d[j], decayed));
                 }
             }
         }
@@ -696,7 +698,7 @@ impl Block<'_> {
         if self.smem.short.is_some() {
             k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
         }
-        self.apply(k, turn, state, key, (&d, &alphas))
+        self.apply(k, turn, state, &[key], (&d, &alphas))
     }
 
     /// Stores what a column says of token `i`, and keeps its update where that may have to be replayed.

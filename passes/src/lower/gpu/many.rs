@@ -4,7 +4,7 @@
 //! stage    four turns of columns: the threads make operand B of the tokens in shared memory, once for all warps
 //! products as in [`tile`](super::tile): the columns in the same parts, summed in the same order, so a token has the bits that it has in a step of few
 //! epilogue a thread has rows `r` and `r + 8` of a tile, of two tokens of each group of eight
-//! traffic  each weight once for 64 tokens: bound by tensor cores
+//! traffic  each weight once for 64 tokens: bound by shared memory
 //!
 //! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
 
