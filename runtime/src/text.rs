@@ -64,7 +64,8 @@ impl Model {
         if self.drafts_wanted {
             runs.iter().for_each(|run| self.shortlist.feed(run.tokens));
             extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
-            self.catch_up(runs)?;
+            let most = |tokens: usize| if tokens > 1 { PROMPT_LAG } else { MOST_LAG };
+            self.catch_up(runs.iter().map(|run| (run.sequence, most(run.tokens.len()))))?;
         }
         Ok(tokens)
     }
@@ -78,35 +79,27 @@ impl Model {
         Ok(())
     }
 
-    /// Feeds the draft what it lags behind, but for the newest row of each sequence, whose next token is not known.
-    fn catch_up(&mut self, runs: &[Run<'_>]) -> Result<(), ModelError> {
+    /// Feeds the draft of each sequence what it lags behind more than so many rows, in steps of few tokens.
+    fn catch_up(&mut self, sequences: impl Iterator<Item = (Sequence, usize)>) -> Result<(), ModelError> {
         let width = self.engine.metadata().model.hidden_size as usize;
-        let behind =
-            |s: &Sequence| self.lags.get(s).filter(|lag| lag.next.len() >= CATCH_UP_TOKENS.min(lag.rows(width)));
-        let inputs: Vec<DraftInput<'_>> = runs
-            .iter()
-            .filter_map(|run| {
-                let lag = behind(&run.sequence).filter(|lag| !lag.next.is_empty());
-                lag.map(|lag| lag.input(run.sequence, lag.next.len(), width))
-            })
-            .collect();
-        if inputs.is_empty() {
-            return Ok(());
-        }
-        let fed: Vec<Sequence> = inputs.iter().map(|i| Sequence(i.sequence.0)).collect();
-        let inputs: Vec<DraftInput<'_>> = inputs;
-        self.engine.draft(&inputs, LogitRows::None)?;
-        for s in fed {
-            if let Some(lag) = self.lags.get_mut(&s) {
-                lag.forget(lag.next.len(), width);
+        for (sequence, most) in sequences {
+            let Some(lag) = self.lags.get_mut(&sequence) else { continue };
+            while lag.next.len() > most {
+                let count = (lag.next.len() - most).min(CATCH_UP_STEP);
+                self.engine.draft(&[lag.input(sequence, count, width)], LogitRows::None)?;
+                lag.forget(count, width);
             }
         }
         Ok(())
     }
 }
 
-/// Rows that a draft may lag behind before it is fed them without being asked for drafts.
-const CATCH_UP_TOKENS: usize = 256;
+/// Tokens that a draft is fed at once to catch up, at most.
+const CATCH_UP_STEP: usize = 512;
+/// Rows of a prompt that a draft may lag behind before it is fed them.
+const PROMPT_LAG: usize = 64;
+/// Rows that it may lag behind in all before it is fed them without being asked for drafts: where drafts do not pay, that comes seldom.
+const MOST_LAG: usize = 2048;
 
 /// What the draft of a sequence has not been fed yet: it is fed the hidden row of a position with the token after it, so it
 /// lags behind the model by one token at least.
@@ -121,10 +114,6 @@ pub(crate) struct Lag {
 }
 
 impl Lag {
-    fn rows(&self, width: usize) -> usize {
-        self.hidden.len() / width
-    }
-
     /// The model was fed `tokens` from `position` on and gave `hidden`.
     fn extend<'r>(&mut self, position: u64, tokens: &[u32], hidden: impl Iterator<Item = &'r [f32]>) {
         if self.hidden.is_empty() {
@@ -214,6 +203,7 @@ impl Drafter for Model {
             lag.next.push(*next);
             self.shortlist.feed(&[*next]);
         }
+        self.catch_up(runs.iter().map(|&(s, _)| (s, PROMPT_LAG)))?;
         let mut drafts = vec![Vec::with_capacity(count); runs.len()];
         let mut position: Vec<u64> = Vec::new();
         let inputs: Vec<DraftInput<'_>> = runs

@@ -87,6 +87,8 @@ pub struct Planner {
     before: Option<(usize, f64)>,
     /// The draft was fed what it missed since the last stretch with drafts.
     caught_up: bool,
+    /// The first two stretches are over.
+    warm: bool,
     /// The stretches to begin with.
     plan: VecDeque<usize>,
     /// Steps since the last trial.
@@ -157,8 +159,8 @@ impl Planner {
             stretch: Stretch::default(),
             before: None,
             caught_up: false,
-            // what is slow since it is done for the first time is so on one side of a comparison: so there are two
             plan: if most > 0 { VecDeque::from([1, 0]) } else { VecDeque::new() },
+            warm: false,
             since_trial: 0,
             tried_from: None,
             idle_trials: 0,
@@ -236,7 +238,10 @@ impl Planner {
         self.stretch.push(seconds);
         let Some(((before, old), new)) = self.before.zip(self.stretch.median()) else { return };
         self.before = None;
-        self.compare((before, old), (drafts, new));
+        // whatever is done for the first time is slow, which says nothing
+        if std::mem::replace(&mut self.warm, true) {
+            self.compare((before, old), (drafts, new));
+        }
     }
 
     /// Learns from two stretches what steps of the number of drafts that is known less cost.
@@ -244,7 +249,8 @@ impl Planner {
         let known = |&(drafts, _): &(usize, f64)| (drafts == 0, self.costs[drafts].seen);
         let (known, other) = if known(&a) >= known(&b) { (a, b) } else { (b, a) };
         let multiple = self.cost(known.0) * other.1 / known.1.max(1e-9);
-        self.costs[other.0].learn(multiple);
+        // no work is cheaper than none
+        self.costs[other.0].learn(multiple.max(1.0));
     }
 
     /// The number with the most tokens a second, no more than one above those that were measured; none unless it is better by a margin.
