@@ -301,7 +301,7 @@ impl Panel {
         k.offset(self.a, bytes)
     }
 
-    /// Products of at most [`STRIPS`] tiles with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`.
+    /// Products of at most `STRIPS` tiles with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`.
     pub fn products(
         &self,
         k: &mut KernelBuilder,

@@ -1,6 +1,6 @@
 //! `experts` of many tokens on a GPU.
 //!
-//! norm_router      blocks as in [`many`](super::many)
+//! norm_router      blocks as in `many.rs`
 //! .choose          a warp a token
 //! .dispatch        a block for 1024 choices: a thread an expert counts them; tail: where each begins among all, and lists them
 //! experts_gate_up  blocks (32 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)

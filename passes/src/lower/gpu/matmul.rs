@@ -1,6 +1,6 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! Of few rows, and of [`many`](super::many):
+//! Of few rows, and of `many.rs`:
 //!
 //! task     some tiles of 16 weight rows ([`tile`](super::tile)), for all rows of the step, eight at a time
 //! ahead    the warps' first codes into registers, the rest of the tiles towards L2
