@@ -199,8 +199,16 @@ pub struct Run {
     pub replay: Val,
     /// Whether its tokens are kept instead of done.
     pub tentative: Val,
-    /// Where positions of tokens are.
-    pub positions: Port,
+    positions: Port,
+}
+
+impl Run {
+    /// Whether the sequence begins with its first token, so that its states are zeros.
+    pub fn is_fresh(&self, k: &mut KernelBuilder) -> Val {
+        let positions = k.param(self.positions);
+        let (zero, position) = (k.const_i64(0), k.load_index(positions, self.begin));
+        k.cmp(Pred::Eq, position, zero)
+    }
 }
 
 impl SequencePorts {
@@ -362,9 +370,7 @@ impl Mixer {
         let some = k.cmp(Pred::Lt, run.begin, run.end);
         let zero = k.const_i64(0);
         k.if_then(some, |k| {
-            let positions = k.param(run.positions);
-            let first = k.load_index(positions, run.begin);
-            let fresh = k.cmp(Pred::Eq, first, zero);
+            let fresh = run.is_fresh(k);
             k.if_then(fresh, |k| self.clear(k, run.slot, head, (q_window, k_window)));
             let kept = k.cmp(Pred::Gt, run.replay, zero);
             k.if_then(kept, |k| self.accept(k, run, head, (q_window, k_window)));

@@ -20,9 +20,7 @@ use super::attention::sequence_of;
 use super::delta_rule::{BLOCK, Block, SHORT, Smem, Tile, Tokens, norm_out, normed, short_run};
 use super::{Place, begin, lanes_of, warp_sum};
 
-/// Threads of a block that sweeps, at most.
-const SWEEP_THREADS: u64 = 256;
-/// Threads of the other blocks: a warp a token of 8.
+/// Threads of a block: a warp a token of 8; those that sweep need no more.
 const THREADS: u64 = BLOCK * 32;
 
 /// The kernels of long runs.
@@ -42,7 +40,7 @@ impl<'a> Long<'a> {
         let of = |slices: u64| Self { mixer, sequences, tile: Tile::long(mixer, dv / slices), slices };
         // a window is taken from the run's own tokens
         let takes = mixer.q.taps <= SHORT;
-        slices.map(of).find(|long| takes && long.tile.threads() <= SWEEP_THREADS)
+        slices.map(of).find(|long| takes && long.tile.threads() <= THREADS)
     }
 
     /// The kernels.
@@ -72,12 +70,10 @@ impl<'a> Long<'a> {
     }
 
     fn sweep(&self, site: &Site<'_>, ports: &Ports) -> Kernel {
-        let (mixer, tile) = (self.mixer, self.tile);
-        let heads = mixer.q.heads;
+        let heads = self.mixer.q.heads;
         let grid = Self::only_long(Extent::from(Sym::T).ceil_div(BLOCK) * heads.into());
         let mut k = ports.builder_of(site, ".long", grid);
-        let threads = THREADS.max(tile.threads());
-        k.threads(threads as u32);
+        k.threads(THREADS as u32);
         let partials = k.partials(DType::F32, self.task_elems());
         let (place, task) = (Place::here(&mut k), k.task());
         let (block, head) = (k.div_const(task, heads), k.rem_const(task, heads));
@@ -85,23 +81,19 @@ impl<'a> Long<'a> {
         let mine = row_ptr(&mut k, partials, task, self.task_elems());
         let (first, count) = (k.mul_const(block, BLOCK), k.dim(Sym::T));
         let t = k.add(first, place.warp);
-        let (room, exists) = (k.index(BLOCK), k.cmp(Pred::Lt, t, count));
-        let has_row = k.cmp(Pred::Lt, place.warp, room);
-        let exists = k.and(exists, has_row);
+        let exists = k.cmp(Pred::Lt, t, count);
         k.if_then(exists, |k| {
             let b = sequence_of(k, self.sequences.cu_seqlens(), place.lane, t);
             let run = self.sequences.run(k, b);
-            let (zero, is_short) = (k.const_i64(0), short_run(k, &run));
-            let (is_long, live) = (k.not(is_short), k.cmp(Pred::Ge, run.slot, zero));
-            let works = k.and(is_long, live);
+            let works = is_swept(k, &run);
             let token = Token { long: self, place, run, head, t, mine };
             k.if_then(works, |k| token.hand_over(k));
         });
-        let grid = Self::only_long(Extent::from(Sym::B) * (mixer.v.heads * self.slices).into());
-        k.finish_with_tail_grid(grid, |k| self.tail(k, threads))
+        let grid = Self::only_long(Extent::from(Sym::B) * (self.mixer.v.heads * self.slices).into());
+        k.finish_with_tail_grid(grid, |k| self.tail(k))
     }
 
-    fn tail(&self, k: &mut KernelBuilder, threads: u64) {
+    fn tail(&self, k: &mut KernelBuilder) {
         let (mixer, tile) = (self.mixer, self.tile);
         let partials = k.partials(DType::F32, self.task_elems());
         let smem = Smem::alloc(k, mixer, &tile);
@@ -110,13 +102,11 @@ impl<'a> Long<'a> {
         let (b, value_head) = (k.div_const(pair, mixer.v.heads), k.rem_const(pair, mixer.v.heads));
         k.wait();
         let run = self.sequences.run(k, b);
-        let (zero, is_short) = (k.const_i64(0), short_run(k, &run));
-        let (is_long, live) = (k.not(is_short), k.cmp(Pred::Ge, run.slot, zero));
-        let works = k.and(is_long, live);
+        let works = is_swept(k, &run);
         let (head, own) =
             (k.div_const(value_head, mixer.shared_heads()), k.rem_const(value_head, mixer.shared_heads()));
         let block = Block { mixer, tile, place, run, head, slice, smem };
-        let sweep = Sweep { long: self, block, partials, own, threads };
+        let sweep = Sweep { long: self, block, partials, own };
         k.if_then(works, |k| sweep.run(k, value_head));
     }
 
@@ -155,6 +145,13 @@ impl<'a> Long<'a> {
     }
 }
 
+/// Whether a sequence has a state and a run that is long.
+fn is_swept(k: &mut KernelBuilder, run: &Run) -> Val {
+    let (zero, is_short) = (k.const_i64(0), short_run(k, run));
+    let (is_long, live) = (k.not(is_short), k.cmp(Pred::Ge, run.slot, zero));
+    k.and(is_long, live)
+}
+
 /// Puts the run's last inputs into its windows.
 fn move_windows(k: &mut KernelBuilder, mixer: &Mixer, run: &Run, thread: Val) {
     let zero = k.const_i64(0);
@@ -184,11 +181,11 @@ struct Token<'a> {
 impl Token<'_> {
     /// Convolutions, norms and gates.
     fn hand_over(&self, k: &mut KernelBuilder) {
-        let (long, mixer, row) = (self.long, self.long.mixer, self.place.warp);
+        let (long, mixer, row, fresh) = (self.long, self.long.mixer, self.place.warp, self.run.is_fresh(k));
         let keys = pad(mixer.k.width);
         let to = row_ptr(k, self.mine, row, long.row_elems());
         let rows = [(&mixer.q, mixer.scale), (&mixer.k, 1.0)].map(|(stream, scale)| {
-            let x = self.convolved(k, stream, self.head);
+            let x = self.convolved(k, stream, self.head, fresh);
             normed(k, mixer, &x, scale)
         });
         let places = self.place.places(k, keys);
@@ -203,7 +200,7 @@ impl Token<'_> {
         for i in 0..mixer.shared_heads() {
             let number = k.index(i);
             let head = mixer.value_head(k, self.head, number);
-            let values = self.convolved(k, &mixer.v, head);
+            let values = self.convolved(k, &mixer.v, head, fresh);
             let bytes = k.index((2 * keys + i * pad(mixer.v.width)) * 4);
             let to = k.offset(to, bytes);
             let places = self.place.places(k, pad(mixer.v.width));
@@ -226,10 +223,7 @@ impl Token<'_> {
     }
 
     /// `silu(conv1d(x))` of one head: the elements of this thread.
-    fn convolved(&self, k: &mut KernelBuilder, stream: &Stream, head: Val) -> Vec<Val> {
-        let (positions, zero) = (k.param(self.run.positions), k.const_i64(0));
-        let position = k.load_index(positions, self.run.begin);
-        let fresh = k.cmp(Pred::Eq, position, zero);
+    fn convolved(&self, k: &mut KernelBuilder, stream: &Stream, head: Val, fresh: Val) -> Vec<Val> {
         let places = self.place.places(k, pad(stream.width));
         let (x, w, window) = (k.param(stream.x), k.param(stream.w), stream.window(k, self.run.slot, head));
         let [x, w] = [x, w].map(|p| row_ptr(k, p, head, pad(stream.width)));
@@ -270,7 +264,6 @@ struct Sweep<'a> {
     partials: Val,
     /// The value head among those that share its key head.
     own: Val,
-    threads: u64,
 }
 
 /// Rows of a block of 8 tokens.
@@ -293,9 +286,7 @@ impl Rows {
 impl Sweep<'_> {
     fn run(&self, k: &mut KernelBuilder, value_head: Val) {
         let (block, run) = (&self.block, &self.block.run);
-        let positions = k.param(run.positions);
-        let (zero, position) = (k.const_i64(0), k.load_index(positions, run.begin));
-        let fresh = k.cmp(Pred::Eq, position, zero);
+        let fresh = run.is_fresh(k);
         let turn = block.turn_of(k, value_head);
         let state = block.load_state(k, &turn, fresh);
         let state = block.replay(k, &turn, &state, fresh);
@@ -348,7 +339,7 @@ impl Sweep<'_> {
         let columns = k.mul_const(block.slice, block.tile.columns);
         let skipped = k.add(skipped, columns);
         let mut loaded: Vec<Val> = (0..self.quads())
-            .step_by(self.threads as usize)
+            .step_by(THREADS as usize)
             .flat_map(|begin| {
                 let quad = k.add_const(block.place.thread, begin);
                 let last = k.index(self.quads() - 1);
@@ -388,7 +379,7 @@ impl Sweep<'_> {
     fn stage(&self, k: &mut KernelBuilder, staged: &[Val]) {
         let (smem, thread) = (&self.block.smem, self.block.place.thread);
         let (gate, quads) = staged.split_last().expect("there is a gate");
-        for (begin, quad) in (0..self.quads()).step_by(self.threads as usize).zip(quads.chunks(4)) {
+        for (begin, quad) in (0..self.quads()).step_by(THREADS as usize).zip(quads.chunks(4)) {
             let at = k.add_const(thread, begin);
             let end = k.index(self.quads());
             let exists = k.cmp(Pred::Lt, at, end);

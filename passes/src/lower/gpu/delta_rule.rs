@@ -295,9 +295,7 @@ impl Block<'_> {
 
     /// All tokens of the sequence.
     fn run(&self, k: &mut KernelBuilder) {
-        let positions = k.param(self.run.positions);
-        let (zero, position) = (k.const_i64(0), k.load_index(positions, self.run.begin));
-        let fresh = k.cmp(Pred::Eq, position, zero);
+        let fresh = self.run.is_fresh(k);
         k.for_range(self.tile.turns, 1, |k, turn| {
             let turn = self.turn(k, turn);
             let windows = turn.channels.iter().flat_map(|c| self.load_window(k, c, fresh)).collect::<Vec<_>>();
