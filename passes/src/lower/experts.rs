@@ -293,17 +293,20 @@ fn bump(k: &mut KernelBuilder, counts: Val, at: Val) -> Val {
 
 /// Where the choices of a step are, by expert.
 #[derive(Clone, Copy)]
-struct Choices {
-    order: Port,
-    table: Port,
-    layout: Table,
+pub struct Choices {
+    /// Choices by expert.
+    pub order: Port,
+    /// See [`Table`].
+    pub table: Port,
+    /// Its layout.
+    pub layout: Table,
     /// Experts of a token.
-    each: u64,
+    pub each: u64,
 }
 
 impl Choices {
     /// The number of the choice at a place, and its token.
-    fn at(self, k: &mut KernelBuilder, place: Val) -> (Val, Val) {
+    pub fn at(self, k: &mut KernelBuilder, place: Val) -> (Val, Val) {
         let order = k.param(self.order);
         let number = k.load_index(order, place);
         (number, k.div_const(number, self.each))

@@ -16,7 +16,7 @@ use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym, pad};
 
 use super::super::LowerError;
-use super::super::experts::Table;
+use super::super::experts::{Choices, Table};
 use super::super::matmul::{Normed, Residual, Rows, in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::many::{FEW_ROWS, TILES, few, few_rows, some, some_tokens};
@@ -490,7 +490,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         routed: (routed, [gate, up]),
         dense: (dense, [s_gate, s_up]),
         split,
-        dispatch: many_experts::Dispatch { order, table, layout: Table { experts }, choices },
+        choices: Choices { order, table, layout: Table { experts }, each: choices },
         width,
         outs: [(h, pad(width)), (s, s_stride)],
     };
@@ -519,18 +519,12 @@ pub struct Down {
     pub s: Rows,
     /// Weights of a token's choices.
     pub weights: Port,
-    /// Choices by expert.
-    pub order: Port,
-    /// See [`Table`].
-    pub table: Port,
     /// The weight of the shared expert.
     pub shared: Port,
     /// Where results go.
     pub residual: Residual,
-    /// The layout of `table`.
-    pub layout: Table,
-    /// Experts of a token.
-    pub choices: u64,
+    /// Who chose whom.
+    pub choices: Choices,
     /// Tiles of an expert.
     pub tiles: u64,
 }
@@ -547,14 +541,16 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         h: Rows::Plain { x: read(&mut ports, "h"), stride: pad(shape[2]) },
         s: Rows::Plain { x: read(&mut ports, "s"), stride: site.stride(site.named("s")) },
         weights: read(&mut ports, "weights"),
-        order: read(&mut ports, "order"),
-        table: read(&mut ports, "table"),
+        choices: Choices {
+            order: read(&mut ports, "order"),
+            table: read(&mut ports, "table"),
+            layout: Table { experts: shape[0] },
+            each: choices,
+        },
         shared: read(&mut ports, "shared"),
         w_down: read(&mut ports, "w_down"),
         s_down: read(&mut ports, "s_down"),
         residual: Residual::ports(site, &mut ports)?,
-        layout: Table { experts: shape[0] },
-        choices,
         tiles: pad(shape[1]) / LANES,
     };
     let sym = site.rows(site.result(0))?;
@@ -573,7 +569,7 @@ impl Down {
     /// The kernel for few tokens, or for some, `at_once` at a time.
     fn kernel(&self, mut k: KernelBuilder, sym: Sym, at_once: u64) -> Kernel {
         k.threads(DOWN_WARPS as u32 * 32);
-        let sums = k.shared(DType::F32, at_once * (self.choices + 1) * LANES);
+        let sums = k.shared(DType::F32, at_once * (self.choices.each + 1) * LANES);
         let place = Place::here(&mut k);
         let (tile, base) = (k.task(), k.param(self.s_down));
         let dense = self.dense.own_tile(&mut k, base, tile);
@@ -603,9 +599,9 @@ impl Down {
 
     /// The products of some tokens: warps take the shared expert, eight tokens at a time, then the chosen ones in turn.
     fn products(&self, k: &mut KernelBuilder, place: Place, dense: super::tile::Tile, part: &Part) {
-        let (zero, one, experts) = (k.const_i64(0), k.const_i64(1), k.index(self.layout.experts));
+        let (zero, one, experts) = (k.const_i64(0), k.const_i64(1), k.index(self.choices.layout.experts));
         let groups = part.at_once / TOKENS;
-        let most = k.mul_const(k.dim(Sym::T), self.choices);
+        let most = k.mul_const(k.dim(Sym::T), self.choices.each);
         let most = k.min_i64(most, experts);
         let units = k.add_const(most, groups);
         k.for_each((place.warp, units, DOWN_WARPS), |k, unit| {
@@ -625,7 +621,7 @@ impl Down {
                         let token = k.add(part.first, token);
                         let x = load_row(k, &self.s, token, product.q());
                         let result = product.run(k, x, ahead)[0];
-                        let routed_sums = k.index(part.at_once * self.choices);
+                        let routed_sums = k.index(part.at_once * self.choices.each);
                         let range = (begin, part.tokens);
                         self.keep(k, &product, result, range, part.sums, &mut |k, i| k.add(routed_sums, i));
                     });
@@ -633,8 +629,8 @@ impl Down {
                 },
                 |k| {
                     let number = k.sub(unit, end);
-                    let table = k.param(self.table);
-                    let e = self.layout.active(k, table, number);
+                    let table = k.param(self.choices.table);
+                    let e = self.choices.layout.active(k, table, number);
                     let chosen = k.cmp(Pred::Ge, e, zero);
                     k.if_then(chosen, |k| self.routed(k, place, e, part));
                     Vec::new()
@@ -645,13 +641,14 @@ impl Down {
 
     /// The products of chosen expert `e` with those of its tokens that are in the part.
     fn routed(&self, k: &mut KernelBuilder, place: Place, e: Val, part: &Part) {
-        let (table, order, base, tile) = (k.param(self.table), k.param(self.order), k.param(self.w_down), k.task());
+        let (table, order, base, tile) =
+            (k.param(self.choices.table), k.param(self.choices.order), k.param(self.w_down), k.task());
         let own = k.mul_const(e, self.tiles);
         let own = k.add(own, tile);
         let weight = self.routed.own_tile(k, base, own);
         let product = Product::new(k, &self.routed, vec![weight], place, 1);
-        let (begin, end) = self.layout.run(k, table, e);
-        let first_choice = k.mul_const(part.first, self.choices);
+        let (begin, end) = self.choices.layout.run(k, table, e);
+        let first_choice = k.mul_const(part.first, self.choices.each);
         let eight = |k: &mut KernelBuilder, from: Val, end: Val| {
             let ahead = product.ahead(k);
             let one = k.const_i64(1);
@@ -674,7 +671,7 @@ impl Down {
             return;
         }
         let end_token = k.add(part.first, part.tokens);
-        let end_choice = k.mul_const(end_token, self.choices);
+        let end_choice = k.mul_const(end_token, self.choices.each);
         let range = [first_choice, end_choice].map(|choice| lower_bound(k, order, (begin, end), choice));
         k.for_each((range[0], range[1], TOKENS), |k, from| eight(k, from, range[1]));
     }
@@ -718,10 +715,10 @@ impl Down {
             let zero = k.const_i64(0);
             let i = k.select(exists, i, zero);
             let token = k.add(part.first, i);
-            let base = k.mul_const(i, self.choices * LANES);
+            let base = k.mul_const(i, self.choices.each * LANES);
             let base = k.add(base, row);
             let at = k.mul_const(i, LANES);
-            let at = k.add_const(at, part.at_once * self.choices * LANES);
+            let at = k.add_const(at, part.at_once * self.choices.each * LANES);
             let at = k.add(at, row);
             let sum = self.weighted(k, token, (part.sums, base, LANES), (part.sums, at));
             store_residual(k, &self.residual, tile, &At { token, exists }, row, sum);
@@ -738,8 +735,8 @@ impl Down {
         (shared_sums, at): (Val, Val),
     ) -> Val {
         let (weights, shared) = (k.param(self.weights), k.param(self.shared));
-        let weights = row_ptr(k, weights, token, pad(self.choices));
-        let (zero, nothing, choices) = (k.const_i64(0), k.const_f32(0.0), k.index(self.choices));
+        let weights = row_ptr(k, weights, token, pad(self.choices.each));
+        let (zero, nothing, choices) = (k.const_i64(0), k.const_f32(0.0), k.index(self.choices.each));
         let routed = k.for_carry((zero, choices, 1), &[nothing], |k, s, sum| {
             let at = k.mul_const(s, stride);
             let at = k.add(base, at);

@@ -6,7 +6,7 @@
 //! epilogue a thread has rows `r` and `r + 8` of a tile, of two tokens of each group of eight
 //! traffic  each weight once for 64 tokens: bound by shared memory
 //!
-//! A node that multiplies rows by a matrix has two kernels: one for steps of at most [`FEW_ROWS`] rows, and this one for others.
+//! A node that multiplies rows by a matrix has two kernels: one for steps of few rows ([`few_rows`]), and this one for others.
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
@@ -16,7 +16,7 @@ use nextc_ir::{DType, Target};
 use super::super::matmul::Rows;
 use super::Place;
 use super::matmul::{At, load_row};
-use super::tile::{Operand, Product, TOKENS};
+use super::tile::{Operand, Product, TOKENS, Tile};
 
 /// Rows of a product of few, and most rows of a step of which kernels that work on experts count as few.
 pub const FEW_ROWS: u64 = 8;
@@ -38,23 +38,16 @@ const STAGE_TURNS: u64 = 4;
 /// Most rows that a kernel for few is used for at all.
 const MOST_FEW_ROWS: u64 = 256;
 
-/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below it would have
-/// fewer blocks than the machine has multiprocessors.
+/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below them it would have
+/// too few blocks to keep the machine busy.
 pub fn few_rows(target: &Target, groups: u64) -> u64 {
     let multiprocessors = target.gpu.as_ref().map_or(1, |g| u64::from(g.multiprocessors));
     (multiprocessors / groups * MANY_TOKENS / 4).clamp(FEW_ROWS, MOST_FEW_ROWS)
 }
 
 /// Most tokens of a step whose experts are those of few tokens each, of a model with so many experts and so many of a token.
-pub const fn some_tokens(experts: u64, choices: u64) -> u64 {
-    let tokens = 4 * experts / choices;
-    if tokens < FEW_ROWS {
-        FEW_ROWS
-    } else if tokens > MOST_FEW_ROWS {
-        MOST_FEW_ROWS
-    } else {
-        tokens
-    }
+pub fn some_tokens(experts: u64, choices: u64) -> u64 {
+    (4 * experts / choices).clamp(FEW_ROWS, MOST_FEW_ROWS)
 }
 
 /// The grid of a kernel for more rows than the first number and at most the second.
@@ -83,6 +76,59 @@ pub fn begin_block(k: &mut KernelBuilder) -> Place {
     // what comes next would take room from the blocks that are still to come
     k.wait();
     Place::here(k)
+}
+
+/// Which tokens and which of `groups` groups of tiles a task is about: the first token, and the group.
+pub fn block_of(k: &mut KernelBuilder, task: Val, groups: u64) -> (Val, Val) {
+    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+    (k.mul_const(block, MANY_TOKENS), group)
+}
+
+/// A warp's tiles of a group of [`TILES`].
+#[derive(Clone, Copy)]
+pub struct OwnTiles {
+    numbers: [Val; WARP_TILES as usize],
+    /// The last tile there is.
+    last: Val,
+}
+
+impl OwnTiles {
+    /// Of the group that begins with tile `first`, where `last` is the last tile.
+    pub fn of(k: &mut KernelBuilder, first: Val, last: Val, place: Place) -> Self {
+        let own = k.mul_const(place.warp, WARP_TILES);
+        let own = k.add(first, own);
+        Self { numbers: std::array::from_fn(|i| k.add_const(own, i as u64)), last }
+    }
+
+    /// Of group `group` of `tiles` tiles.
+    pub fn of_group(k: &mut KernelBuilder, group: Val, tiles: u64, place: Place) -> Self {
+        let (first, last) = (k.mul_const(group, TILES), k.index(tiles - 1));
+        Self::of(k, first, last, place)
+    }
+
+    /// What `tile` gives for each, or for the last where there is none.
+    pub fn load(&self, k: &mut KernelBuilder, tile: impl Fn(&mut KernelBuilder, Val) -> Tile) -> Vec<Tile> {
+        let of = |&number: &Val| {
+            let number = k.min_i64(number, self.last);
+            tile(k, number)
+        };
+        self.numbers.iter().map(of).collect()
+    }
+
+    /// Runs `body(number of a tile, the token if there is one and the tile, its sums)` for each.
+    pub fn each(
+        &self,
+        k: &mut KernelBuilder,
+        at: &At,
+        pair: &Pair,
+        mut body: impl FnMut(&mut KernelBuilder, Val, &At, [Val; 2]),
+    ) {
+        for (&number, &values) in self.numbers.iter().zip(&pair.values) {
+            let exists = k.cmp(Pred::Le, number, self.last);
+            let exists = k.and(exists, at.exists);
+            body(k, number, &At { exists, ..*at }, values);
+        }
+    }
 }
 
 /// Shared memory for the operands of a stage of a product with `operands` operands a turn.

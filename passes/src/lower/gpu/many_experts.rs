@@ -3,7 +3,7 @@
 //! norm_router      blocks as in `many.rs`
 //! .choose          a warp a token
 //! .dispatch        a block for 1024 choices: a thread an expert counts them; tail: where each begins among all, and lists them
-//! experts_gate_up  blocks (32 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
+//! experts_gate_up  blocks (64 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
 //! experts_down     blocks as before, by 16 tiles of the residual stream, hand all products to the tail: a block a token adds up those of
 //!                  its choices in their order
 //!
@@ -14,12 +14,12 @@ use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym, pad};
 
-use super::super::experts::Table;
+use super::super::experts::Choices;
 use super::super::matmul::{Rows, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::experts::{Choice, Down};
-use super::many::{self, FEW_ROWS, MANY_TOKENS, TILES, WARP_TILES, WARPS, few_rows, many, token_blocks};
-use super::matmul::{At, GatePair, own_tiles, store_one, store_residual};
+use super::many::{self, FEW_ROWS, MANY_TOKENS, OwnTiles, TILES, WARPS, few_rows, many, token_blocks};
+use super::matmul::{At, GatePair, store_pair, store_residual};
 use super::tile::{Fragments, Product, Split};
 use super::{Place, begin, lanes_before, warp_count};
 
@@ -58,33 +58,24 @@ impl Router<'_> {
         let place = many::begin_block(&mut k);
         let stage = many::stage(&mut k, 2);
         let (task, count) = (k.task(), k.dim(sym));
-        let (block, number) = (k.div_const(task, all), k.rem_const(task, all));
-        let first = k.mul_const(block, MANY_TOKENS);
+        let (first, number) = many::block_of(&mut k, task, all);
         let ranges = [(0, groups[0]), (groups[0], all)];
         for (is_gate, range) in [false, true].into_iter().zip(ranges) {
             let (fragments, weight) = self.matrices[usize::from(is_gate)];
             number_in_range(&mut k, number, range, |k, group| {
-                let numbers = own_tiles(k, group, place);
-                let (base, last) = (k.param(weight), k.index(fragments.planes.tiles() - 1));
-                let tiles = numbers.map(|n| {
-                    let n = k.min_i64(n, last);
-                    fragments.own_tile(k, base, n)
-                });
-                let product = Product::new(k, &fragments, tiles.to_vec(), place, self.split.warps).precise();
+                let base = k.param(weight);
+                let own = OwnTiles::of_group(k, group, fragments.planes.tiles(), place);
+                let tiles = own.load(k, |k, n| fragments.own_tile(k, base, n));
+                let product = Product::new(k, &fragments, tiles, place, self.split.warps).precise();
                 let out = k.param(outs[if is_gate { 4 } else { 5 }]);
                 let stride = if is_gate { LANES } else { pad(choice.experts) };
                 many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, pair| {
-                    for (&tile, values) in numbers.iter().zip(&pair.values) {
-                        let exists = k.cmp(Pred::Le, tile, last);
-                        let exists = k.and(exists, at.exists);
-                        k.if_then(exists, |k| {
-                            for (i, &value) in (0..).zip(values) {
-                                let value = if is_gate { k.sigmoid(value) } else { value };
-                                let row = k.add_const(pair.row, 8 * i);
-                                store_one(k, (out, stride), at.token, tile, row, value);
-                            }
+                    own.each(k, at, pair, |k, tile, at, values| {
+                        k.if_then(at.exists, |k| {
+                            let values = if is_gate { values.map(|value| k.sigmoid(value)) } else { values };
+                            store_pair(k, (out, stride), at.token, (tile, pair.row), values);
                         });
-                    }
+                    });
                 });
             });
         }
@@ -236,19 +227,6 @@ impl Chunk<'_> {
     }
 }
 
-/// What the router found out.
-#[derive(Clone, Copy)]
-pub struct Dispatch {
-    /// Choices by expert.
-    pub order: Port,
-    /// See [`Table`].
-    pub table: Port,
-    /// Its layout.
-    pub layout: Table,
-    /// Experts of a token.
-    pub choices: u64,
-}
-
 /// Some tokens of an expert: where in `order` they begin, and where its run ends.
 struct Unit {
     expert: Val,
@@ -256,10 +234,10 @@ struct Unit {
     end: Val,
 }
 
-impl Dispatch {
+impl Choices {
     /// Most units of the routed experts.
     fn units(&self, sym: Sym) -> Extent {
-        let choices = Extent::from(sym) * self.choices.into();
+        let choices = Extent::from(sym) * self.each.into();
         token_blocks(choices.clone()) + Extent::from(self.layout.experts).min(choices)
     }
 
@@ -306,12 +284,6 @@ impl Dispatch {
         let skipped = k.mul_const(index, MANY_TOKENS);
         (exists, Unit { expert, first: k.add(begin, skipped), end })
     }
-
-    /// The number of the choice at a place of `order`.
-    fn choice(&self, k: &mut KernelBuilder, at: Val) -> Val {
-        let order = k.param(self.order);
-        k.load_index(order, at)
-    }
 }
 
 /// `experts_gate_up`.
@@ -325,7 +297,7 @@ pub struct GateUp<'a> {
     /// How the kernel for few tokens splits columns.
     pub split: Split,
     /// Who reads what.
-    pub dispatch: Dispatch,
+    pub choices: Choices,
     /// Width of a routed expert.
     pub width: u64,
     /// Where the products of both go, and elements from one row to the next.
@@ -338,7 +310,7 @@ impl GateUp<'_> {
         let (dense_tiles, tiles) = (self.dense.0.planes.tiles(), pad(self.width) / LANES);
         let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(WARPS));
         let shared_tasks = token_blocks(sym) * dense_groups.into();
-        let grid = shared_tasks.clone() + self.dispatch.units(sym) * groups.into();
+        let grid = shared_tasks.clone() + self.choices.units(sym) * groups.into();
         let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
         let place = many::begin_block(&mut k);
         let operands = [self.routed.0, self.dense.0].map(|f| f.operands()).into_iter().max();
@@ -350,8 +322,7 @@ impl GateUp<'_> {
         k.if_else(
             is_shared,
             |k| {
-                let (block, group) = (k.div_const(task, dense_groups), k.rem_const(task, dense_groups));
-                let first = k.mul_const(block, MANY_TOKENS);
+                let (first, group) = many::block_of(k, task, dense_groups);
                 let pair = GatePair::of(k, (&self.dense.0, self.dense.1), (group, dense_tiles), place);
                 let product = Product::new(k, &self.dense.0, pair.tiles.to_vec(), place, self.split.warps);
                 many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, sums| {
@@ -362,19 +333,16 @@ impl GateUp<'_> {
             |k| {
                 let number = k.sub(task, shared_end);
                 let (number, group) = (k.div_const(number, groups), k.rem_const(number, groups));
-                let (exists, unit) = self.dispatch.unit(k, place.lane, number);
+                let (exists, unit) = self.choices.unit(k, place.lane, number);
                 k.if_then(exists, |k| {
                     let pair =
                         GatePair::of_expert(k, (&self.routed.0, self.routed.1), unit.expert, (group, tiles), place);
                     let product = Product::new(k, &self.routed.0, pair.tiles.to_vec(), place, self.split.warps);
-                    let mut row_of = |k: &mut KernelBuilder, at: Val| {
-                        let number = self.dispatch.choice(k, at);
-                        k.div_const(number, self.dispatch.choices)
-                    };
+                    let mut row_of = |k: &mut KernelBuilder, at: Val| self.choices.at(k, at).1;
                     let range = (unit.first, unit.end);
                     many::products(k, (&product, stage), self.rows, range, &mut row_of, &mut |k, at, sums| {
                         let number =
-                            k.if_else(at.exists, |k| vec![self.dispatch.choice(k, at.token)], |_| vec![unit.first])[0];
+                            k.if_else(at.exists, |k| vec![self.choices.at(k, at.token).0], |_| vec![unit.first])[0];
                         pair.store(k, at, sums, routed_out, number);
                     });
                 });
@@ -390,10 +358,9 @@ const COMBINE_THREADS: u64 = WARPS * 32;
 
 /// `experts_down`.
 pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64)) -> Kernel {
-    let dispatch = Dispatch { order: down.order, table: down.table, layout: down.layout, choices: down.choices };
     let (groups, stride) = (down.tiles.div_ceil(TILES), down.tiles * LANES);
     let shared_tasks = token_blocks(sym) * groups.into();
-    let grid = shared_tasks.clone() + dispatch.units(sym) * groups.into();
+    let grid = shared_tasks.clone() + down.choices.units(sym) * groups.into();
     let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
     let place = many::begin_block(&mut k);
     let operands = [down.routed, down.dense].map(|f| f.operands()).into_iter().max();
@@ -403,13 +370,12 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
     let (task, count) = (k.task(), k.dim(sym));
     let shared_end = super::extent(&mut k, &shared_tasks);
     let is_shared = k.cmp(Pred::Lt, task, shared_end);
-    let choices = k.mul_const(count, down.choices);
+    let choices = k.mul_const(count, down.choices.each);
     let block = DownBlock { down, place, stage, partials, stride };
     k.if_else(
         is_shared,
         |k| {
-            let (unit, group) = (k.div_const(task, groups), k.rem_const(task, groups));
-            let (first, zero) = (k.mul_const(unit, MANY_TOKENS), k.const_i64(0));
+            let ((first, group), zero) = (many::block_of(k, task, groups), k.const_i64(0));
             let weight = (&down.dense, k.param(down.s_down), zero);
             block.run(k, weight, group, (&down.s, (first, count)), &mut |_, t| t, &mut |k, t| k.add(choices, t));
             Vec::new()
@@ -417,11 +383,11 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
         |k| {
             let number = k.sub(task, shared_end);
             let (number, group) = (k.div_const(number, groups), k.rem_const(number, groups));
-            let (exists, unit) = dispatch.unit(k, place.lane, number);
+            let (exists, unit) = down.choices.unit(k, place.lane, number);
             k.if_then(exists, |k| {
                 let weight = (&down.routed, k.param(down.w_down), unit.expert);
-                let mut choice = |k: &mut KernelBuilder, at: Val| dispatch.choice(k, at);
-                let mut row = |k: &mut KernelBuilder, at: Val| dispatch.choice(k, at);
+                let mut choice = |k: &mut KernelBuilder, at: Val| down.choices.at(k, at).0;
+                let mut row = |k: &mut KernelBuilder, at: Val| down.choices.at(k, at).0;
                 block.run(k, weight, group, (&down.h, (unit.first, unit.end)), &mut choice, &mut row);
             });
             Vec::new()
@@ -431,7 +397,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
         let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
         begin(k);
         let (thread, token) = (k.thread(), k.task());
-        let (first, choices) = (k.mul_const(token, down.choices), k.mul_const(k.dim(sym), down.choices));
+        let (first, choices) = (k.mul_const(token, down.choices.each), k.mul_const(k.dim(sym), down.choices.each));
         let [sums, shared] = [first, k.add(choices, token)].map(|row| row_ptr(k, partials, row, stride));
         let (zero, end) = (k.const_i64(0), k.index(stride));
         k.for_each((zero, end, COMBINE_THREADS), |k, from| {
@@ -465,27 +431,21 @@ impl DownBlock<'_> {
         row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
         row_to: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
     ) {
-        let tiles = self.down.tiles;
-        let numbers = own_tiles(k, group, self.place);
-        let (last, skipped) = (k.index(tiles - 1), k.mul_const(expert, tiles));
-        let own = numbers.map(|n| {
-            let n = k.min_i64(n, last);
+        let skipped = k.mul_const(expert, self.down.tiles);
+        let own = OwnTiles::of_group(k, group, self.down.tiles, self.place);
+        let tiles = own.load(k, |k, n| {
             let n = k.add(skipped, n);
             fragments.own_tile(k, base, n)
         });
-        let product = Product::new(k, fragments, own[..WARP_TILES as usize].to_vec(), self.place, 1);
+        let product = Product::new(k, fragments, tiles, self.place, 1);
         many::products(k, (&product, self.stage), rows, range, row_of, &mut |k, at, pair| {
             k.if_then(at.exists, |k| {
                 let row = row_to(k, at.token);
-                for (&tile, values) in numbers.iter().zip(&pair.values) {
-                    let exists = k.cmp(Pred::Le, tile, last);
-                    k.if_then(exists, |k| {
-                        for (i, &value) in (0..).zip(values) {
-                            let within = k.add_const(pair.row, 8 * i);
-                            store_one(k, (self.partials, self.stride), row, tile, within, value);
-                        }
+                own.each(k, at, pair, |k, tile, at, values| {
+                    k.if_then(at.exists, |k| {
+                        store_pair(k, (self.partials, self.stride), row, (tile, pair.row), values);
                     });
-                }
+                });
             });
         });
     }

@@ -16,7 +16,7 @@ use nextc_ir::{DType, Op};
 use super::super::LowerError;
 use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::many::{self, MANY_TOKENS, Pair, TILES, WARP_TILES, WARPS, few, few_rows, many, token_blocks};
+use super::many::{self, OwnTiles, Pair, TILES, WARPS, few, few_rows, many, token_blocks};
 use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
 use super::{Place, across, begin, half_warp_sum};
 
@@ -245,36 +245,28 @@ fn linears_of_many(
     let operands = groups.iter().map(|g| g[0].fragments.operands()).max().unwrap_or(1);
     let stage = many::stage(&mut k, operands);
     let (task, count) = (k.task(), k.dim(sym));
-    let (block, number) = (k.div_const(task, all), k.rem_const(task, all));
-    let first = k.mul_const(block, MANY_TOKENS);
+    let (first, number) = many::block_of(&mut k, task, all);
     let mut first_task = 0;
     for group in groups {
         let range = (first_task, first_task + many_tasks(group));
         number_in_range(&mut k, number, range, |k, number| {
             let fragments = group[0].fragments;
             let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
-            let own = k.mul_const(place.warp, WARP_TILES);
-            let own = k.add(chosen.first, own);
-            let numbers = [0, 1].map(|i| k.add_const(own, i));
-            let tiles = numbers.map(|n| {
-                let n = k.min_i64(n, chosen.last);
-                fragments.tile(k, chosen.weight, chosen.scales_at, n)
-            });
-            let product = Product::new(k, &fragments, tiles.to_vec(), place, warps);
+            let own = OwnTiles::of(k, chosen.first, chosen.last, place);
+            let tiles = own.load(k, |k, n| fragments.tile(k, chosen.weight, chosen.scales_at, n));
+            let product = Product::new(k, &fragments, tiles, place, warps);
             many::products(k, (&product, stage), rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
                 let row = k.mul(at.token, chosen.stride);
                 let row = row_ptr(k, chosen.out, row, 1);
-                for (&tile, values) in numbers.iter().zip(&pair.values) {
-                    let exists = k.cmp(Pred::Le, tile, chosen.last);
-                    let exists = k.and(exists, at.exists);
-                    k.if_then(exists, |k| {
+                own.each(k, at, pair, |k, tile, at, values| {
+                    k.if_then(at.exists, |k| {
                         let column = k.mul_const(tile, LANES);
                         let column = k.add(column, pair.row);
                         let lower = k.add_const(column, LANES / 2);
                         k.store(row, column, values[0]);
                         k.store(row, lower, values[1]);
                     });
-                }
+                });
             });
         });
         first_task = range.1;
@@ -422,32 +414,16 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
         ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.operands());
-    let (base, task, last) = (k.param(weight), k.task(), k.index(tiles - 1));
-    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
-    let first = k.mul_const(block, MANY_TOKENS);
-    let numbers = own_tiles(&mut k, group, place);
-    let own = numbers.map(|n| {
-        let n = k.min_i64(n, last);
-        fragments.own_tile(&mut k, base, n)
-    });
-    let product = Product::new(&mut k, &fragments, own.to_vec(), place, split.warps);
+    let (base, task) = (k.param(weight), k.task());
+    let (first, group) = many::block_of(&mut k, task, groups);
+    let own = OwnTiles::of_group(&mut k, group, tiles, place);
+    let own_tiles = own.load(&mut k, |k, n| fragments.own_tile(k, base, n));
+    let product = Product::new(&mut k, &fragments, own_tiles, place, split.warps);
     many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
-        for (&tile, &values) in numbers.iter().zip(&pair.values) {
-            let exists = k.cmp(Pred::Le, tile, last);
-            let exists = k.and(exists, at.exists);
-            store_residual_pair(k, &residual, tile, &At { exists, ..*at }, pair.row, values);
-        }
+        own.each(k, at, pair, |k, tile, at, values| store_residual_pair(k, &residual, tile, at, pair.row, values));
     });
     let many = ports.clone().finish(k.finish());
     Ok(ports.finish(few).then(many))
-}
-
-/// The numbers of a warp's tiles in group `group` of [`TILES`].
-pub fn own_tiles(k: &mut KernelBuilder, group: Val, place: Place) -> [Val; WARP_TILES as usize] {
-    let first = k.mul_const(group, WARPS);
-    let first = k.add(first, place.warp);
-    let first = k.mul_const(first, WARP_TILES);
-    std::array::from_fn(|i| k.add_const(first, i as u64))
 }
 
 /// `linear_wanted`: minus infinity where a tile is not wanted.
@@ -564,8 +540,7 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.operands());
     let (task, to) = (k.task(), k.param(out));
-    let (block, group) = (k.div_const(task, groups), k.rem_const(task, groups));
-    let first = k.mul_const(block, MANY_TOKENS);
+    let (first, group) = many::block_of(&mut k, task, groups);
     let pair = GatePair::of(&mut k, (&fragments, weights), (group, fragments.planes.tiles()), place);
     let product = Product::new(&mut k, &fragments, pair.tiles.to_vec(), place, split.warps);
     many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, sums| {
@@ -622,11 +597,8 @@ impl GatePair {
     pub fn store(&self, k: &mut KernelBuilder, at: &At, sums: &Pair, out: (Val, u64), row: Val) {
         let exists = k.and(at.exists, self.exists);
         k.if_then(exists, |k| {
-            for i in 0..2 {
-                let value = silu_times(k, sums.values[0][i], sums.values[1][i]);
-                let within = k.add_const(sums.row, 8 * i as u64);
-                store_one(k, out, row, self.tile, within, value);
-            }
+            let values = [0, 1].map(|i: usize| silu_times(k, sums.values[0][i], sums.values[1][i]));
+            store_pair(k, out, row, (self.tile, sums.row), values);
         });
     }
 }
@@ -652,4 +624,12 @@ pub fn store_one(k: &mut KernelBuilder, (out, stride): (Val, u64), token: Val, t
     let column = k.mul_const(tile, LANES);
     let column = k.add(column, row);
     k.store(out, column, value);
+}
+
+/// The same of rows `row` and `row + 8`.
+pub fn store_pair(k: &mut KernelBuilder, out: (Val, u64), token: Val, (tile, row): (Val, Val), values: [Val; 2]) {
+    for (i, value) in (0..).zip(values) {
+        let row = k.add_const(row, LANES / 2 * i);
+        store_one(k, out, token, tile, row, value);
+    }
 }
