@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use nextc_ir::cost::Cost;
 use nextc_ir::graph::{Function, Module, NodeId};
+use nextc_ir::kernel::Kernel;
 use nextc_ir::op::Class;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::{Dim, Op, Target, shape::Sym};
@@ -20,8 +21,8 @@ pub struct Step {
 /// One kernel's part of a step.
 #[derive(Clone, Debug)]
 pub struct KernelAccount {
-    /// Its name, as in the kernel module.
-    pub name: String,
+    /// The names, as in the kernel module, of the kernel and of those that do its work for other numbers of tokens.
+    pub names: Vec<String>,
     /// What was fused into it.
     pub doc: String,
     /// Bytes that it must move.
@@ -43,9 +44,16 @@ pub struct LayerAccount {
     pub kernels: Vec<KernelAccount>,
 }
 
+impl KernelAccount {
+    /// The name of the first.
+    pub fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+}
+
 impl LayerAccount {
     /// The sum over its kernels, for one call.
-    pub fn sum(&self, of: fn(&KernelAccount) -> f64) -> f64 {
+    pub fn sum(&self, of: impl Fn(&KernelAccount) -> f64) -> f64 {
         self.kernels.iter().map(of).sum()
     }
 }
@@ -53,15 +61,13 @@ impl LayerAccount {
 /// The layers that `entry` calls, in the order of their first call; nothing if there is no such entry point.
 pub fn layers(fused: &Module, kernels: &KernelModule, target: &Target, entry: &str, step: Step) -> Vec<LayerAccount> {
     let Some(entry) = fused.function(entry) else { return Vec::new() };
-    let first = first_kernels(fused);
     let mut layers: Vec<LayerAccount> = Vec::new();
     for name in calls(entry) {
         if let Some(layer) = layers.iter_mut().find(|l| l.name == name) {
             layer.calls += 1;
         } else if let Some(function) = fused.function(name) {
-            let index = first.get(name).copied().unwrap_or(0);
-            let accounts = kernels_of(function).into_values().enumerate();
-            let accounts = accounts.map(|(i, nodes)| account(function, &nodes, kernels, index + i, target, step));
+            let accounts = kernels_of(function).into_iter();
+            let accounts = accounts.map(|(kernel, nodes)| account(function, (kernel, &nodes), kernels, target, step));
             layers.push(LayerAccount { name: name.to_owned(), calls: 1, kernels: accounts.collect() });
         }
     }
@@ -72,17 +78,6 @@ pub fn layers(fused: &Module, kernels: &KernelModule, target: &Target, entry: &s
 fn calls(entry: &Function) -> Vec<&str> {
     let nodes = entry.order().into_iter().map(|id| entry.node(id));
     nodes.filter(|n| n.op == Op::Call).filter_map(|n| n.attrs.str("function")).collect()
-}
-
-/// The index of each function's first kernel: lowering goes through the functions in their order.
-fn first_kernels(fused: &Module) -> BTreeMap<&str, usize> {
-    let mut next = 0;
-    let mut first = BTreeMap::new();
-    for function in fused.functions.iter().filter(|f| calls(f).is_empty()) {
-        first.insert(function.name.as_str(), next);
-        next += kernels_of(function).len();
-    }
-    first
 }
 
 /// The nodes of each kernel.
@@ -99,24 +94,31 @@ fn kernels_of(function: &Function) -> BTreeMap<u32, Vec<NodeId>> {
 
 fn account(
     function: &Function,
-    nodes: &[NodeId],
+    (index, nodes): (u32, &[NodeId]),
     kernels: &KernelModule,
-    index: usize,
     target: &Target,
     step: Step,
 ) -> KernelAccount {
     let ops = || nodes.iter().map(|&id| function.node(id).op.to_string()).collect::<Vec<_>>().join(" + ");
-    let kernel = kernels.kernels.get(index);
+    let lowered: Vec<_> = lowered(function, index, kernels).collect();
     let cost = nodes.iter().map(|&id| cost_of(function, id)).fold(Cost::default(), |a, b| a + b);
     let tokens = if nodes.iter().any(|&id| is_of_rows(function, id)) { 1.0 } else { step.tokens as f64 };
     let (bytes, flops) = (cost.bytes(tokens, 1.0, step.context as f64), cost.flops(tokens, step.context as f64));
     KernelAccount {
-        name: kernel.map_or_else(ops, |k| k.name.clone()),
-        doc: kernel.map_or_else(ops, |k| k.doc.clone()),
+        names: if lowered.is_empty() { vec![ops()] } else { lowered.iter().map(|k| k.name.clone()).collect() },
+        doc: lowered.first().map_or_else(ops, |k| k.doc.clone()),
         bytes,
         flops,
         ns: 1e9 * (bytes / target.read_bytes_per_s).max(flops / target.flops_per_s) + target.launch_ns,
     }
+}
+
+/// What kernel `index` of a function became: on a GPU one for each way to do it.
+fn lowered<'a>(function: &Function, index: u32, kernels: &'a KernelModule) -> impl Iterator<Item = &'a Kernel> {
+    let prefix = format!("{}.{index}.", function.name);
+    // another function may be called `head.1`
+    let is_op = |rest: &str| rest.starts_with(|c: char| !c.is_ascii_digit());
+    kernels.kernels.iter().filter(move |k| k.name.strip_prefix(&prefix).is_some_and(is_op))
 }
 
 fn cost_of(function: &Function, id: NodeId) -> Cost {

@@ -239,6 +239,9 @@ pub struct ExplainArgs {
     /// Tokens that the sequence already holds.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub context: u64,
+    /// Also build it without weights, run it here with made-up ones, and show what each kernel takes.
+    #[arg(long)]
+    pub measure: bool,
 }
 
 /// Arguments of `ops`.

@@ -159,14 +159,25 @@ fn emit(kernels: &KernelModule, plan: &Plan, target: &Target) -> anyhow::Result<
 /// # Errors
 /// Whatever went wrong; then there is no output file.
 pub fn build(args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
-    let plan = Plan::new(args, None)?;
-    let model = load(args)?;
+    link(&Plan::new(args, None)?, load(args)?, args, output)
+}
+
+/// Compiles a model to an executable without weights, which measures the speed of its kernels with made-up ones.
+/// # Errors
+/// As [`build`].
+pub fn build_without_weights(args: &ModelArgs, mut model: Model, output: &Path) -> anyhow::Result<()> {
+    model.source = None;
+    model.module.info.has_weights = false;
+    link(&Plan::new(args, None)?, model, args, Some(output)).map(|_| ())
+}
+
+fn link(plan: &Plan, model: Model, args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
     let mut compiled = Vec::new();
     for target in std::iter::once(&plan.target).chain(&plan.others) {
         let target = with_model(target, &model);
         let fused = fuse(model.module.clone(), &target)?;
         let kernels = lower_to_kernels(&fused, &target)?;
-        let objects = emit(&kernels, &plan, &target)?;
+        let objects = emit(&kernels, plan, &target)?;
         compiled.push((target, fused, kernels, objects));
     }
     let versions: Vec<_> = compiled

@@ -9,6 +9,7 @@ mod cmd;
 mod compile;
 mod diff;
 mod interrupt;
+mod measure;
 mod show;
 
 use std::process::ExitCode;

@@ -259,6 +259,41 @@ fn explain_accounts_for_kernels_and_memory() {
 }
 
 #[test]
+fn explain_measures_what_each_kernel_takes() {
+    let config = &format!("{DEMO}/config.json");
+    for step in [&["--tokens", "1"], &["--tokens", "4"], &["--tokens", "32"]] {
+        let text = stdout(NEXTC, &[&["explain", config, "--measure", "--context", "64"], &step[..]].concat());
+        let rows =
+            text.lines().filter(|line| line.contains("delta.1.gated_delta_net") || line.contains("fuse.3.linear"));
+        let measured: Vec<f64> = rows.filter_map(|row| share(row)).collect();
+        assert!(measured.len() == 2 && measured.iter().all(|&share| share > 0.0), "{measured:?} in\n{text}");
+        assert_eq!(text.matches("measured: kernels one by one").count(), 2, "{text}");
+    }
+}
+
+/// The percentage in a line.
+fn share(line: &str) -> Option<f64> {
+    line.split(" %").next()?.split_whitespace().next_back()?.parse().ok()
+}
+
+#[test]
+fn explain_names_the_kernels_that_a_layer_has_on_a_gpu() {
+    if !cfg!(feature = "llvm") {
+        return;
+    }
+    let text = stdout(NEXTC, &["explain", DEMO, "--target", "cuda"]);
+    let mut layer = "";
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix('@') {
+            layer = name.split(" x ").next().expect("a line has a first part");
+        } else if line.starts_with("  ") && !line.starts_with("   ") && !layer.is_empty() && line.contains(" FLOP ") {
+            assert!(line[2..].starts_with(&format!("{layer}.")), "{line} in @{layer}");
+        }
+        layer = if line == "memory" { "" } else { layer };
+    }
+}
+
+#[test]
 fn tables_are_printed_as_text_and_json() {
     for (command, entry) in
         [("ops", "gated_delta_net"), ("rules", "norm-linears"), ("passes", "rewrite"), ("formats", "bf16")]

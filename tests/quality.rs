@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use support::exe::{Exe, backends};
 use support::golden::{divergence, root};
 use support::{Feed, Rows, Subject, argmax};
@@ -61,13 +63,18 @@ fn loss(logits: &[f32], target: usize) -> f64 {
     top + sum.ln() - f64::from(logits[target])
 }
 
+/// The validation text of the demo model, and the length of the windows that it is evaluated in.
+fn golden_text(dir: &Path) -> (Vec<i32>, usize) {
+    let text = std::fs::read_to_string(dir.join("golden_nll.json")).expect("the demo model has its golden file");
+    let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let tokens = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
+    (tokens, golden["window"].as_u64().expect("a number") as usize)
+}
+
 #[test]
 fn quantised_demo_models_keep_to_their_lines() {
     let dir = root().join("examples/demo-model");
-    let text = std::fs::read_to_string(dir.join("golden_nll.json")).expect("the demo model has its golden file");
-    let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-    let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
-    let window = golden["window"].as_u64().expect("a number") as usize;
+    let (tokens, window) = golden_text(&dir);
     let vocab = 8192;
     // the widest backend; what is measured is the rounding of weights
     let backend = *backends().last().expect("there is a backend");
@@ -107,4 +114,34 @@ fn quantised_demo_models_keep_to_their_lines() {
         assert!(nats <= limit.nats, "{}: {nats:+} nats a token, at most {:+}", limit.quant, limit.nats);
         assert!(kl <= limit.kl, "{}: KL {kl:e}, at most {:e}", limit.quant, limit.kl);
     }
+}
+
+/// Drafts a step, and the share of them that the README of the demo model says to be right.
+const ACCEPTANCE: [(usize, f64); 3] = [(1, 0.87), (2, 0.79), (3, 0.74)];
+/// How far from that a share may be.
+const ACCEPTANCE_ROOM: f64 = 0.03;
+
+#[test]
+fn as_many_drafts_are_right_as_the_demo_model_promises() {
+    let dir = root().join("examples/demo-model");
+    let (tokens, window) = golden_text(&dir);
+    // 192 greedy tokens after the first 128 of each window of the validation text
+    let prompts: Vec<Vec<i32>> =
+        tokens.chunks(window).filter(|w| w.len() == window).map(|w| w[..128].to_vec()).collect();
+    let exe = Exe::build(&dir, backends().last().expect("there is a backend"), &[]);
+    let ids = exe.ids(&prompts);
+    let mut same = Vec::new();
+    for (drafts, promised) in ACCEPTANCE {
+        let drafts = drafts.to_string();
+        let args = ["--tokens", ids.to_str().expect("UTF-8"), "--max-new-tokens", "192", "--temperature", "0"];
+        let answer =
+            exe.json("generate", &[&args, &["--ignore-eos", "--json", "--draft-tokens", &drafts][..]].concat());
+        let sequences = answer["sequences"].as_array().expect("one for each prompt");
+        let sum = |key: &str| sequences.iter().map(|s| s["mtp"][key].as_f64().expect("a number")).sum::<f64>();
+        let share = sum("accepted") / sum("drafted");
+        println!("{drafts} drafts: {share:.3} of {} right, {promised} promised", sum("drafted"));
+        assert!((share - promised).abs() <= ACCEPTANCE_ROOM, "{drafts} drafts: {share}, promised {promised}");
+        same.push(sequences.iter().map(|s| s["tokens"].clone()).collect::<Vec<_>>());
+    }
+    assert!(same.windows(2).all(|pair| pair[0] == pair[1]), "drafts changed tokens");
 }

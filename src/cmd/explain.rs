@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use anyhow::Context;
+use nextc_frontend::Model;
 use nextc_ir::Module;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::types::StateKind;
@@ -10,6 +12,7 @@ use nextc_ir::types::StateKind;
 use crate::account::{self, KernelAccount, LayerAccount, Step};
 use crate::cli::ExplainArgs;
 use crate::compile::{self, Plan};
+use crate::measure::{Entry, Measured};
 use crate::show;
 
 /// Columns of a bar.
@@ -22,19 +25,32 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let mut plan = Plan::new(&args.model, None)?;
     let model = compile::load(&args.model)?;
     plan.target = compile::target_of(&plan, &model);
-    let fused = compile::fuse(model.module, &plan.target)?;
+    let fused = compile::fuse(model.module.clone(), &plan.target)?;
     let kernels = compile::lower_to_kernels(&fused, &plan.target)?;
     let step = Step { tokens: args.tokens, context: args.context };
+    let measured = if args.measure { measure(args, model, step)? } else { Measured::default() };
     let mut text = heading(&fused, &plan, step);
     let mut described = BTreeSet::new();
     for (entry, title) in [("step", "a step"), ("draft", "a draft of the MTP module")] {
         let layers = account::layers(&fused, &kernels, &plan.target, entry, step);
         if !layers.is_empty() {
-            entry_text(&mut text, title, &layers, step, &mut described);
+            entry_text(&mut text, title, &layers, (step, measured.entry(entry)), &mut described);
         }
     }
-    Memory::of(&kernels).write(&mut text, machine_bytes());
+    // what a card holds is not known here
+    let machine = if plan.target.gpu.is_some() { None } else { machine_bytes() };
+    Memory::of(&kernels).write(&mut text, machine);
     show::print(&text)
+}
+
+/// Builds the model without weights in a folder that goes, and measures it.
+fn measure(args: &ExplainArgs, model: Model, step: Step) -> anyhow::Result<Measured> {
+    let dir = tempfile::tempdir().context("a folder for the executable")?;
+    let executable = dir.path().join("model");
+    let mtp = model.module.info.mtp;
+    compile::build_without_weights(&args.model, model, &executable)?;
+    show::progress("measuring");
+    Measured::of(&executable, step, mtp)
 }
 
 fn put(text: &mut String, line: std::fmt::Arguments<'_>) {
@@ -80,11 +96,17 @@ fn count(n: u64, what: &str) -> String {
 }
 
 /// `described` are the kernels whose fusion has been told already.
-fn entry_text(text: &mut String, title: &str, layers: &[LayerAccount], step: Step, described: &mut BTreeSet<String>) {
+fn entry_text(
+    text: &mut String,
+    title: &str,
+    layers: &[LayerAccount],
+    (step, measured): (Step, Option<&Entry>),
+    described: &mut BTreeSet<String>,
+) {
     let total = |of: fn(&KernelAccount) -> f64| layers.iter().map(|l| l.calls as f64 * l.sum(of)).sum::<f64>();
     let ns = total(|k| k.ns);
     for layer in layers {
-        layer_text(text, layer, ns, described);
+        layer_text(text, layer, (ns, measured), described);
     }
     let launches: u64 = layers.iter().map(|l| l.calls * l.kernels.len() as u64).sum();
     put(
@@ -98,9 +120,25 @@ fn entry_text(text: &mut String, title: &str, layers: &[LayerAccount], step: Ste
             step.tokens as f64 * 1e9 / ns,
         ),
     );
+    let Some(measured) = measured else { return };
+    let took = layers.iter().map(|l| l.calls as f64 * l.sum(|k| measured.ns(k).unwrap_or(0.0))).sum::<f64>();
+    put(
+        text,
+        format_args!(
+            "measured: kernels one by one {}; whole steps {:.1} tokens/s, {:.0} % of the most",
+            show::time_ns(took),
+            measured.tokens_per_s,
+            100.0 * measured.tokens_per_s * ns / (step.tokens as f64 * 1e9),
+        ),
+    );
 }
 
-fn layer_text(text: &mut String, layer: &LayerAccount, total_ns: f64, described: &mut BTreeSet<String>) {
+fn layer_text(
+    text: &mut String,
+    layer: &LayerAccount,
+    (total_ns, measured): (f64, Option<&Entry>),
+    described: &mut BTreeSet<String>,
+) {
     let share = layer.calls as f64 * layer.sum(|k| k.ns) / total_ns;
     put(
         text,
@@ -114,20 +152,29 @@ fn layer_text(text: &mut String, layer: &LayerAccount, total_ns: f64, described:
     );
     for kernel in &layer.kernels {
         let share = layer.calls as f64 * kernel.ns / total_ns;
+        let took = measured.map(|measured| took(measured.ns(kernel), kernel.ns)).unwrap_or_default();
         put(
             text,
             format_args!(
-                "  {:<40} {:>9} {:>12} {:>9}  {}",
-                kernel.name,
+                "  {:<40} {:>9} {:>12} {:>9}{took}  {}",
+                kernel.name(),
                 show::bytes(kernel.bytes),
                 show::flops(kernel.flops),
                 show::time_ns(kernel.ns),
                 show::bar(share, BAR),
             ),
         );
-        if described.insert(kernel.name.clone()) {
+        if described.insert(kernel.name().to_owned()) {
             put(text, format_args!("{}", show::indent(&show::tidy(&kernel.doc), 6)));
         }
+    }
+}
+
+/// The columns of what was measured: the time, and the share of it that the least time is.
+fn took(measured: Option<f64>, least: f64) -> String {
+    match measured {
+        Some(ns) => format!(" {:>9} {:>4.0} %", show::time_ns(ns), 100.0 * least / ns),
+        None => format!(" {:>9} {:>6}", "-", ""),
     }
 }
 
