@@ -83,9 +83,8 @@ impl Case {
         out[0].int().expect("tokens").data().to_vec()
     }
 
-    /// By the kernels.
-    fn compiled(&self, f: &Function) -> Vec<i32> {
-        let target = Target::cpu("test", &[], 512);
+    /// By the kernels for a machine.
+    fn compiled(&self, f: &Function, target: &Target) -> Vec<i32> {
         let syms = [self.tokens.len(), 1, self.edits.len(), self.logits.len()].map(|n| n as u64);
         let mut buffers = Vec::new();
         let mut values: HashMap<Value, usize> = HashMap::new();
@@ -104,7 +103,7 @@ impl Case {
                 values.insert(Value { node, result }, buffers.len());
                 buffers.push(Buffer::uninit(4 * elems));
             }
-            let lowered = lower_group(f, &[node], &target).expect("it lowers");
+            let lowered = lower_group(f, &[node], target).expect("it lowers");
             let place = |bind: &Bind| match bind {
                 Bind::Value(v) => Place::start(values[v]),
                 Bind::Step(input) => unreachable!("{input:?} is no operand"),
@@ -277,12 +276,14 @@ proptest! {
     #[test]
     fn kernels_interpreter_and_description_choose_the_same_tokens(case in case()) {
         let f = function(case.vocab);
-        let (compiled, interpreted) = (case.compiled(&f), case.interpreted(&f));
+        let machines = [Target::cpu("test", &[], 512), Target::gpu("sm_90a").expect("it is known")];
+        let [cpu, gpu] = machines.map(|target| case.compiled(&f, &target));
+        let interpreted = case.interpreted(&f);
         for r in 0..case.logits.len() {
             let (token, margin) = case.described(r);
             if margin > 1e-5 {
                 let token = token.map_or(-1, |t| t as i32);
-                prop_assert_eq!([compiled[r], interpreted[r]], [token; 2], "row {}, margin {}", r, margin);
+                prop_assert_eq!([cpu[r], gpu[r], interpreted[r]], [token; 3], "row {}, margin {}", r, margin);
             }
         }
     }

@@ -9,9 +9,9 @@ use crate::error::Error;
 /// The variable that names the CPU whose code is to be used, where there is code for several.
 pub const CHOICE: &str = "NEXTC_CPU";
 
-/// True if this processor has what the code for a machine uses.
+/// True if this processor has what the code for a machine uses, and the kernel lets this process use it.
 pub fn suits(target: &Target) -> bool {
-    missing_features(&target.features).is_empty()
+    missing_features(&target.features).is_empty() && request_tiles(&target.features).is_ok()
 }
 
 /// Which of the machines that there is code for, the best first, this one is: the first that `suits`, or the one that is `asked` for. If

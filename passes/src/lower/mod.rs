@@ -188,7 +188,7 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
         Op::Argmax => sample::lower_argmax(&site),
         Op::EditLogits => sample::lower_edit_logits(&site),
         Op::TokenWeights => sample::lower_token_weights(&site),
-        Op::Choose => choose::lower_choose(&site),
+        Op::Choose => choose::vectors::lower_choose(&site),
         Op::Accept => sample::lower_accept(&site),
         _ => Err(site.error("it has no skeleton of its own; `rewrite` should have fused it")),
     }

@@ -63,7 +63,7 @@ impl Blocks {
     }
 
     /// Row and blocks of a task: `(row, first block, block behind the last)`.
-    fn task(self, k: &mut KernelBuilder) -> (Val, Val, Val) {
+    pub fn task(self, k: &mut KernelBuilder) -> (Val, Val, Val) {
         let task = k.task();
         let (row, chunk) = (k.div_const(task, self.chunks()), k.rem_const(task, self.chunks()));
         let first = k.mul_const(chunk, CHUNK_BLOCKS);
@@ -159,7 +159,8 @@ pub fn is_finite(k: &mut KernelBuilder, x: Val) -> Val {
     k.cmp(Pred::Lt, magnitude, infinity)
 }
 
-fn chunk_tasks(site: &Site<'_>, blocks: Blocks) -> Result<Extent, LowerError> {
+/// A task for each chunk of each row.
+pub fn chunk_tasks(site: &Site<'_>, blocks: Blocks) -> Result<Extent, LowerError> {
     Ok(Extent::from(site.rows(site.result(0))?) * blocks.chunks().into())
 }
 
@@ -246,6 +247,18 @@ impl Settings {
     }
 }
 
+/// What a row's logits are edited with, as bound.
+#[derive(Clone, Copy, Debug)]
+pub struct Edits([usize; 6]);
+
+/// The edits of one row.
+#[derive(Clone, Copy)]
+pub struct RowEdits {
+    /// How the row is sampled.
+    pub settings: Settings,
+    lists: Lists,
+}
+
 /// Lists that edits come from.
 #[derive(Clone, Copy)]
 struct Lists {
@@ -255,6 +268,23 @@ struct Lists {
     edit_biases: Val,
     edits: (Val, Val),
     drafts: (Val, Val),
+}
+
+impl Edits {
+    /// Binds them.
+    pub fn read(site: &Site<'_>, ports: &mut Ports) -> Self {
+        let names = ["tokens", "factors", "choices", "edit_tokens", "edit_counts", "edit_biases"];
+        Self(names.map(|name| ports.read(name, site.named(name))))
+    }
+
+    /// Those of row `row`.
+    pub fn of_row(self, k: &mut KernelBuilder, row: Val) -> RowEdits {
+        let [tokens, factors, choices, edit_tokens, edit_counts, edit_biases] = self.0.map(|port| k.param(port));
+        let settings = Settings::of(k, factors, choices, row);
+        let edits = (settings.choice(k, Choice::FirstEdit), settings.choice(k, Choice::EndEdit));
+        let drafts = (settings.choice(k, Choice::FirstDraft), settings.choice(k, Choice::EndDraft));
+        RowEdits { settings, lists: Lists { tokens, edit_tokens, edit_counts, edit_biases, edits, drafts } }
+    }
 }
 
 impl Lists {
@@ -274,27 +304,23 @@ impl Lists {
 pub fn lower_edit_logits(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let blocks = Blocks::of(site, site.named("logits"));
-    let names = ["logits", "tokens", "factors", "choices", "edit_tokens", "edit_counts", "edit_biases"];
-    let reads = names.map(|name| ports.read(name, site.named(name)));
+    let edits = Edits::read(site, &mut ports);
+    let logits = ports.read("logits", site.named("logits"));
     let (x, peaks) = (ports.write("x", site.result(0)), ports.write("peaks", site.result(1)));
     let mut k = ports.builder(site, chunk_tasks(site, blocks)?);
     let (row, first, behind) = blocks.task(&mut k);
-    let [logits, tokens, factors, choices, edit_tokens, edit_counts, edit_biases] = reads.map(|port| k.param(port));
-    let (x, peaks) = (k.param(x), k.param(peaks));
+    let (logits, x, peaks) = (k.param(logits), k.param(x), k.param(peaks));
     let logits = row_ptr(&mut k, logits, row, blocks.stride());
     let (x, peaks) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, peaks, row, blocks.peaks_stride()));
-    let settings = Settings::of(&mut k, factors, choices, row);
-    let plain = settings.is_plain(&mut k);
+    let edits = edits.of_row(&mut k, row);
+    let plain = edits.settings.is_plain(&mut k);
     let wanted = k.not(plain);
     k.if_then(wanted, |k| {
         let (lo, hi) = (k.mul_const(first, BLOCK), k.mul_const(behind, BLOCK));
         copy(k, blocks, logits, x, (lo, hi));
-        let edits = (settings.choice(k, Choice::FirstEdit), settings.choice(k, Choice::EndEdit));
-        let drafts = (settings.choice(k, Choice::FirstDraft), settings.choice(k, Choice::EndDraft));
-        let lists = Lists { tokens, edit_tokens, edit_counts, edit_biases, edits, drafts };
-        let chunk = Chunk { x, lo, hi, vocab: blocks.vocab };
-        edit_listed(k, lists, settings, chunk);
-        edit_drafts(k, lists, settings, chunk);
+        let (chunk, all) = (edits.chunk(x, (lo, hi), blocks.vocab), k.const_i64(0));
+        edits.edit_listed(k, chunk, (all, 1));
+        edits.edit_drafts(k, chunk, (all, 1));
         blocks.store_peaks(k, x, peaks, (first, behind), false);
     });
     Ok(ports.finish(k.finish()))
@@ -322,7 +348,7 @@ fn copy(k: &mut KernelBuilder, blocks: Blocks, from: Val, to: Val, (lo, hi): (Va
 
 /// The logits that a task edits.
 #[derive(Clone, Copy)]
-struct Chunk {
+pub struct Chunk {
     x: Val,
     lo: Val,
     hi: Val,
@@ -364,41 +390,52 @@ impl Chunk {
     }
 }
 
-/// The edits of the row's list.
-fn edit_listed(k: &mut KernelBuilder, lists: Lists, settings: Settings, chunk: Chunk) {
-    k.for_each((lists.edits.0, lists.edits.1, 1), |k, i| {
-        let token = k.load(DType::I32, 1, lists.edit_tokens, i);
-        chunk.if_has(k, token, |k, at| {
-            let bias = k.load_f32(lists.edit_biases, i);
-            let count = k.load(DType::I32, 1, lists.edit_counts, i);
-            let drafted = Lists::occurrences(k, lists.tokens, lists.drafts, token);
-            let zero = k.const_i32(0);
-            let unseen = k.cmp(Pred::Lt, count, zero);
-            let listed = k.select(unseen, zero, count);
-            let sum = k.add(listed, drafted);
-            let any = k.cmp(Pred::Gt, drafted, zero);
-            let count = k.select(any, sum, count);
-            chunk.edit(k, settings, (at, bias, count));
-        });
-    });
-}
+impl RowEdits {
+    /// The logits `lo .. hi` of a row, to be edited.
+    pub fn chunk(self, x: Val, (lo, hi): (Val, Val), vocab: u64) -> Chunk {
+        Chunk { x, lo, hi, vocab }
+    }
 
-/// Penalties of the row's drafts that the list does not have, each once.
-fn edit_drafts(k: &mut KernelBuilder, lists: Lists, settings: Settings, chunk: Chunk) {
-    k.for_each((lists.drafts.0, lists.drafts.1, 1), |k, i| {
-        let token = k.load(DType::I32, 1, lists.tokens, i);
-        chunk.if_has(k, token, |k, at| {
-            let listed = Lists::occurrences(k, lists.edit_tokens, lists.edits, token);
-            let earlier = Lists::occurrences(k, lists.tokens, (lists.drafts.0, i), token);
-            let (done, zero) = (k.add(listed, earlier), k.const_i32(0));
-            let first = k.cmp(Pred::Eq, done, zero);
-            k.if_then(first, |k| {
-                let bias = k.const_f32(0.0);
-                let count = Lists::occurrences(k, lists.tokens, lists.drafts, token);
-                chunk.edit(k, settings, (at, bias, count));
+    /// The edits of the row's list: number `first` of it, and every `step`th after that.
+    pub fn edit_listed(self, k: &mut KernelBuilder, chunk: Chunk, (first, step): (Val, u64)) {
+        let lists = self.lists;
+        let first = k.add(lists.edits.0, first);
+        k.for_each((first, lists.edits.1, step), |k, i| {
+            let token = k.load(DType::I32, 1, lists.edit_tokens, i);
+            chunk.if_has(k, token, |k, at| {
+                let bias = k.load_f32(lists.edit_biases, i);
+                let count = k.load(DType::I32, 1, lists.edit_counts, i);
+                let drafted = Lists::occurrences(k, lists.tokens, lists.drafts, token);
+                let zero = k.const_i32(0);
+                let unseen = k.cmp(Pred::Lt, count, zero);
+                let listed = k.select(unseen, zero, count);
+                let sum = k.add(listed, drafted);
+                let any = k.cmp(Pred::Gt, drafted, zero);
+                let count = k.select(any, sum, count);
+                chunk.edit(k, self.settings, (at, bias, count));
             });
         });
-    });
+    }
+
+    /// Penalties of the row's drafts that the list does not have, each once: number `first` of them, and every `step`th after that.
+    pub fn edit_drafts(self, k: &mut KernelBuilder, chunk: Chunk, (first, step): (Val, u64)) {
+        let lists = self.lists;
+        let first = k.add(lists.drafts.0, first);
+        k.for_each((first, lists.drafts.1, step), |k, i| {
+            let token = k.load(DType::I32, 1, lists.tokens, i);
+            chunk.if_has(k, token, |k, at| {
+                let listed = Lists::occurrences(k, lists.edit_tokens, lists.edits, token);
+                let earlier = Lists::occurrences(k, lists.tokens, (lists.drafts.0, i), token);
+                let (done, zero) = (k.add(listed, earlier), k.const_i32(0));
+                let first = k.cmp(Pred::Eq, done, zero);
+                k.if_then(first, |k| {
+                    let bias = k.const_f32(0.0);
+                    let count = Lists::occurrences(k, lists.tokens, lists.drafts, token);
+                    chunk.edit(k, self.settings, (at, bias, count));
+                });
+            });
+        });
+    }
 }
 
 /// `exp((x - largest) / temperature)`: the weight of a logit, of any lanes.

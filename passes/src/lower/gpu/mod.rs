@@ -4,6 +4,7 @@
 //! works. Kernels that have no skeleton here are those of CPUs, run by single threads.
 
 pub mod attention;
+pub mod choose;
 pub mod delta_long;
 pub mod delta_rule;
 pub mod experts;
@@ -11,6 +12,7 @@ pub mod many;
 pub mod many_experts;
 pub mod matmul;
 pub mod rows;
+pub mod sample;
 pub mod tile;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -33,6 +35,9 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::Embed => Some(rows::lower_embed(site)),
         Op::SumSquares => Some(rows::lower_sum_squares(site)),
         Op::Argmax => Some(rows::lower_argmax(site)),
+        Op::EditLogits => Some(sample::lower_edit_logits(site)),
+        Op::TokenWeights => Some(sample::lower_token_weights(site)),
+        Op::Choose => choose::lower_choose(site),
         Op::RmsNorm | Op::RmsNormPlusOne => Some(rows::lower_rms_norm(site)),
         Op::Linear | Op::Linears | Op::NormLinears => Some(matmul::lower_linears(site)),
         Op::LinearWanted => Some(matmul::lower_linear_wanted(site)),

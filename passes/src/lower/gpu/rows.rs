@@ -17,7 +17,7 @@ use super::tile::Fragments;
 use super::{Place, WARP, across, begin, half_warp_sum, warp_max, warp_sum};
 
 /// Threads of a row.
-const THREADS: u64 = 256;
+pub const THREADS: u64 = 256;
 
 /// Makes each task a block for one row, and waits.
 pub fn begin_row(k: &mut KernelBuilder) {
@@ -165,28 +165,8 @@ pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
         begin(k);
         let (place, row) = (Place::here(k), k.task());
         let (x, peaks) = (row_ptr(k, x, row, blocks.stride()), row_ptr(k, peaks, row, blocks.peaks_stride()));
-        let (lowest, count) = (k.const_f32(f32::NEG_INFINITY), k.index(blocks.count()));
-        let peak = k.for_carry((place.thread, count, THREADS), &[lowest], |k, i, acc| {
-            let peak = k.load_f32(peaks, i);
-            vec![k.fmax(acc[0], peak)]
-        })[0];
-        let largest = block_max(k, place, parts, peak);
-        let none = k.const_i32(i32::MAX);
-        let own = k.for_carry((place.thread, count, THREADS), &[none], |k, i, acc| {
-            let (peak, i) = (k.load_f32(peaks, i), k.narrow(i));
-            vec![first_if_equal(k, (peak, largest), i, acc[0])]
-        })[0];
-        let block = block_min(k, place, firsts, own);
-        let block = k.widen(block);
-        let first = k.mul_const(block, BLOCK);
-        let (behind, end) = (k.add_const(first, BLOCK), k.index(blocks.vocab));
-        let (own, end) = (k.add(first, place.thread), k.min_i64(behind, end));
-        let own = k.for_carry((own, end, THREADS), &[none], |k, i, acc| {
-            let (x, i) = (k.load_f32(x, i), k.narrow(i));
-            vec![first_if_equal(k, (x, largest), i, acc[0])]
-        })[0];
-        k.barrier();
-        let at = block_min(k, place, firsts, own);
+        let largest = largest_of(k, place, parts, (blocks, peaks));
+        let at = first_of_largest(k, place, firsts, (blocks, x, peaks), largest);
         let (finite, no) = (is_finite(k, largest), k.const_i32(-1));
         let found = k.select(finite, at, no);
         let zero = k.const_i64(0);
@@ -194,6 +174,41 @@ pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
         k.if_then(leads, |k| k.store(best, row, found));
     });
     Ok(ports.finish(kernel))
+}
+
+/// The largest peak of a row, in all threads of a block of [`THREADS`]; `parts` holds a number a warp.
+pub fn largest_of(k: &mut KernelBuilder, place: Place, parts: Val, (blocks, peaks): (Blocks, Val)) -> Val {
+    let (lowest, count) = (k.const_f32(f32::NEG_INFINITY), k.index(blocks.count()));
+    let peak = k.for_carry((place.thread, count, THREADS), &[lowest], |k, i, acc| {
+        let peak = k.load_f32(peaks, i);
+        vec![k.fmax(acc[0], peak)]
+    })[0];
+    block_max(k, place, parts, peak)
+}
+
+/// Index of the first logit of a row that is `largest`, in all threads; an i32. `parts` holds a number a warp.
+pub fn first_of_largest(
+    k: &mut KernelBuilder,
+    place: Place,
+    parts: Val,
+    (blocks, x, peaks): (Blocks, Val, Val),
+    largest: Val,
+) -> Val {
+    let (none, count) = (k.const_i32(i32::MAX), k.index(blocks.count()));
+    let own = k.for_carry((place.thread, count, THREADS), &[none], |k, i, acc| {
+        let (peak, i) = (k.load_f32(peaks, i), k.narrow(i));
+        vec![first_if_equal(k, (peak, largest), i, acc[0])]
+    })[0];
+    let block = block_min(k, place, parts, own);
+    let block = k.widen(block);
+    let (first, end) = blocks.range(k, block, blocks.vocab);
+    let own = k.add(first, place.thread);
+    let own = k.for_carry((own, end, THREADS), &[none], |k, i, acc| {
+        let (x, i) = (k.load_f32(x, i), k.narrow(i));
+        vec![first_if_equal(k, (x, largest), i, acc[0])]
+    })[0];
+    k.barrier();
+    block_min(k, place, parts, own)
 }
 
 /// The smaller of `i` and `found` if `x` equals `wanted`, else `found`.
