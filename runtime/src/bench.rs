@@ -12,6 +12,9 @@ use crate::engine::{DraftInput, Engine, LogitRows};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::random::Random;
+use crate::sample::rows::Row as SampledRow;
+use crate::sample::settings::parse_number;
+use crate::sample::{Choosing, Edits, Sampling};
 use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
 use crate::step::KernelTime;
@@ -43,6 +46,15 @@ pub struct BenchArgs {
     /// Prompts are processed in steps of at most this many tokens
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..))]
     step_tokens: u64,
+    /// Decode with this temperature, instead of taking the most probable token
+    #[arg(long, value_name = "X", value_parser = parse_number("temperature"), default_value_t = 0.0)]
+    temperature: f64,
+    /// Choose among the K most probable tokens, 0 for all
+    #[arg(long, value_name = "K", value_parser = parse_number("top_k"), default_value_t = 0.0)]
+    top_k: f64,
+    /// Choose among the fewest tokens whose probabilities sum to X
+    #[arg(long, value_name = "X", value_parser = parse_number("top_p"), default_value_t = 1.0)]
+    top_p: f64,
     /// Make weights up; no weights file is needed
     #[arg(long)]
     random_weights: bool,
@@ -115,12 +127,18 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     let mut engine = Engine::new(artifact, &options)?;
     let limits = engine.limits()?;
     let mut results = Vec::with_capacity(rows.len());
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k as usize,
+        top_p: args.top_p,
+        ..Sampling::default()
+    };
     if !args.json {
         print_head(&engine, &limits);
     }
     for row in &rows {
         engine.profile(args.profile);
-        let rates = measure(&mut engine, row, args.repeats)?;
+        let rates = measure(&mut engine, row, &sampling, args.repeats)?;
         let mut result = result(row, &rates, &engine, &limits, options.step_tokens as u64);
         if args.profile {
             result["kernels"] = kernels(&mut engine);
@@ -138,6 +156,7 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
             "weights_bytes": metadata.weights.bytes,
             "read_bytes_per_s": limits.read_bytes_per_s,
             "flops_per_s": limits.flops_per_s,
+            "temperature": args.temperature,
             "rows": results,
         });
         println!("{report}");
@@ -183,14 +202,14 @@ fn check_rows(rows: &[Row], model: &Model) -> Result<(), Error> {
 }
 
 /// Tokens a second of each repetition; one more runs first and does not count.
-fn measure(engine: &mut Engine, row: &Row, repeats: u32) -> Result<Vec<f64>, Error> {
+fn measure(engine: &mut Engine, row: &Row, sampling: &Sampling, repeats: u32) -> Result<Vec<f64>, Error> {
     let mut rates = Vec::with_capacity(repeats as usize);
     for repeat in 0..=repeats {
         let ids: Vec<SequenceId> = (0..row.batch).map(|_| engine.new_sequence()).collect::<Result<_, _>>()?;
         for &id in ids.iter().filter(|_| row.depth > 0) {
             engine.pretend_past(id, row.depth)?;
         }
-        let seconds = run_row(engine, row, &ids, u64::from(repeat))?;
+        let seconds = run_row(engine, row, &ids, &Sampling { seed: repeat.into(), ..sampling.clone() })?;
         if repeat > 0 {
             rates.push((row.tokens * row.batch * row.kind.rounds()) as f64 / seconds);
         }
@@ -201,9 +220,9 @@ fn measure(engine: &mut Engine, row: &Row, repeats: u32) -> Result<Vec<f64>, Err
 }
 
 /// Seconds that the row's tokens take. Token ids are random, so experts are chosen as in text.
-fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Result<f64, Error> {
+fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], sampling: &Sampling) -> Result<f64, Error> {
     let vocab_size = engine.metadata().model.vocab_size.max(1);
-    let mut random = Random(seed);
+    let mut random = Random(sampling.seed);
     let mut draw = |n: u64| (0..n).map(|_| (random.next_bits() % vocab_size) as u32).collect::<Vec<u32>>();
     let tokens: Vec<Vec<u32>> = ids.iter().map(|_| draw(row.tokens)).collect();
     let batch_of = |range: std::ops::Range<usize>| -> Vec<(SequenceId, &[u32])> {
@@ -220,7 +239,7 @@ fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Res
             Kind::Decode => {
                 for i in 0..count {
                     engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
-                    engine.best()?;
+                    choose(engine, ids.len(), sampling, row.depth + i as u64)?;
                 }
             }
             Kind::Draft => draft_chain(engine, ids, &tokens, row.depth, &hidden)?,
@@ -229,6 +248,18 @@ fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], seed: u64) -> Res
         engine.best()?;
     }
     Ok(begun.elapsed().as_secs_f64())
+}
+
+/// Waits for the token after each row of a step of `rows` sequences.
+fn choose(engine: &mut Engine, rows: usize, sampling: &Sampling, position: u64) -> Result<(), Error> {
+    if sampling.temperature == 0.0 {
+        return engine.best().map(drop);
+    }
+    let edits = Edits::default();
+    let position = u32::try_from(position).unwrap_or(u32::MAX);
+    let choosing = |sequence| Some(Choosing { sampling, edits: &edits, sequence, position });
+    let rows: Vec<_> = (0..rows as u32).map(|row| SampledRow { choosing: choosing(row), drafts: (0, 0) }).collect();
+    engine.sample(&rows).map(drop)
 }
 
 /// Drafts after hidden rows, one for each sequence, which give the hidden rows for the next.

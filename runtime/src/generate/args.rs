@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use super::GenerateError;
 use super::draft::DraftTokens;
 use super::requests::{read_ids, read_lines};
-use super::settings::{parse_bias, parse_number};
+use super::settings::parse_bias;
+use crate::sample::settings::parse_number;
 
 /// The arguments of `generate`.
 #[derive(Clone, Debug, clap::Args)]

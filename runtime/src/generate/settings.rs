@@ -108,15 +108,6 @@ fn random_seed() -> u64 {
     std::collections::hash_map::RandomState::new().build_hasher().finish() >> 32
 }
 
-/// Parses the value of the option that sets `name`.
-pub(super) fn parse_number(name: &'static str) -> impl Fn(&str) -> Result<f64, String> + Clone {
-    move |text| {
-        let setting = Setting::find(name).expect("options are named as the table's rows");
-        let value: Option<f64> = text.trim().parse().ok().filter(|&x| setting.check(x).is_ok());
-        value.ok_or_else(|| format!("expected {}", setting.range.expected))
-    }
-}
-
 /// Parses `ID=VALUE`.
 pub(super) fn parse_bias(text: &str) -> Result<(u32, f64), String> {
     let (id, value) = text.split_once('=').ok_or("expected ID=VALUE, a token id and what is added to its logit")?;

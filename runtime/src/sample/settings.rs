@@ -80,3 +80,12 @@ pub const SETTINGS: &[Setting] = &[
     setting!(top_p, "above 0 and at most 1", |x| x > 0.0 && x <= 1.0),
     setting!(min_p, "a number from 0 to 1", |x| (0.0..=1.0).contains(&x)),
 ];
+
+/// Parses the value of the option that sets `name`.
+pub(crate) fn parse_number(name: &'static str) -> impl Fn(&str) -> Result<f64, String> + Clone {
+    move |text| {
+        let setting = Setting::find(name).expect("options are named as the table's rows");
+        let value: Option<f64> = text.trim().parse().ok().filter(|&x| setting.check(x).is_ok());
+        value.ok_or_else(|| format!("expected {}", setting.range.expected))
+    }
+}

@@ -1,7 +1,7 @@
 //! `choose` on a GPU: how a block of threads goes through a row of logits ([`Scan`]).
 //!
 //! task     one row
-//! sums     a warp a block of 256 logits whose peak is high enough, then over warps
+//! sums     a warp a block of 256 logits whose peak is high enough, which a thread sees of one block in each 256; then over warps
 //! search   by bits as by rungs, over the row: nothing is copied
 //! draw     the sums of all blocks in shared memory, of each 32 of them, and the first that passes the target; the same with the logits of
 //!          that block
@@ -24,8 +24,8 @@ use super::{Place, WARP};
 const WARPS: u64 = THREADS / 32;
 /// Entries of which a thread finds the sum before one is picked.
 const GROUP: u64 = 32;
-/// Most blocks whose sums fit shared memory, 12 bytes each.
-const MOST_BLOCKS: u64 = 3072;
+/// Most blocks whose peaks and sums fit shared memory, 16 bytes each.
+const MOST_BLOCKS: u64 = 2560;
 
 /// `choose`, if the sums of all blocks fit.
 pub fn lower_choose(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
@@ -41,7 +41,9 @@ fn lower(site: &Site<'_>, blocks: Blocks) -> Result<Lowered, LowerError> {
     let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
     let entries = blocks.count().max(BLOCK);
     let parts = k.shared(DType::F32, WARPS);
+    let near = k.shared(DType::F32, blocks.count());
     let threads = Threads {
+        held: &[],
         firsts: k.shared(DType::I32, WARPS),
         sums: [(); 2].map(|()| k.shared(DType::I64, WARPS)),
         entries: Entries::shared(&mut k, entries),
@@ -63,14 +65,34 @@ fn lower(site: &Site<'_>, blocks: Blocks) -> Result<Lowered, LowerError> {
         known,
         |_| vec![best],
         |k| {
-            let largest = largest_of(k, threads.place, parts, (blocks, peaks));
+            let held = hold_peaks(k, threads.place, blocks, (peaks, near));
+            let largest = largest_of(k, threads.place, parts, (blocks, near));
             let temperature = settings.factor(k, Factor::Temperature);
-            vec![Row { blocks, x, weights, peaks, largest, temperature }.choose(k, settings, threads)]
+            let row = Row { blocks, x, weights, peaks: near, largest, temperature };
+            vec![row.choose(k, settings, Threads { held: &held, ..threads })]
         },
     );
     let leads = k.cmp(Pred::Eq, threads.place.thread, first);
     k.if_then(leads, |k| k.store(out, row, token[0]));
     Ok(ports.finish(k.finish()))
+}
+
+/// Copies the peaks of a row to shared memory. Gives those of this thread, of one block in each [`THREADS`]: NaN where there is none.
+fn hold_peaks(k: &mut KernelBuilder, place: Place, blocks: Blocks, (peaks, near): (Val, Val)) -> Vec<Val> {
+    let (none, count) = (k.const_f32(f32::NAN), k.index(blocks.count()));
+    let held = (0..blocks.count()).step_by(THREADS as usize).map(|first| {
+        let block = k.add_const(place.thread, first);
+        let exists = k.cmp(Pred::Lt, block, count);
+        let copied = |k: &mut KernelBuilder| {
+            let peak = k.load_f32(peaks, block);
+            k.store(near, block, peak);
+            vec![peak]
+        };
+        k.if_else(exists, copied, |_| vec![none])[0]
+    });
+    let held = held.collect();
+    k.barrier();
+    held
 }
 
 /// The weight above a logit (i64) and the number of tokens that have it (i32), of each of several parts of a row, in shared memory.
@@ -123,8 +145,10 @@ struct Search {
 
 /// A block of threads. Every value that it gives is the same in all of them.
 #[derive(Clone, Copy)]
-struct Threads {
+struct Threads<'a> {
     place: Place,
+    /// The peaks of this thread's blocks: number `thread`, and every [`THREADS`]th after that.
+    held: &'a [Val],
     /// An i32 a warp.
     firsts: Val,
     /// An i64 a warp, twice.
@@ -134,7 +158,7 @@ struct Threads {
     groups: Entries,
 }
 
-impl Threads {
+impl Threads<'_> {
     /// Sums of two i64 over all threads.
     fn total(self, k: &mut KernelBuilder, own: [Val; 2]) -> [Val; 2] {
         let own = own.map(|x| warp_total(k, x));
@@ -175,6 +199,19 @@ impl Threads {
         let found = self.entries.pick(k, (lo, hi), search, [sum, ties]);
         k.barrier();
         found
+    }
+
+    /// Among the blocks that the threads of this warp hold as number `i`: the first whose peak is at least `threshold`, and the one behind
+    /// the last.
+    fn reached(self, k: &mut KernelBuilder, (i, peak): (usize, Val), threshold: Val) -> (Val, Val) {
+        let reached = k.cmp(Pred::Ge, peak, threshold);
+        let (lane, none, all) = (k.narrow(self.place.lane), k.const_i32(-1), k.const_i32(32));
+        let (first, last) = (k.select(reached, lane, all), k.select(reached, lane, none));
+        let ends = [k.warp_min(first), k.warp_max(last)].map(|lane| k.widen(lane));
+        let of_warp = k.mul_const(self.place.warp, 32);
+        let base = k.add_const(of_warp, i as u64 * THREADS);
+        let behind = k.add_const(ends[1], 1);
+        (k.add(base, ends[0]), k.add(base, behind))
     }
 
     /// Runs `body` for the logits of a block that this thread of a warp has: index, logit, weight. They are four neighbours at a time.
@@ -230,27 +267,31 @@ fn plus_if(k: &mut KernelBuilder, wanted: Val, sum: Val, x: Val) -> Val {
     k.select(wanted, more, sum)
 }
 
-impl Scan for Threads {
+impl Scan for Threads<'_> {
     fn first_of_largest(self, k: &mut KernelBuilder, row: Row) -> Val {
         first_of_largest(k, self.place, self.firsts, (row.blocks, row.x, row.peaks), row.largest)
     }
 
     fn at_least(self, k: &mut KernelBuilder, row: Row, threshold: Val) -> Sum {
-        let (none, one, count) = (k.const_i64(0), k.const_i64(1), k.index(row.blocks.count()));
-        let own = k.for_carry((self.place.warp, count, WARPS), &[none, none], |k, block, sums| {
-            let reached = row.reaches(k, block, threshold);
-            let sums = [sums[0], sums[1]];
-            k.if_else(
-                reached,
-                |k| {
-                    self.each_of_block(k, row, block, sums, |k, (x, w), sums| {
-                        let (wanted, units) = (k.cmp(Pred::Ge, x, threshold), scalar_units(k, w));
-                        [plus_if(k, wanted, sums[0], one), plus_if(k, wanted, sums[1], units)]
-                    })
-                },
-                |_| sums.to_vec(),
-            )
-        });
+        let (none, one) = (k.const_i64(0), k.const_i64(1));
+        let mut own = vec![none, none];
+        for (i, &peak) in self.held.iter().enumerate() {
+            let range = self.reached(k, (i, peak), threshold);
+            own = k.for_carry((range.0, range.1, 1), &own, |k, block, sums| {
+                let reached = row.reaches(k, block, threshold);
+                let sums = [sums[0], sums[1]];
+                k.if_else(
+                    reached,
+                    |k| {
+                        self.each_of_block(k, row, block, sums, |k, (x, w), sums| {
+                            let (wanted, units) = (k.cmp(Pred::Ge, x, threshold), scalar_units(k, w));
+                            [plus_if(k, wanted, sums[0], one), plus_if(k, wanted, sums[1], units)]
+                        })
+                    },
+                    |_| sums.to_vec(),
+                )
+            });
+        }
         let sums = self.total(k, [own[0], own[1]]);
         Sum { count: sums[0], weight: sums[1] }
     }
