@@ -216,7 +216,7 @@ kops! {
     /// (`f32x4`), in the fragments that the manual draws (section 9.7.14.5.8). Every thread of the warp is here.
     Mma { dtype: DType } = "mma" Block;
     /// Asks for `bytes` bytes from byte `at` of a pointer to global memory to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
-    Prefetch = "prefetch" Block;
+    Prefetch = "prefetch" Special;
     /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel reads weights only.
     Wait = "wait" Block;
     /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
@@ -230,11 +230,14 @@ kops! {
     Bf16Row = "bf16_row" Tile;
     /// Two vectors of 16 f32 as 16 pairs of bf16, a pair a lane, the first in the lower half: `(first, second) -> i32x16`. Rounded as `bf16_row` does.
     Bf16Pairs = "bf16_pairs" Tile;
-    /// Products of tiles, `C[i][j] = Σ A[i][k]·B[j][k]` for `rows` times `columns` of them and `k` from 0 on: `(c, a..., b..., count)`. Each pointer `a` and `b` leads to
-    /// `count` tiles of 1 KiB, one after the other, each 16 lines of 64 bytes. A line of an A is 32 numbers of a row, a line of a B one pair of numbers of each of 16
-    /// columns; all are bf16. C is a matrix of `16 · rows` by `16 · columns` f32, row by row; nothing of it is read.
+    /// Sets the sums of tiles of the task to zeros. There are four, 16 by 16 f32 each, which nothing else changes.
+    TileZero = "tile_zero" Tile;
+    /// Adds products of tiles to the sums, `sum[i · columns + j] += A[i]·B[j]` for `rows` times `columns` of them: `(a..., b...)`. Each pointer leads to a tile of
+    /// 1 KiB, 16 lines of 64 bytes. A line of an A is 32 numbers of a row, a line of a B one pair of numbers of each of 16 columns; all are bf16.
     ///
-    /// Per tile `even += a[2p]·b[2p]` and `odd += a[2p+1]·b[2p+1]` by fused multiply-adds over the pairs `p` in order, from zeros; then `c += even + odd`. Numbers
+    /// `even += a[2p]·b[2p]` and `odd += a[2p+1]·b[2p+1]` by fused multiply-adds over the pairs `p` in order, from zeros; then `sum += even + odd`. Numbers
     /// smaller than the least normal one count as zero, as operands and as results. Source: Intel's Software Developer's Manual, TDPBF16PS.
-    TileDot { rows: u32, columns: u32 } = "tile_dot" Tile;
+    TileStep { rows: u32, columns: u32 } = "tile_step" Tile;
+    /// Writes `rows` times `columns` sums as a matrix of `16 · rows` by `16 · columns` f32, row by row: `(c)`.
+    TileStore { rows: u32, columns: u32 } = "tile_store" Tile;
 }

@@ -203,7 +203,9 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
         KOp::Bitcast { dtype } | KOp::Pack { dtype } | KOp::HalfFma { dtype } | KOp::Mma { dtype } => {
             put(out, format_args!(" {dtype} {}", names.list(&s.args)));
         }
-        KOp::TileDot { rows, columns } => put(out, format_args!(" {rows} {columns} {}", names.list(&s.args))),
+        KOp::TileStep { rows, columns } | KOp::TileStore { rows, columns } => {
+            put(out, format_args!(" {rows} {columns} {}", names.list(&s.args)));
+        }
         KOp::Nibble { shift } => put(out, format_args!(" {} {shift}", arg(0))),
         KOp::ShuffleXor { mask } => put(out, format_args!(" {} {mask}", arg(0))),
         KOp::Load { dtype, lanes } => {
