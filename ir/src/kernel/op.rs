@@ -1,7 +1,7 @@
 //! The op table of the kernel IR. Printer, parser, verifier, interpreter, legalisation and both emitters `match` on it
 //! without a wildcard, so that a new op is a compile error wherever it wants thought.
 //!
-//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs. Those of class [`Sig::Tile`] exist in
+//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs; `prefetch` in all kernels. Those of class [`Sig::Tile`] exist in
 //! kernels for CPUs with 512-bit vectors, or with a matrix unit ([`crate::Target::bulk_tile`]).
 
 use crate::dtype::DType;
@@ -216,7 +216,7 @@ kops! {
     /// (`f32x4`), in the fragments that the manual draws (section 9.7.14.5.8). Every thread of the warp is here.
     Mma { dtype: DType } = "mma" Block;
     /// Asks for `bytes` bytes from byte `at` of a pointer to global memory to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
-    Prefetch = "prefetch" Special;
+    Prefetch = "prefetch" Block;
     /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel reads weights only.
     Wait = "wait" Block;
     /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.

@@ -152,7 +152,7 @@ impl<'k> Checker<'k> {
         }
         let misplaced = match stmt.op.sig() {
             Sig::Tile => self.kernel.is_block(),
-            Sig::Block => !self.kernel.is_block(),
+            Sig::Block => !self.kernel.is_block() && stmt.op != KOp::Prefetch,
             _ => self.kernel.is_block() && matches!(stmt.op, KOp::Alloc { .. }),
         };
         if misplaced {
