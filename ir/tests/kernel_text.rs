@@ -79,7 +79,10 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   %54 = bf16_row %53, %53
   %55 = bf16_pairs %53, %53
   %56 = nibble %55 12
-  tile_dot 2 1 %out, %x, %x, %x, %52
+  prefetch %x[%52], %52
+  tile_zero
+  tile_step 2 1 %x, %x, %x
+  tile_store 2 1 %out
 }
 ";
 

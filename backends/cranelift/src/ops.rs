@@ -72,12 +72,16 @@ impl Emitter<'_, '_> {
             | KOp::HalfToFloat
             | KOp::Fp8ToF16
             | KOp::Mma { .. }
-            | KOp::Prefetch
             | KOp::Wait
             | KOp::Release => Err(Error::Block { op: stmt.op.name() }),
-            KOp::Nibble { .. } | KOp::Bf16Row | KOp::Bf16Pairs | KOp::TileDot { .. } => {
-                Err(Error::Tile { op: stmt.op.name() })
-            }
+            // changes nothing
+            KOp::Prefetch => Ok(()),
+            KOp::Nibble { .. }
+            | KOp::Bf16Row
+            | KOp::Bf16Pairs
+            | KOp::TileZero
+            | KOp::TileStep { .. }
+            | KOp::TileStore { .. } => Err(Error::Tile { op: stmt.op.name() }),
         }
     }
 

@@ -151,35 +151,41 @@ fn stored(dtype: DType, x: f32) -> f32 {
 }
 
 /// The scale of four-bit codes with the least squared error among a few: the number of largest magnitude becomes about -8 (there
-/// is no 8), or about 7; each trial's codes then choose their own best scale.
+/// is no 8), or about 7; each trial's codes then choose their own best scale. All trials go over the numbers together, as lanes of vectors.
 fn best_scale(dtype: DType, largest: f32, numbers: &[f32]) -> f32 {
     const TRIALS: [f32; 14] = [-8.0, -7.6, -7.2, -7.8, -7.4, -8.2, -8.4, -8.6, -8.8, 7.0, 7.2, 7.4, 6.8, 6.6];
     if largest == 0.0 {
         return 0.0;
     }
+    let inverses = TRIALS.map(|trial| trial / largest);
+    let (mut products, mut squares, mut errors) = ([0f32; 14], [0f32; 14], [0f32; 14]);
+    for &x in numbers {
+        for ((product, square), inverse) in products.iter_mut().zip(&mut squares).zip(inverses) {
+            let code = nearest_code(x * inverse);
+            *product += x * code;
+            *square += code * code;
+        }
+    }
+    let scales: [f32; 14] = std::array::from_fn(|i| stored(dtype, products[i] / squares[i]));
+    for &x in numbers {
+        for (error, scale) in errors.iter_mut().zip(scales) {
+            let off = x - scale * nearest_code(x / scale);
+            *error += off * off;
+        }
+    }
     let (mut best, mut least) = (stored(dtype, largest / TRIALS[0]), f32::INFINITY);
-    for trial in TRIALS {
-        let inverse = trial / largest;
-        let (mut product, mut square) = (0f32, 0f32);
-        for &x in numbers {
-            let code = (x * inverse).round_ties_even().clamp(-8.0, 7.0);
-            product += x * code;
-            square += code * code;
-        }
-        let scale = stored(dtype, product / square);
-        if !scale.is_finite() || scale == 0.0 {
-            continue;
-        }
-        let error = |x: &f32| {
-            let code = (x / scale).round_ties_even().clamp(-8.0, 7.0);
-            (x - scale * code).powi(2)
-        };
-        let error = numbers.iter().map(error).sum();
-        if error < least {
+    for (scale, error) in scales.into_iter().zip(errors) {
+        if scale.is_finite() && scale != 0.0 && error < least {
             (best, least) = (scale, error);
         }
     }
     best
+}
+
+/// The four-bit code nearest to a number, the even one of two. Where 1.5 · 2^23 is added the last bit counts ones, so the sum is rounded as a code has to be.
+fn nearest_code(x: f32) -> f32 {
+    const ONES: f32 = 12_582_912.0;
+    (x.clamp(-8.0, 7.0) + ONES) - ONES
 }
 
 #[cfg(test)]

@@ -457,10 +457,18 @@ impl KernelBuilder {
     pub fn bf16_pairs(&mut self, first: Val, second: Val) -> Val {
         self.emit(KOp::Bf16Pairs, &[first, second], KType::vector(DType::I32, 16))
     }
-    /// `c = a·b` in tiles, `count` of them deep.
-    pub fn tile_dot(&mut self, c: Val, a: &[Val], b: &[Val], count: Val) {
-        let args: Vec<Val> = [c].iter().chain(a).chain(b).chain([&count]).copied().collect();
-        self.push(KOp::TileDot { rows: a.len() as u32, columns: b.len() as u32 }, &args, Vec::new(), Vec::new());
+    /// `c = Σ a·b` in tiles, `depth` of them one after the other; with tile `i` of each goes `beside(builder, i)`.
+    pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64, beside: impl FnOnce(&mut Self, Val)) {
+        const TILE_BYTES: u64 = 1024;
+        let (rows, columns) = (a.len() as u32, b.len() as u32);
+        self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
+        self.for_range(depth, 1, |k, i| {
+            let bytes = k.mul_const(i, TILE_BYTES);
+            let tiles: Vec<Val> = a.iter().chain(b).map(|&strip| k.offset(strip, bytes)).collect();
+            k.push(KOp::TileStep { rows, columns }, &tiles, Vec::new(), Vec::new());
+            beside(k, i);
+        });
+        self.push(KOp::TileStore { rows, columns }, &[c], Vec::new(), Vec::new());
     }
 
     // ---- control

@@ -1,7 +1,7 @@
 //! The op table of the kernel IR. Printer, parser, verifier, interpreter, legalisation and both emitters `match` on it
 //! without a wildcard, so that a new op is a compile error wherever it wants thought.
 //!
-//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs. Those of class [`Sig::Tile`] exist in
+//! Ops of class [`Sig::Block`] exist in kernels whose tasks are blocks of threads: code for GPUs; `prefetch` in all kernels. Those of class [`Sig::Tile`] exist in
 //! kernels for CPUs with 512-bit vectors, or with a matrix unit ([`crate::Target::bulk_tile`]).
 
 use crate::dtype::DType;
@@ -230,11 +230,14 @@ kops! {
     Bf16Row = "bf16_row" Tile;
     /// Two vectors of 16 f32 as 16 pairs of bf16, a pair a lane, the first in the lower half: `(first, second) -> i32x16`. Rounded as `bf16_row` does.
     Bf16Pairs = "bf16_pairs" Tile;
-    /// Products of tiles, `C[i][j] = Σ A[i][k]·B[j][k]` for `rows` times `columns` of them and `k` from 0 on: `(c, a..., b..., count)`. Each pointer `a` and `b` leads to
-    /// `count` tiles of 1 KiB, one after the other, each 16 lines of 64 bytes. A line of an A is 32 numbers of a row, a line of a B one pair of numbers of each of 16
-    /// columns; all are bf16. C is a matrix of `16 · rows` by `16 · columns` f32, row by row; nothing of it is read.
+    /// Sets the sums of tiles of the task to zeros. There are four, 16 by 16 f32 each, which nothing else changes.
+    TileZero = "tile_zero" Tile;
+    /// Adds products of tiles to the sums, `sum[i · columns + j] += A[i]·B[j]` for `rows` times `columns` of them: `(a..., b...)`. Each pointer leads to a tile of
+    /// 1 KiB, 16 lines of 64 bytes. A line of an A is 32 numbers of a row, a line of a B one pair of numbers of each of 16 columns; all are bf16.
     ///
-    /// Per tile `even += a[2p]·b[2p]` and `odd += a[2p+1]·b[2p+1]` by fused multiply-adds over the pairs `p` in order, from zeros; then `c += even + odd`. Numbers
+    /// `even += a[2p]·b[2p]` and `odd += a[2p+1]·b[2p+1]` by fused multiply-adds over the pairs `p` in order, from zeros; then `sum += even + odd`. Numbers
     /// smaller than the least normal one count as zero, as operands and as results. Source: Intel's Software Developer's Manual, TDPBF16PS.
-    TileDot { rows: u32, columns: u32 } = "tile_dot" Tile;
+    TileStep { rows: u32, columns: u32 } = "tile_step" Tile;
+    /// Writes `rows` times `columns` sums as a matrix of `16 · rows` by `16 · columns` f32, row by row: `(c)`.
+    TileStore { rows: u32, columns: u32 } = "tile_store" Tile;
 }

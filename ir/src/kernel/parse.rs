@@ -217,6 +217,12 @@ impl<'t> Parser<'t> {
         found.ok_or_else(|| ParseError::Name { line, name: name.to_owned(), what: "not defined" })
     }
 
+    /// How many tiles of rows and of columns.
+    fn tiles(&mut self) -> Parsed<(u32, u32)> {
+        let [rows, columns] = [(); 2].map(|()| self.read("a number of tiles", |w| w.parse().ok()));
+        Ok((rows?, columns?))
+    }
+
     fn values(&mut self) -> Parsed<Vec<Val>> {
         let mut values = vec![self.value()?];
         while self.eat(",") {
@@ -434,9 +440,14 @@ impl<'t> Parser<'t> {
                 let words = self.value()?;
                 (KOp::Nibble { shift: self.read("a shift", |w| w.parse().ok())? }, vec![words])
             }
-            "tile_dot" => {
-                let [rows, columns] = [(); 2].map(|()| self.read("a number of tiles", |w| w.parse().ok()));
-                (KOp::TileDot { rows: rows?, columns: columns? }, self.values()?)
+            "tile_zero" => (KOp::TileZero, Vec::new()),
+            "tile_step" => {
+                let (rows, columns) = self.tiles()?;
+                (KOp::TileStep { rows, columns }, self.values()?)
+            }
+            "tile_store" => {
+                let (rows, columns) = self.tiles()?;
+                (KOp::TileStore { rows, columns }, self.values()?)
             }
             "atomic_add" => (KOp::AtomicAdd, self.element_and_value()?),
             "prefetch" => (KOp::Prefetch, self.element_and_value()?),

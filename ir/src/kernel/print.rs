@@ -203,14 +203,16 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
         KOp::Bitcast { dtype } | KOp::Pack { dtype } | KOp::HalfFma { dtype } | KOp::Mma { dtype } => {
             put(out, format_args!(" {dtype} {}", names.list(&s.args)));
         }
-        KOp::TileDot { rows, columns } => put(out, format_args!(" {rows} {columns} {}", names.list(&s.args))),
+        KOp::TileStep { rows, columns } | KOp::TileStore { rows, columns } => {
+            put(out, format_args!(" {rows} {columns} {}", names.list(&s.args)));
+        }
         KOp::Nibble { shift } => put(out, format_args!(" {} {shift}", arg(0))),
         KOp::ShuffleXor { mask } => put(out, format_args!(" {} {mask}", arg(0))),
         KOp::Load { dtype, lanes } => {
             put(out, format_args!(" {} {}[{}]", super::KType::vector(dtype, lanes), arg(0), arg(1)));
         }
         KOp::Store | KOp::AtomicAdd | KOp::Prefetch => put(out, format_args!(" {}[{}], {}", arg(0), arg(1), arg(2))),
-        KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release => {}
+        KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release | KOp::TileZero => {}
         KOp::For => for_head(out, s, names, &arg),
         _ => put(out, format_args!(" {}", names.list(&s.args))),
     }

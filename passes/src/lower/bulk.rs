@@ -2,7 +2,7 @@
 //!
 //! class    tokens of runs longer than 8 are `bulk`; the others take the products of [`super::matmul`], whatever else the step holds
 //! panel    rows of x of a block of tokens, rounded to bf16, as tiles of 16 tokens by 32 columns in scratch
-//! strip    16 weight rows as bf16 tiles of 32 columns: as packed, or dequantised into scratch, once a block of tokens
+//! strip    16 weight rows as bf16 tiles of 32 columns: see [`super::strips`]
 //! dot      two strips of the panel by two of the weight, over all columns; sums are f32, 32 columns by themselves first
 //! epilogue as in [`super::matmul`], a token at a time
 //! traffic  each weight once a task from memory and once a block from the second cache; bound by the matrix unit from about 64 tokens on
@@ -16,16 +16,11 @@ use nextc_ir::target::BulkTile;
 use nextc_ir::types::DECODE_TOKENS;
 use nextc_ir::{DType, Format, Layout};
 
-use super::matmul::{Block, Epilogue, Lanes, Matrix, Rows, Tile, Weight, for_rows, for_tiles, row_ptr, tile_range};
+use super::matmul::{Epilogue, Rows, Weight, for_rows, row_ptr, tile_range};
+use super::packed::Matrix;
 use super::ports::{Port, Ports, Site};
+use super::strips::{Group, LINE_BYTES, STRIPS, Strips, TILE_BYTES, TILE_COLUMNS, for_groups, is_direct};
 
-/// Columns of a tile, and its bytes.
-const TILE_COLUMNS: u64 = 32;
-const TILE_BYTES: u64 = 1024;
-/// Words of a line.
-const LINE_WORDS: u64 = 16;
-/// Most weight strips that a block of 32 tokens is multiplied with before its sums are used, so that these are neighbours in memory.
-const STRIPS: u64 = 4;
 /// Tasks that every thread has at least, where tasks are joined.
 const TASKS_PER_THREAD: u64 = 2;
 
@@ -110,10 +105,15 @@ impl Classes {
         (self.tile.row_tiles / size).min(most).max(1)
     }
 
-    /// How many tiles of such a task are multiplied together.
-    pub fn at_once(self, size: u64, tasks: u64) -> u64 {
+    /// How many tiles of such a task of `matrix` are multiplied together. Packed tiles and those that follow them stay in the second cache beside the panel.
+    pub fn at_once(self, matrix: &Matrix, size: u64, tasks: u64) -> u64 {
         let tiles = size * self.joined(size, tasks);
-        [STRIPS, 2].into_iter().find(|n| tiles.is_multiple_of(*n)).unwrap_or(1)
+        let strip_bytes = matrix.planes.columns.div_ceil(TILE_COLUMNS) * TILE_BYTES;
+        let fits = |n: &u64| {
+            let is_small = *n == 2 || !is_direct(matrix) || n * strip_bytes <= self.tile.panel_bytes / 4;
+            tiles.is_multiple_of(*n) && is_small
+        };
+        [STRIPS, 2].into_iter().find(fits).unwrap_or(1)
     }
 
     /// The tiles that task `group` takes for `bulk` tokens, of `tiles`; none for most tasks where `joined` are one.
@@ -210,8 +210,8 @@ pub struct Panel {
     tokens: u64,
     /// The rows as strips of 16.
     a: Val,
-    /// Dequantised strips, if any weight needs them.
-    b: Option<Val>,
+    /// The weights.
+    strips: Strips,
     /// Sums of 32 tokens by 32 weight rows, for each two strips.
     c: Val,
 }
@@ -222,12 +222,11 @@ impl Panel {
         let columns = matrices[0].planes.columns;
         let strip_words = columns.div_ceil(TILE_COLUMNS) * TILE_BYTES / 4;
         let tokens = classes.tile.tokens(columns);
-        let dequantises = matrices.iter().any(|m| takes(m) && !is_direct(m));
         Self {
             columns,
             tokens,
             a: k.alloc(DType::I32, tokens / LANES * strip_words),
-            b: dequantises.then(|| k.alloc(DType::I32, STRIPS * strip_words)),
+            strips: Strips::alloc(k, matrices, columns),
             c: k.alloc(DType::F32, STRIPS * 2 * LANES * LANES),
         }
     }
@@ -296,20 +295,21 @@ impl Panel {
     /// Pointer to row `i` in its strip's first tile; further tiles are 1 KiB apart.
     fn line(&self, k: &mut KernelBuilder, i: Val) -> Val {
         let (strip, within) = (k.div_const(i, LANES), k.rem_const(i, LANES));
-        let (strip, within) = (k.mul_const(strip, self.depth() * TILE_BYTES), k.mul_const(within, 4 * LINE_WORDS));
+        let (strip, within) = (k.mul_const(strip, self.depth() * TILE_BYTES), k.mul_const(within, LINE_BYTES));
         let bytes = k.add(strip, within);
         k.offset(self.a, bytes)
     }
 
-    /// Products of at most `STRIPS` tiles with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`.
+    /// Products of a group of weights with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`. The group that follows is
+    /// asked for meanwhile.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
-        tiles: &[Tile],
+        group: &Group,
         count: Val,
         each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
     ) {
-        let strips: Vec<Val> = (0..).zip(tiles).map(|(j, tile)| self.strip(k, j, tile)).collect();
+        let (strips, ahead) = (self.strips.unpack(k, group), self.strips.ahead(k, group, count));
         let strips: Vec<&[Val]> = strips.chunks(2).collect();
         let sums: Vec<Val> = (0..strips.len() as u64)
             .map(|pair| {
@@ -317,23 +317,25 @@ impl Panel {
                 k.offset(self.c, bytes)
             })
             .collect();
-        let (zero, depth, end) = (k.const_i64(0), k.index(self.depth()), round_up(k, count, LANES));
+        let (zero, end) = (k.const_i64(0), round_up(k, count, LANES));
         k.for_each((zero, end, 2 * LANES), |k, first| {
-            let low = self.line(k, first);
+            let (low, block) = (self.line(k, first), k.div_const(first, 2 * LANES));
             let (left, one) = (k.sub(end, first), k.index(LANES));
             let two = k.cmp(Pred::Gt, left, one);
+            let dots = |k: &mut KernelBuilder, a: &[Val]| {
+                for (pair, (&c, b)) in sums.iter().zip(&strips).enumerate() {
+                    k.tile_dot(c, (a, b), self.depth(), |k, i| ahead.ask(k, pair, block, i));
+                }
+                Vec::new()
+            };
             k.if_else(
                 two,
                 |k| {
                     let bytes = k.index(self.depth() * TILE_BYTES);
                     let high = k.offset(low, bytes);
-                    sums.iter().zip(&strips).for_each(|(&c, b)| k.tile_dot(c, &[low, high], b, depth));
-                    Vec::new()
+                    dots(k, &[low, high])
                 },
-                |k| {
-                    sums.iter().zip(&strips).for_each(|(&c, b)| k.tile_dot(c, &[low], b, depth));
-                    Vec::new()
-                },
+                |k| dots(k, &[low]),
             );
             let last = k.add_const(first, 2 * LANES);
             let last = k.min_i64(last, count);
@@ -352,48 +354,6 @@ impl Panel {
         });
     }
 
-    /// The tiles of weight strip `j` of those that are multiplied together.
-    fn strip(&self, k: &mut KernelBuilder, j: u64, tile: &Tile) -> Val {
-        match self.b {
-            Some(b) if !is_direct(&tile.matrix) => {
-                let bytes = k.index(j * self.depth() * TILE_BYTES);
-                let to = k.offset(b, bytes);
-                self.dequantise(k, tile, to);
-                to
-            }
-            _ => tile.codes,
-        }
-    }
-
-    /// Writes the numbers of a tile as bf16 lines of two columns.
-    fn dequantise(&self, k: &mut KernelBuilder, tile: &Tile, to: Val) {
-        let format = tile.matrix.planes.format;
-        let block_columns = format.blocks().map_or(self.columns, |b| u64::from(b.columns).min(self.columns));
-        let turn = if block_columns.is_multiple_of(TILE_COLUMNS) { TILE_COLUMNS } else { LANES };
-        let put_block = |k: &mut KernelBuilder, block: Val, columns: u64| {
-            let first = k.mul_const(block, block_columns);
-            let block = tile.block(k, block, Lanes::All);
-            let end = k.add_const(first, columns);
-            let turn = if columns.is_multiple_of(turn) { turn } else { LANES };
-            k.for_each((first, end, turn), |k, column| {
-                for group in 0..turn / format.group_columns() {
-                    let column = k.add_const(column, group * format.group_columns());
-                    put_line(k, tile, block, column, to);
-                }
-            });
-        };
-        let (lo, hi) = (k.const_i64(0), k.index(self.columns / block_columns));
-        k.for_each((lo, hi, 1), |k, block| put_block(k, block, block_columns));
-        if !self.columns.is_multiple_of(block_columns) {
-            put_block(k, hi, self.columns % block_columns);
-        }
-        let nothing = k.splat_i32(16, 0);
-        for column in (self.columns..self.depth() * TILE_COLUMNS).step_by(2) {
-            let at = k.index(column / 2 * LINE_WORDS);
-            k.store(to, at, nothing);
-        }
-    }
-
     /// Rows `first..last` of x against tiles `lo..hi` of a matrix, `at_once` together.
     pub fn emit_tiles(
         &self,
@@ -405,9 +365,12 @@ impl Panel {
     ) {
         self.for_blocks(k, (first, last), |k, begin, count| {
             self.pack(k, rows, count, |k, i| k.add(begin, i));
-            for_tiles(k, (lo, hi), (matrix.tiles(), at_once), |k, tiles| {
-                let pointers: Vec<_> = tiles.iter().map(|&t| matrix.tile(k, weight, t)).collect();
-                self.products(k, &pointers, count, |k, i, values| {
+            let end = k.add(begin, count);
+            let is_last = k.cmp(Pred::Eq, end, last);
+            let after = k.select(is_last, hi, lo);
+            let tiles_at = |k: &mut KernelBuilder, tiles: &[Val]| matrix.tiles_at(k, weight, tiles);
+            for_groups(k, (lo, hi, after), (matrix.tiles(), at_once), tiles_at, |k, tiles, group| {
+                self.products(k, group, count, |k, i, values| {
                     let row = k.add(begin, i);
                     for (&t, &value) in tiles.iter().zip(values) {
                         epilogue(k, t, row, value);
@@ -429,32 +392,17 @@ impl Panel {
         count: Val,
         store: &mut Epilogue<'_>,
     ) {
-        k.for_each((lo, hi, 1), |k, tile| {
-            let number = k.add(begin, tile);
-            let pair = [gate.tile(k, gate_at, number), up.tile(k, up_at, number)];
-            self.products(k, &pair, count, |k, i, values| {
+        let pairs_at = |k: &mut KernelBuilder, tiles: &[Val]| {
+            let numbers: Vec<Val> = tiles.iter().map(|&tile| k.add(begin, tile)).collect();
+            [gate.tiles_at(k, gate_at, &numbers), up.tiles_at(k, up_at, &numbers)].concat()
+        };
+        for_groups(k, (lo, hi, hi), (1, 1), pairs_at, |k, tiles, group| {
+            self.products(k, group, count, |k, i, values| {
                 let g = k.silu(values[0]);
                 let value = k.fmul(g, values[1]);
-                store(k, tile, i, value);
+                store(k, tiles[0], i, value);
             });
         });
-    }
-}
-
-/// True if the packed codes of a matrix are bf16 tiles.
-fn is_direct(matrix: &Matrix) -> bool {
-    matrix.planes.format == Format::Bf16 && matrix.planes.columns.is_multiple_of(TILE_COLUMNS)
-}
-
-/// Writes the numbers of a group of columns, from `column` on.
-fn put_line(k: &mut KernelBuilder, tile: &Tile, block: Block, column: Val, to: Val) {
-    let codes = tile.codes(k, column, Lanes::All);
-    for (pair, codes) in (0..).zip(codes.chunks(2)) {
-        let numbers: Vec<Val> = codes.iter().map(|&code| block.number(k, code)).collect();
-        let words = k.bf16_pairs(numbers[0], numbers[1]);
-        let at = k.add_const(column, 2 * pair);
-        let at = k.mul_const(at, LINE_WORDS / 2);
-        k.store(to, at, words);
     }
 }
 

@@ -1,6 +1,6 @@
 //! `gated_delta_net`: a DeltaNet mixer between its projections, token by token.
 //!
-//! task     one key head of one sequence, with the value heads that share it; tokens in blocks of 8
+//! task     one key head of one sequence, with the value heads that share it; tokens in blocks of 32
 //! replay   before the first block: S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
 //! conv     q, k and v: causal convolution over the window in the conv state, SiLU; the window moves on
 //! prologue q ← scale · q / |q|,  k ← k / |k|,  α = exp(-exp(a_log) · softplus(a + dt_bias)),  β = sigmoid(b)
@@ -245,8 +245,8 @@ impl SequencePorts {
     }
 }
 
-/// Tokens that are swept over the state together.
-const BLOCK: u64 = TENTATIVE_TOKENS;
+/// Most tokens that are swept over the state together, tentative ones among them: so many that copying columns counts little.
+const BLOCK: u64 = 4 * TENTATIVE_TOKENS;
 
 /// From so many tokens of a block on its columns of the state are swept as a copy: rows that follow one another stay in the first cache, where every
 /// eighth line of a matrix does not.

@@ -14,7 +14,8 @@ use nextc_ir::{DType, Op, Type};
 use super::LowerError;
 use super::delta_rule::dot_rows;
 use super::gpu;
-use super::matmul::{Lanes, Matrix, mean_rsqrt, rms_scale, row_ptr, zero_padding};
+use super::matmul::{mean_rsqrt, rms_scale, row_ptr, zero_padding};
+use super::packed::{Lanes, Matrix};
 use super::ports::{Lowered, Port, Ports, Site, describe};
 
 /// `embed`: one row of the packed matrix, which lies in one lane of a tile.

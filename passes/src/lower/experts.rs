@@ -5,7 +5,7 @@
 //! serves one token and a thousand. Every output has one writer, and a token's experts are summed in ascending order.
 //!
 //! norm_router      tasks over tiles of router logits; tail: top-k, weights and dispatch of all tokens
-//! experts_gate_up  tasks (chosen expert, tiles of its width), then tiles of the shared expert
+//! experts_gate_up  tiles of the shared expert, whose tasks take longest where there are many tokens, then tasks (chosen expert, tiles of its width)
 //! experts_down     tasks over tiles of the residual stream: all experts of all tokens for these rows
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -16,10 +16,12 @@ use nextc_ir::{DType, Op};
 use super::LowerError;
 use super::bulk::{self, Class, Classes, Mix, Panel};
 use super::matmul::{
-    GROUP_TILES, Matrix, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, for_tiles,
-    group_tiles, in_range, row_ptr, store_tile, swiglu_rows, tile_range,
+    GROUP_TILES, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, group_tiles, in_range,
+    row_ptr, store_tile, swiglu_rows, tile_range,
 };
+use super::packed::Matrix;
 use super::ports::{Lowered, Port, Ports, Site};
+use super::strips::for_groups;
 
 /// The layout of `dispatch`'s table for a number of experts.
 #[derive(Clone, Copy)]
@@ -360,12 +362,8 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     multiplier.alloc(&mut k, pairs.as_flattened());
     let numbers = multiplier.by_class().map(|(classes, panel)| (classes.mix(&mut k), panel.numbers(&mut k)));
 
-    let (task, tokens) = (k.task(), k.dim(sym));
-    let all_choices = k.mul_const(tokens, each);
-    let all_experts = k.index(experts);
-    let most = k.min_i64(all_choices, all_experts);
-    let routed_tasks = k.mul_const(most, groups);
-    let is_routed = k.cmp(Pred::Lt, task, routed_tasks);
+    let (task, shared_tasks) = (k.task(), k.index(shared_groups));
+    let is_shared = k.cmp(Pred::Lt, task, shared_tasks);
     let front = Front {
         choices: Choices { order, table, layout: Table { experts }, each },
         multiplier,
@@ -378,19 +376,20 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         numbers,
     };
     k.if_else(
-        is_routed,
+        is_shared,
         |k| {
-            let (place, group) = (k.div_const(task, groups), k.rem_const(task, groups));
-            front.choices.expert(k, place, |k, e, run| front.task(k, e, run, group));
+            let s = k.param(s);
+            let weights = ((shared_gate, k.param(s_gate)), (shared_up, k.param(s_up)));
+            let size = (GROUP_TILES, experts * groups);
+            front.multiplier.swiglu_task(k, weights, task, size, &mut |k, tile, row, value| {
+                store_tile(k, s, s_stride, tile, row, value);
+            });
             Vec::new()
         },
         |k| {
-            let (group, s) = (k.sub(task, routed_tasks), k.param(s));
-            let weights = ((shared_gate, k.param(s_gate)), (shared_up, k.param(s_up)));
-            let size = (GROUP_TILES, experts * groups);
-            front.multiplier.swiglu_task(k, weights, group, size, &mut |k, tile, row, value| {
-                store_tile(k, s, s_stride, tile, row, value);
-            });
+            let task = k.sub(task, shared_tasks);
+            let (place, group) = (k.div_const(task, groups), k.rem_const(task, groups));
+            front.choices.expert(k, place, |k, e, run| front.task(k, e, run, group));
             Vec::new()
         },
     );
@@ -488,7 +487,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let bulk = classes.map(|classes| {
         let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
-        let at_once = classes.at_once(size, tasks);
+        let at_once = classes.at_once(&routed, size, tasks);
         BackBulk { classes, mix: classes.mix(&mut k), numbers: h.numbers(&mut k), at_once, h, s }
     });
     let task = k.task();
@@ -609,15 +608,14 @@ impl Back {
                     number
                 });
                 let begin = k.mul_const(e, self.tiles);
-                for_tiles(k, (lo, hi), (self.tiles, bulk.at_once), |k, tiles| {
-                    let weights: Vec<_> = tiles
-                        .iter()
-                        .map(|&tile| {
-                            let number = k.add(begin, tile);
-                            self.routed.0.tile(k, self.routed.1, number)
-                        })
-                        .collect();
-                    bulk.h.products(k, &weights, count, |k, i, values| {
+                let after = k.add_const(lo, self.tiles);
+                let tiles_at = |k: &mut KernelBuilder, tiles: &[Val]| {
+                    let numbers: Vec<Val> = tiles.iter().map(|&tile| k.add(begin, tile)).collect();
+                    self.routed.0.tiles_at(k, self.routed.1, &numbers)
+                };
+                let shape = (self.tiles, bulk.at_once);
+                for_groups(k, (lo, hi, after), shape, tiles_at, |k, tiles, group| {
+                    bulk.h.products(k, group, count, |k, i, values| {
                         Mix::if_noted(k, bulk.numbers, i, |k, number| {
                             let t = k.div_const(number, self.choices.each);
                             for (&tile, &value) in tiles.iter().zip(values) {

@@ -12,245 +12,20 @@
 //!
 //! The order of a row's sums depends on neither T nor the block, so a token has the same bits alone and among others.
 
-use nextc_ir::format::{Blocks, Format, Shift};
-use nextc_ir::graph::Value;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::layout::{Planes, pieces};
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::target::MatmulTile;
-use nextc_ir::{DType, Layout, Target};
+use nextc_ir::{DType, Target};
 
 use super::LowerError;
 use super::bulk::{self, Class, Classes, Panel};
+use super::packed::{Block, Lanes, Matrix, Tile};
 use super::ports::{Lowered, Port, Ports, Site};
 
 /// Row tiles of one task, for matrices of many rows.
 pub const GROUP_TILES: u64 = 4;
 /// Columns in one turn of the inner loop, if a word has no more: of plain formats, and of scaled ones.
 const TURN_COLUMNS: (u64, u64) = (4, 32);
-
-/// A weight matrix as packed.
-#[derive(Clone, Copy, Debug)]
-pub struct Matrix {
-    /// Where everything lies.
-    pub planes: Planes,
-    /// Whether vectors hold all rows of a tile, so that what needs 512 bits may be used.
-    pub wide: bool,
-}
-
-impl Matrix {
-    /// The matrix of a weight whose innermost `in_rank` dimensions are inputs. Experts are further rows.
-    pub fn of(site: &Site<'_>, weight: Value, in_rank: usize) -> Self {
-        let w = site.weight(weight);
-        let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
-        let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
-        Self { planes, wide: site.target.vector_bits == 512 && site.target.gpu.is_none() }
-    }
-
-    /// Its row tiles.
-    pub const fn tiles(&self) -> u64 {
-        self.planes.tiles()
-    }
-
-    /// Tile `tile`.
-    pub fn tile(&self, k: &mut KernelBuilder, base: Val, tile: Val) -> Tile {
-        let p = &self.planes;
-        let bytes = k.mul_const(tile, p.tile_bytes());
-        let codes = k.offset(base, bytes);
-        let scales = p.format.blocks().map(|_| {
-            let bytes = k.mul_const(tile, p.tile_scale_bytes());
-            let bytes = k.add_const(bytes, p.scales_at());
-            k.offset(base, bytes)
-        });
-        let order = p.format.blocks().filter(|b| b.ordered).map(|_| {
-            let outer = k.div_const(tile, p.inner_rows / LANES);
-            let bytes = k.mul_const(outer, p.columns * 4);
-            let bytes = k.add_const(bytes, p.order_at());
-            k.offset(base, bytes)
-        });
-        let units = p.format.blocks().filter(|b| b.unit > 0).map(|_| {
-            let bytes = k.mul_const(tile, p.tile_unit_bytes());
-            let bytes = k.add_const(bytes, p.units_at());
-            k.offset(base, bytes)
-        });
-        Tile { matrix: *self, codes, scales, units, order }
-    }
-}
-
-/// Pointers to the parts of one tile.
-#[derive(Clone, Copy, Debug)]
-pub struct Tile {
-    /// The matrix.
-    pub matrix: Matrix,
-    /// The codes.
-    pub codes: Val,
-    scales: Option<Val>,
-    units: Option<Val>,
-    order: Option<Val>,
-}
-
-/// What the columns of a block share: scale and second number, for the formats that have them.
-#[derive(Clone, Copy, Debug)]
-pub struct Block {
-    scale: Option<Val>,
-    second: Option<(Shift, Val)>,
-}
-
-impl Block {
-    /// What a code counts in its block's sum: a part of its number if the sum is scaled, else its number.
-    fn term(self, k: &mut KernelBuilder, code: Val) -> Val {
-        match (self.second, self.scale) {
-            (Some((Shift::Zero, zero)), _) => k.fsub(code, zero),
-            (Some((Shift::Offset, offset)), Some(scale)) => k.fma(code, scale, offset),
-            _ => code,
-        }
-    }
-
-    /// `acc` and the sum of a block's terms.
-    fn add(self, k: &mut KernelBuilder, sum: Val, acc: Val) -> Val {
-        match (self.second, self.scale) {
-            (Some((Shift::Offset, _)), _) | (_, None) => k.fadd(acc, sum),
-            (_, Some(scale)) => k.fma(sum, scale, acc),
-        }
-    }
-
-    /// The number of a code.
-    pub fn number(self, k: &mut KernelBuilder, code: Val) -> Val {
-        let term = self.term(k, code);
-        match (self.second, self.scale) {
-            (Some((Shift::Offset, _)), _) | (_, None) => term,
-            (_, Some(scale)) => k.fmul(term, scale),
-        }
-    }
-}
-
-/// What is read of a tile: all its rows, a lane each, or one row.
-#[derive(Clone, Copy, Debug)]
-pub enum Lanes {
-    /// The 16 rows.
-    All,
-    /// The row in this lane.
-    One(Val),
-}
-
-impl Lanes {
-    /// The words of a line that begins at word `at`: of all rows, or of one.
-    fn load(self, k: &mut KernelBuilder, dtype: DType, lines: Val, at: Val) -> Val {
-        match self {
-            Self::All => k.load(dtype, LANES as u32, lines, at),
-            Self::One(lane) => {
-                let at = k.add(at, lane);
-                k.load(dtype, 1, lines, at)
-            }
-        }
-    }
-
-    fn splat(self, k: &mut KernelBuilder, x: Val) -> Val {
-        match self {
-            Self::All => k.splat(x, LANES as u32),
-            Self::One(_) => x,
-        }
-    }
-}
-
-impl Tile {
-    /// The codes of column `column` and those of its group, as numbers; it is the first of them.
-    pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
-        let format = self.matrix.planes.format;
-        let def = format.def();
-        let at = k.mul_const(column, LANES * def.words / format.group_columns());
-        let word = |word: u64| {
-            let at = k.add_const(at, word * LANES);
-            lanes.load(k, DType::I32, self.codes, at)
-        };
-        let words: Vec<Val> = (0..def.words).map(word).collect();
-        match (format, lanes, &words[..]) {
-            (Format::Q4(_), Lanes::All, &[word]) if self.matrix.wide => {
-                let shifts = (0..format.group_columns()).flat_map(|c| pieces(format, c));
-                shifts.map(|piece| k.nibble(word, piece.shift)).collect()
-            }
-            _ => (def.unpack)(k, &words),
-        }
-    }
-
-    /// What the blocks of columns `block` share.
-    pub fn block(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> Block {
-        let (Some(blocks), Some(scales)) = (self.matrix.planes.format.blocks(), self.scales) else {
-            return Block { scale: None, second: None };
-        };
-        let (scale, second) = match (blocks.rows, self.units) {
-            (1, None) => floats(k, blocks, scales, block, lanes),
-            (1, Some(units)) => {
-                let unit = quotient(k, block, u64::from(blocks.unit / blocks.columns));
-                let units = floats(k, blocks, units, unit, lanes);
-                let [scale, second] = counted(k, blocks, scales, block, lanes);
-                (k.fmul(scale, units.0), units.1.map(|unit| k.fmul(second, unit)))
-            }
-            _ => {
-                let number = k.mul_const(block, blocks.parts());
-                let scale = k.load_f32(scales, number);
-                (lanes.splat(k, scale), None)
-            }
-        };
-        Block { scale: Some(scale), second: second.map(|x| (self.matrix.planes.format.def().shift, x)) }
-    }
-}
-
-/// Number `block` of the floats that lie in lines, and the second number behind it where there is one.
-fn floats(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes: Lanes) -> (Val, Option<Val>) {
-    let plain = Format::plain(blocks.scale).expect("scales are floats");
-    match (blocks.scale, blocks.zero) {
-        (DType::F32, zero) => {
-            let number = k.mul_const(block, blocks.parts());
-            let at = k.mul_const(number, LANES);
-            let scale = lanes.load(k, DType::F32, lines, at);
-            let next = k.add_const(at, LANES);
-            (scale, zero.then(|| lanes.load(k, DType::F32, lines, next)))
-        }
-        // a scale and its second number share a word
-        (_, true) => {
-            let at = k.mul_const(block, LANES);
-            let words = lanes.load(k, DType::I32, lines, at);
-            let both = (plain.def().unpack)(k, &[words]);
-            (both[0], Some(both[1]))
-        }
-        // the scales of two blocks share a word
-        (_, false) => {
-            let words = word_of(k, lines, block, 2, lanes);
-            ((plain.def().unpack)(k, &[words])[0], None)
-        }
-    }
-}
-
-/// Number `block` of the signed bytes that lie in lines, and the one behind it.
-fn counted(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes: Lanes) -> [Val; 2] {
-    let number = k.mul_const(block, blocks.parts());
-    let words = word_of(k, lines, number, 4, lanes);
-    let bytes = (Format::Q8(blocks).def().unpack)(k, &[words]);
-    [bytes[0], bytes[1]]
-}
-
-/// `x / n` of an index, by a shift where that is enough.
-fn quotient(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
-    if n > 1 && n.is_power_of_two() {
-        let bits = k.index(n.trailing_zeros().into());
-        return k.ushr(x, bits);
-    }
-    k.div_const(x, n)
-}
-
-/// The word that holds number `number` of the lines, `per_word` numbers a word, shifted so that the number is its lowest.
-fn word_of(k: &mut KernelBuilder, lines: Val, number: Val, per_word: u64, lanes: Lanes) -> Val {
-    let line = quotient(k, number, per_word);
-    let at = k.mul_const(line, LANES);
-    let words = lanes.load(k, DType::I32, lines, at);
-    let (last, bits) = (k.index(per_word - 1), k.const_i32((32 / per_word) as i32));
-    let within = k.and(number, last);
-    let within = k.narrow(within);
-    let shift = k.mul(within, bits);
-    let shift = lanes.splat(k, shift);
-    k.ushr(words, shift)
-}
 
 /// Dot products of every tile with every row: `[tile][row]`, each a vector of 16 weight rows.
 pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>> {
@@ -659,7 +434,7 @@ impl Multiplier {
         let some = k.cmp(Pred::Lt, lo, hi);
         k.if_then(some, |k| {
             classes.for_runs(k, Class::Bulk, |k, first, last| {
-                let tiles = ((lo, hi), classes.at_once(size, tasks));
+                let tiles = ((lo, hi), classes.at_once(&matrix, size, tasks));
                 panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), tiles, epilogue);
             });
         });

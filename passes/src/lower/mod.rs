@@ -1,6 +1,6 @@
 //! Graph IR to kernel IR: a kernel, on a GPU sometimes several, for each that `partition` drew, and the schedule of the entry points.
 //!
-//! A skeleton is a file: [`matmul`], [`bulk`], [`experts`], [`delta_rule`], [`attention`], [`elementwise`], [`sample`], [`choose`]. Each gives a kernel and says what its
+//! A skeleton is a file: [`matmul`], [`bulk`] (weights: [`packed`], [`strips`]), [`experts`], [`delta_rule`], [`attention`], [`elementwise`], [`sample`], [`choose`]. Each gives a kernel and says what its
 //! parameters are bound to in the function it came from ([`ports`]); this module resolves the bindings of every call to
 //! places: weights, states, inputs and the arena.
 //!
@@ -15,8 +15,10 @@ pub mod elementwise;
 pub mod experts;
 pub mod gpu;
 pub mod matmul;
+pub mod packed;
 pub mod ports;
 pub mod sample;
+pub mod strips;
 
 use std::collections::HashMap;
 

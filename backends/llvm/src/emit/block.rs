@@ -40,7 +40,17 @@ impl<'c> Emitter<'_, 'c> {
         name: &'static str,
         args: &[BasicMetadataValueEnum<'c>],
     ) -> Result<CallSiteValue<'c>> {
-        let callee = Intrinsic::find(name).and_then(|i| i.get_declaration(self.module, &[]));
+        self.call_overloaded(name, &[], args)
+    }
+
+    /// A call of an intrinsic that is overloaded on types.
+    pub(super) fn call_overloaded(
+        &self,
+        name: &'static str,
+        types: &[BasicTypeEnum<'c>],
+        args: &[BasicMetadataValueEnum<'c>],
+    ) -> Result<CallSiteValue<'c>> {
+        let callee = Intrinsic::find(name).and_then(|i| i.get_declaration(self.module, types));
         Ok(self.builder.build_call(callee.ok_or(EmitError::Intrinsic(name))?, args, "")?)
     }
 

@@ -1,7 +1,6 @@
 //! What a CPU's widest vectors and its matrix unit do, as LLVM's intrinsics for AVX-512, its BF16, and AMX.
 //!
-//! Tile registers go by their numbers: 0 to 3 are C, 4 and 5 A, 6 and 7 B. A product uses and leaves them within one statement, so nothing has to keep
-//! them. A function with products loads the configuration first and gives the registers back at its end.
+//! Tile registers go by their numbers: 0 to 3 are the sums, 4 and 5 A, 6 and 7 B. Nothing but the ops of tiles changes them. A function with products loads the configuration first and gives the registers back at its end.
 
 use inkwell::module::Linkage;
 use inkwell::types::VectorType;
@@ -10,8 +9,7 @@ use nextc_ir::kernel::{KOp, Region, Stmt};
 
 use super::{EmitError, Emitter, Result, count, kind};
 
-/// Bytes of a tile, and of one of its lines.
-const TILE_BYTES: u64 = 1024;
+/// Bytes of a line of a tile.
 const LINE_BYTES: u64 = 64;
 /// Lines of a tile, and words of a line.
 const ROWS: u64 = 16;
@@ -23,7 +21,7 @@ const CONFIGURATION: &str = "nextc_tiles";
 
 /// True if a region multiplies tiles.
 fn has_products(region: &Region) -> bool {
-    region.stmts.iter().any(|s| matches!(s.op, KOp::TileDot { .. }) || s.regions.iter().any(has_products))
+    region.stmts.iter().any(|s| matches!(s.op, KOp::TileStep { .. }) || s.regions.iter().any(has_products))
 }
 
 impl<'c> Emitter<'_, 'c> {
@@ -92,38 +90,47 @@ impl<'c> Emitter<'_, 'c> {
         self.words(self.builder.build_shuffle_vector(halves, poison, VectorType::const_vector(&mask), "pairs")?)
     }
 
-    pub(super) fn tile_dot(&mut self, stmt: &Stmt, rows: usize, columns: usize) -> Result<()> {
-        if stmt.args.len() != rows + columns + 2 {
-            return Err(count(stmt, "operands", stmt.args.len(), rows + columns + 2));
+    pub(super) fn tile_zero(&self) -> Result<()> {
+        (0..A).try_for_each(|sum| self.call_intrinsic("llvm.x86.tilezero", &[self.register(sum)]).map(drop))
+    }
+
+    pub(super) fn tile_step(&self, stmt: &Stmt, rows: usize, columns: usize) -> Result<()> {
+        if stmt.args.len() != rows + columns {
+            return Err(count(stmt, "operands", stmt.args.len(), rows + columns));
         }
-        let c = self.pointer(stmt, 0)?;
-        let a = (1..=rows).map(|i| self.pointer(stmt, i)).collect::<Result<Vec<_>>>()?;
-        let b = (1 + rows..=rows + columns).map(|i| self.pointer(stmt, i)).collect::<Result<Vec<_>>>()?;
-        let depth = self.int(stmt, 1 + rows + columns)?;
-        let i64 = self.context.i64_type();
-        for register in 0..rows * columns {
-            self.call_intrinsic("llvm.x86.tilezero", &[self.register(register)])?;
+        for i in 0..rows + columns {
+            let register = if i < rows { A + i } else { B + i - rows };
+            self.move_tile("llvm.x86.tileloadd64", register, self.pointer(stmt, i)?, LINE_BYTES)?;
         }
-        self.counted_loop((i64.const_zero(), depth, i64.const_int(1, false)), &[], |this, k, _| {
-            let at = this.builder.build_int_nuw_mul(k, i64.const_int(TILE_BYTES, false), "at")?;
-            for (first, pointers) in [(A, &a), (B, &b)] {
-                for (i, &pointer) in pointers.iter().enumerate() {
-                    let tile = this.element(this.context.i8_type().into(), pointer, at)?;
-                    this.move_tile("llvm.x86.tileloadd64", first + i, tile, LINE_BYTES)?;
-                }
-            }
-            for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
-                let registers = [i * columns + j, A + i, B + j].map(|r| this.register(r));
-                this.call_intrinsic("llvm.x86.tdpbf16ps", &registers)?;
-            }
-            Ok(Vec::new())
-        })?;
-        let stride = columns as u64 * LINE_BYTES;
+        for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+            let registers = [i * columns + j, A + i, B + j].map(|r| self.register(r));
+            self.call_intrinsic("llvm.x86.tdpbf16ps", &registers)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn tile_store(&self, stmt: &Stmt, rows: usize, columns: usize) -> Result<()> {
+        let (c, i64, stride) = (self.pointer(stmt, 0)?, self.context.i64_type(), columns as u64 * LINE_BYTES);
         for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
             let at = i64.const_int(i as u64 * ROWS * stride + j as u64 * LINE_BYTES, false);
             let tile = self.element(self.context.i8_type().into(), c, at)?;
             self.move_tile("llvm.x86.tilestored64", i * columns + j, tile, stride)?;
         }
+        Ok(())
+    }
+
+    /// Asks for lines to be brought into the second cache.
+    pub(super) fn prefetch_lines(&mut self, stmt: &Stmt) -> Result<()> {
+        let (i64, i32, byte) = (self.context.i64_type(), self.context.i32_type(), self.context.i8_type());
+        // to be read, used again but not soon, data
+        let [read, soon, data] = [0, 2, 1].map(|n| i32.const_int(n, false).into());
+        let (at, bytes) = (self.int(stmt, 1)?, self.int(stmt, 2)?);
+        let first = self.element(byte.into(), self.pointer(stmt, 0)?, at)?;
+        self.counted_loop((i64.const_zero(), bytes, i64.const_int(LINE_BYTES, false)), &[], |this, i, _| {
+            let place = this.element(byte.into(), first, i)?;
+            this.call_overloaded("llvm.prefetch", &[place.get_type().into()], &[place.into(), read, soon, data])?;
+            Ok(Vec::new())
+        })?;
         Ok(())
     }
 

@@ -57,8 +57,11 @@ fn product(rows: u64, columns: u64, count: u64) -> Kernel {
         (0..n).map(|i| at(k, i)).collect::<Vec<_>>()
     };
     let (pa, pb, c) = (k.param(0), k.param(1), k.param(2));
-    let (a, b, depth) = (strips(&mut k, pa, rows), strips(&mut k, pb, columns), k.index(count));
-    k.tile_dot(c, &a, &b, depth);
+    let (a, b, bytes) = (strips(&mut k, pa, rows), strips(&mut k, pb, columns), k.index(128));
+    k.tile_dot(c, (&a, &b), count, |k, i| {
+        let at = k.mul_const(i, 512);
+        k.prefetch(pb, at, bytes);
+    });
     k.finish()
 }
 

@@ -85,13 +85,11 @@ pub(super) struct Mma {
     pub c: Reg,
 }
 
-/// The operands of a product of tiles.
+/// The operands of products of tiles.
 #[derive(Clone, Debug)]
-pub(super) struct TileDot {
-    pub c: Reg,
+pub(super) struct TileStep {
     pub a: Vec<Reg>,
     pub b: Vec<Reg>,
-    pub count: Reg,
 }
 
 /// One instruction: `d` is where the result goes, `n` how many numbers it has in all threads, `lanes` how many in one.
@@ -331,9 +329,15 @@ pub(super) enum Inst {
         a: Reg,
         b: Reg,
     },
-    /// The product of this number in [`Block::tile_dots`].
-    TileDot {
+    TileZero,
+    /// The products of this number in [`Block::tile_steps`].
+    TileStep {
         number: usize,
+    },
+    TileStore {
+        c: Reg,
+        rows: u32,
+        columns: u32,
     },
 }
 
@@ -348,7 +352,7 @@ pub(super) struct Block {
     /// Products of fragments.
     pub mmas: Vec<Mma>,
     /// Products of tiles.
-    pub tile_dots: Vec<TileDot>,
+    pub tile_steps: Vec<TileStep>,
     /// How deep regions lie in regions.
     pub depth: usize,
     /// The number of the first statement that waits for the launches before.

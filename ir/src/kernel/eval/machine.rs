@@ -1,11 +1,11 @@
 //! Running the instructions of a [`Code`].
 
 use super::access::{Memory, Pointer};
-use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, Reg, TileDot, UnaryOp};
+use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, Reg, TileStep, UnaryOp};
 use super::half;
 use super::mask::Masks;
 use super::memory::{Place, Slot};
-use super::tile::{self, Tile};
+use super::tile::{self, Sums, Tile};
 use super::{EvalError, KernelFault, Misdeed, Options};
 use crate::kernel::{Kernel, Pred};
 use crate::schedule::Extent;
@@ -89,6 +89,8 @@ struct Machine<'r, 's, const SINGLE: bool> {
     narrow: Vec<u32>,
     wide: Vec<i64>,
     pointers: Vec<Pointer>,
+    /// The sums of tiles of a single thread.
+    sums: Sums,
     memory: Memory<'r, 's>,
     masks: Masks,
     /// `None` in the tail of a task of one thread.
@@ -106,6 +108,7 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
             narrow: vec![0; code.narrow],
             wide: vec![0; code.wide],
             pointers: vec![Pointer::default(); code.pointers],
+            sums: Sums::default(),
             memory: Memory::new(&code.kernel, slots, args, races),
             masks: Masks::new(threads, depth),
             task: None,
@@ -329,7 +332,9 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 let words = if in_a_row { tile::bf16_row(&a, &b) } else { tile::bf16_pairs(&a, &b) };
                 self.narrow[d..d + words.len()].copy_from_slice(&words);
             }
-            Inst::TileDot { number } => self.tile_dot(&block.tile_dots[number])?,
+            Inst::TileZero => self.sums = Sums::default(),
+            Inst::TileStep { number } => self.tile_step(&block.tile_steps[number])?,
+            Inst::TileStore { c, rows, columns } => self.tile_store(c, rows as usize, columns as usize)?,
         }
         Ok(next)
     }
@@ -528,31 +533,32 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
         self.three(d, operands, self.threads(), |x, y, z| half::apply(op, x, y, z));
     }
 
-    /// A product of tiles; only single threads have it.
-    fn tile_dot(&mut self, dot: &TileDot) -> Result<(), Misdeed> {
-        for (i, &a) in dot.a.iter().enumerate() {
-            for (j, &b) in dot.b.iter().enumerate() {
-                let mut c = [[0.0; tile::ROWS]; tile::ROWS];
-                for k in 0..self.wide[dot.count] {
-                    let (a, b) = (self.tile(a, k)?, self.tile(b, k)?);
-                    tile::multiply_add(&mut c, &a, &b);
-                }
-                for (row, values) in c.iter().enumerate() {
-                    let at = ((i * tile::ROWS + row) * dot.b.len() + j) * tile::ROWS;
-                    let words = self.memory.write(self.pointers[dot.c], at as i64, (tile::ROWS, 4), 0)?;
-                    words.iter_mut().zip(values).for_each(|(word, x)| *word = x.to_bits());
-                }
+    /// Products of tiles; only single threads have them.
+    fn tile_step(&mut self, step: &TileStep) -> Result<(), Misdeed> {
+        for (i, &a) in step.a.iter().enumerate() {
+            for (j, &b) in step.b.iter().enumerate() {
+                let (a, b) = (self.tile(a)?, self.tile(b)?);
+                tile::multiply_add(&mut self.sums[i * step.b.len() + j], &a, &b);
             }
         }
         Ok(())
     }
 
-    /// Tile `k` of those that a pointer leads to.
-    fn tile(&mut self, p: Reg, k: i64) -> Result<Tile, Misdeed> {
+    fn tile_store(&mut self, c: Reg, rows: usize, columns: usize) -> Result<(), Misdeed> {
+        for (row, column) in (0..rows * tile::ROWS).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+            let at = (row * columns + column) * tile::ROWS;
+            let words = self.memory.write(self.pointers[c], at as i64, (tile::ROWS, 4), 0)?;
+            let values = &self.sums[row / tile::ROWS * columns + column][row % tile::ROWS];
+            words.iter_mut().zip(values).for_each(|(word, x)| *word = x.to_bits());
+        }
+        Ok(())
+    }
+
+    /// The tile that a pointer leads to.
+    fn tile(&mut self, p: Reg) -> Result<Tile, Misdeed> {
         let mut tile = Tile::default();
         for (line, words) in (0..).zip(&mut tile) {
-            let at = k.saturating_mul((tile::ROWS * tile::ROWS) as i64).saturating_add(line * tile::ROWS as i64);
-            words.copy_from_slice(self.memory.read(self.pointers[p], at, (tile::ROWS, 4), 0)?);
+            words.copy_from_slice(self.memory.read(self.pointers[p], line * tile::ROWS as i64, (tile::ROWS, 4), 0)?);
         }
         Ok(tile)
     }

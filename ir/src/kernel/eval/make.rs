@@ -1,6 +1,6 @@
 //! From a kernel's tree to instructions.
 
-use super::code::{Bank, Block, CmpOf, FloatOp, HalfOp, Inst, IntOp, Mma, Reg, TileDot, UnaryOp};
+use super::code::{Bank, Block, CmpOf, FloatOp, HalfOp, Inst, IntOp, Mma, Reg, TileStep, UnaryOp};
 use crate::dtype::DType;
 use crate::kernel::{KOp, KType, Kernel, Region, Stmt, Val};
 
@@ -303,12 +303,14 @@ impl<'k> Maker<'k> {
             KOp::Nibble { shift } => Inst::Nibble { d, a, shift, n },
             KOp::Bf16Row => Inst::Bf16 { in_a_row: true, d, a, b },
             KOp::Bf16Pairs => Inst::Bf16 { in_a_row: false, d, a, b },
-            KOp::TileDot { rows, columns } => {
-                let (rows, columns) = (rows as usize, columns as usize);
-                let (a, b) = ((1..=rows).map(arg).collect(), (1 + rows..=rows + columns).map(arg).collect());
-                self.block.tile_dots.push(TileDot { c: arg(0), a, b, count: arg(1 + rows + columns) });
-                Inst::TileDot { number: self.block.tile_dots.len() - 1 }
+            KOp::TileZero => Inst::TileZero,
+            KOp::TileStep { rows, columns } => {
+                let (rows, all) = (rows as usize, (rows + columns) as usize);
+                let (a, b) = ((0..rows).map(arg).collect(), (rows..all).map(arg).collect());
+                self.block.tile_steps.push(TileStep { a, b });
+                Inst::TileStep { number: self.block.tile_steps.len() - 1 }
             }
+            KOp::TileStore { rows, columns } => Inst::TileStore { c: a, rows, columns },
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Arithmetic of a CPU's matrix unit: what `bf16_row`, `bf16_pairs` and `tile_dot` compute.
+//! Arithmetic of a CPU's matrix unit: what `bf16_row`, `bf16_pairs` and `tile_step` compute.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VCVTNE2PS2BF16 and TDPBF16PS. Both round to nearest even and
 //! take numbers smaller than the least normal one for zeros, whatever MXCSR says.
@@ -10,6 +10,9 @@ pub(super) const ROWS: usize = 16;
 
 /// A tile: lines of words, each two bf16.
 pub(super) type Tile = [[u32; ROWS]; ROWS];
+
+/// Four sums of tiles.
+pub(super) type Sums = [[[f32; ROWS]; ROWS]; 4];
 
 /// A number that is too small to be a normal one as a zero of its sign.
 fn flushed(x: f32) -> f32 {

@@ -168,12 +168,11 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (0..2).try_for_each(|i| exact(args, i, KType::vector(DType::F32, 16)))?;
             Some(KType::vector(DType::I32, 16))
         }
-        KOp::TileDot { rows, columns } => {
+        KOp::TileZero => None,
+        KOp::TileStep { rows, columns } | KOp::TileStore { rows, columns } => {
             range("rows", rows.into(), (1..=2).contains(&rows), "1 or 2")?;
             range("columns", columns.into(), (1..=2).contains(&columns), "1 or 2")?;
-            let count = args.len() - 1;
-            (0..count).try_for_each(|i| pointer(args, i))?;
-            exact(args, count, i64_scalar)?;
+            (0..args.len()).try_for_each(|i| pointer(args, i))?;
             None
         }
         // checked with their regions
@@ -195,7 +194,8 @@ const fn arity(op: KOp) -> usize {
         KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
         KOp::Quad => 4,
         KOp::Mma { .. } => 7,
-        KOp::TileDot { rows, columns } => 2 + rows as usize + columns as usize,
+        KOp::TileStep { rows, columns } => (rows + columns) as usize,
+        KOp::TileStore { .. } => 1,
         KOp::Bf16Row | KOp::Bf16Pairs => 2,
         _ => match op.sig() {
             Sig::Leaf | Sig::Special | Sig::Block | Sig::Tile => 0,

@@ -152,7 +152,7 @@ impl<'k> Checker<'k> {
         }
         let misplaced = match stmt.op.sig() {
             Sig::Tile => self.kernel.is_block(),
-            Sig::Block => !self.kernel.is_block(),
+            Sig::Block => !self.kernel.is_block() && stmt.op != KOp::Prefetch,
             _ => self.kernel.is_block() && matches!(stmt.op, KOp::Alloc { .. }),
         };
         if misplaced {
@@ -305,7 +305,7 @@ fn collect<'k>(region: &'k Region, flows: &mut Vec<(Val, Val)>, stores: &mut Vec
             KOp::If => {
                 flows.extend(s.regions.iter().flat_map(|r| r.yields.iter().copied().zip(s.results.iter().copied())));
             }
-            KOp::Store | KOp::AtomicAdd | KOp::TileDot { .. } => stores.push(s),
+            KOp::Store | KOp::AtomicAdd | KOp::TileStore { .. } => stores.push(s),
             _ => {}
         }
         s.regions.iter().for_each(|r| collect(r, flows, stores));

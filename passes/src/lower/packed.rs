@@ -1,0 +1,278 @@
+//! `packed`: weight matrices as they lie in memory: tiles of 16 rows, words of codes, and what blocks of columns share.
+//!
+//! A vector has a lane for each row of a tile; or a scalar is read, of one row. What a word holds stands in the format's table.
+
+use nextc_ir::format::{Blocks, Format, Shift};
+use nextc_ir::graph::Value;
+use nextc_ir::kernel::{KernelBuilder, Val};
+use nextc_ir::layout::{Planes, pieces};
+use nextc_ir::shape::LANES;
+use nextc_ir::{DType, Layout};
+
+use super::ports::Site;
+
+/// A weight matrix as packed.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// Where everything lies.
+    pub planes: Planes,
+    /// Whether vectors hold all rows of a tile, so that what needs 512 bits may be used.
+    pub wide: bool,
+}
+
+impl Matrix {
+    /// The matrix of a weight whose innermost `in_rank` dimensions are inputs. Experts are further rows.
+    pub fn of(site: &Site<'_>, weight: Value, in_rank: usize) -> Self {
+        let w = site.weight(weight);
+        let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
+        let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
+        Self { planes, wide: site.target.vector_bits == 512 && site.target.gpu.is_none() }
+    }
+
+    /// Its row tiles.
+    pub const fn tiles(&self) -> u64 {
+        self.planes.tiles()
+    }
+
+    /// Tile `tile`.
+    pub fn tile(&self, k: &mut KernelBuilder, base: Val, tile: Val) -> Tile {
+        let p = &self.planes;
+        let bytes = k.mul_const(tile, p.tile_bytes());
+        let codes = k.offset(base, bytes);
+        let scales = p.format.blocks().map(|_| {
+            let bytes = k.mul_const(tile, p.tile_scale_bytes());
+            let bytes = k.add_const(bytes, p.scales_at());
+            k.offset(base, bytes)
+        });
+        let order = p.format.blocks().filter(|b| b.ordered).map(|_| {
+            let outer = k.div_const(tile, p.inner_rows / LANES);
+            let bytes = k.mul_const(outer, p.columns * 4);
+            let bytes = k.add_const(bytes, p.order_at());
+            k.offset(base, bytes)
+        });
+        let units = p.format.blocks().filter(|b| b.unit > 0).map(|_| {
+            let bytes = k.mul_const(tile, p.tile_unit_bytes());
+            let bytes = k.add_const(bytes, p.units_at());
+            k.offset(base, bytes)
+        });
+        Tile { matrix: *self, codes, scales, units, order }
+    }
+
+    /// The tiles of these numbers, the last one in the place of those that there are not.
+    pub fn tiles_at(&self, k: &mut KernelBuilder, base: Val, numbers: &[Val]) -> Vec<Tile> {
+        let last = k.index(self.tiles() - 1);
+        let tile = |&number| {
+            let number = k.min_i64(number, last);
+            self.tile(k, base, number)
+        };
+        numbers.iter().map(tile).collect()
+    }
+}
+
+/// Pointers to the parts of one tile.
+#[derive(Clone, Copy, Debug)]
+pub struct Tile {
+    /// The matrix.
+    pub matrix: Matrix,
+    /// The codes.
+    pub codes: Val,
+    scales: Option<Val>,
+    units: Option<Val>,
+    /// The order of columns, where it is not their own.
+    pub order: Option<Val>,
+}
+
+/// What the columns of a block share: scale and second number, for the formats that have them.
+#[derive(Clone, Copy, Debug)]
+pub struct Block {
+    scale: Option<Val>,
+    second: Option<(Shift, Val)>,
+}
+
+impl Block {
+    /// What a code counts in its block's sum: a part of its number if the sum is scaled, else its number.
+    pub fn term(self, k: &mut KernelBuilder, code: Val) -> Val {
+        match (self.second, self.scale) {
+            (Some((Shift::Zero, zero)), _) => k.fsub(code, zero),
+            (Some((Shift::Offset, offset)), Some(scale)) => k.fma(code, scale, offset),
+            _ => code,
+        }
+    }
+
+    /// `acc` and the sum of a block's terms.
+    pub fn add(self, k: &mut KernelBuilder, sum: Val, acc: Val) -> Val {
+        match (self.second, self.scale) {
+            (Some((Shift::Offset, _)), _) | (_, None) => k.fadd(acc, sum),
+            (_, Some(scale)) => k.fma(sum, scale, acc),
+        }
+    }
+
+    /// The number of a code.
+    pub fn number(self, k: &mut KernelBuilder, code: Val) -> Val {
+        let term = self.term(k, code);
+        match (self.second, self.scale) {
+            (Some((Shift::Offset, _)), _) | (_, None) => term,
+            (_, Some(scale)) => k.fmul(term, scale),
+        }
+    }
+}
+
+/// What is read of a tile: all its rows, a lane each, or one row.
+#[derive(Clone, Copy, Debug)]
+pub enum Lanes {
+    /// The 16 rows.
+    All,
+    /// The row in this lane.
+    One(Val),
+}
+
+impl Lanes {
+    /// The words of a line that begins at word `at`: of all rows, or of one.
+    fn load(self, k: &mut KernelBuilder, dtype: DType, lines: Val, at: Val) -> Val {
+        match self {
+            Self::All => k.load(dtype, LANES as u32, lines, at),
+            Self::One(lane) => {
+                let at = k.add(at, lane);
+                k.load(dtype, 1, lines, at)
+            }
+        }
+    }
+
+    fn splat(self, k: &mut KernelBuilder, x: Val) -> Val {
+        match self {
+            Self::All => k.splat(x, LANES as u32),
+            Self::One(_) => x,
+        }
+    }
+}
+
+impl Tile {
+    /// The codes of column `column` and those of its group, as numbers; it is the first of them.
+    pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
+        let format = self.matrix.planes.format;
+        let def = format.def();
+        let at = k.mul_const(column, LANES * def.words / format.group_columns());
+        let word = |word: u64| {
+            let at = k.add_const(at, word * LANES);
+            lanes.load(k, DType::I32, self.codes, at)
+        };
+        let words: Vec<Val> = (0..def.words).map(word).collect();
+        match (format, lanes, &words[..]) {
+            (Format::Q4(_), Lanes::All, &[word]) if self.matrix.wide => {
+                let shifts = (0..format.group_columns()).flat_map(|c| pieces(format, c));
+                shifts.map(|piece| k.nibble(word, piece.shift)).collect()
+            }
+            _ => (def.unpack)(k, &words),
+        }
+    }
+
+    /// The numbers of column `column` and those of its group, of all rows.
+    pub fn numbers(&self, k: &mut KernelBuilder, column: Val, block: Block) -> Vec<Val> {
+        if let (Format::Q8(blocks), Some(scale)) = (self.matrix.planes.format, block.scale)
+            && block.second.is_none()
+            && blocks.unit == 0
+            && blocks.scale != DType::F32
+        {
+            return self.scaled_bytes(k, column, scale);
+        }
+        let codes = self.codes(k, column, Lanes::All);
+        codes.into_iter().map(|code| block.number(k, code)).collect()
+    }
+
+    /// `code · scale` of four signed bytes a word, without conversions: a byte whose sign is flipped is `code + 128`, in bits 8 to 15 of 2^15 as f32 it is
+    /// `2^15 + 128 + code`, and that times a scale of 16 bits, less `(2^15 + 128) · scale`, is exact.
+    fn scaled_bytes(&self, k: &mut KernelBuilder, column: Val, scale: Val) -> Vec<Val> {
+        let at = k.mul_const(column, LANES / 4);
+        let words = k.load(DType::I32, LANES as u32, self.codes, at);
+        let [signs, byte, exponent, eight, sixteen] =
+            [0x8080_8080, 0xff00, 0x4700_0000, 8, 16].map(|x: u32| k.splat_i32(LANES as u32, x.cast_signed()));
+        let zero = k.splat_f32(LANES as u32, -32896.0);
+        let (words, zero) = (k.xor(words, signs), k.fmul(scale, zero));
+        let moved = [k.shl(words, eight), words, k.ushr(words, eight), k.ushr(words, sixteen)];
+        let number = |words: Val| {
+            let byte = k.and(words, byte);
+            let bits = k.or(byte, exponent);
+            let x = k.bitcast(bits, DType::F32);
+            k.fma(x, scale, zero)
+        };
+        moved.into_iter().map(number).collect()
+    }
+
+    /// What the blocks of columns `block` share.
+    pub fn block(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> Block {
+        let (Some(blocks), Some(scales)) = (self.matrix.planes.format.blocks(), self.scales) else {
+            return Block { scale: None, second: None };
+        };
+        let (scale, second) = match (blocks.rows, self.units) {
+            (1, None) => floats(k, blocks, scales, block, lanes),
+            (1, Some(units)) => {
+                let unit = quotient(k, block, u64::from(blocks.unit / blocks.columns));
+                let units = floats(k, blocks, units, unit, lanes);
+                let [scale, second] = counted(k, blocks, scales, block, lanes);
+                (k.fmul(scale, units.0), units.1.map(|unit| k.fmul(second, unit)))
+            }
+            _ => {
+                let number = k.mul_const(block, blocks.parts());
+                let scale = k.load_f32(scales, number);
+                (lanes.splat(k, scale), None)
+            }
+        };
+        Block { scale: Some(scale), second: second.map(|x| (self.matrix.planes.format.def().shift, x)) }
+    }
+}
+
+/// Number `block` of the floats that lie in lines, and the second number behind it where there is one.
+fn floats(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes: Lanes) -> (Val, Option<Val>) {
+    let plain = Format::plain(blocks.scale).expect("scales are floats");
+    match (blocks.scale, blocks.zero) {
+        (DType::F32, zero) => {
+            let number = k.mul_const(block, blocks.parts());
+            let at = k.mul_const(number, LANES);
+            let scale = lanes.load(k, DType::F32, lines, at);
+            let next = k.add_const(at, LANES);
+            (scale, zero.then(|| lanes.load(k, DType::F32, lines, next)))
+        }
+        // a scale and its second number share a word
+        (_, true) => {
+            let at = k.mul_const(block, LANES);
+            let words = lanes.load(k, DType::I32, lines, at);
+            let both = (plain.def().unpack)(k, &[words]);
+            (both[0], Some(both[1]))
+        }
+        // the scales of two blocks share a word
+        (_, false) => {
+            let words = word_of(k, lines, block, 2, lanes);
+            ((plain.def().unpack)(k, &[words])[0], None)
+        }
+    }
+}
+
+/// Number `block` of the signed bytes that lie in lines, and the one behind it.
+fn counted(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes: Lanes) -> [Val; 2] {
+    let number = k.mul_const(block, blocks.parts());
+    let words = word_of(k, lines, number, 4, lanes);
+    let bytes = (Format::Q8(blocks).def().unpack)(k, &[words]);
+    [bytes[0], bytes[1]]
+}
+
+/// `x / n` of an index, by a shift where that is enough.
+fn quotient(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
+    if n > 1 && n.is_power_of_two() {
+        let bits = k.index(n.trailing_zeros().into());
+        return k.ushr(x, bits);
+    }
+    k.div_const(x, n)
+}
+
+/// The word that holds number `number` of the lines, `per_word` numbers a word, shifted so that the number is its lowest.
+fn word_of(k: &mut KernelBuilder, lines: Val, number: Val, per_word: u64, lanes: Lanes) -> Val {
+    let line = quotient(k, number, per_word);
+    let at = k.mul_const(line, LANES);
+    let words = lanes.load(k, DType::I32, lines, at);
+    let (last, bits) = (k.index(per_word - 1), k.const_i32((32 / per_word) as i32));
+    let within = k.and(number, last);
+    let within = k.narrow(within);
+    let shift = k.mul(within, bits);
+    let shift = lanes.splat(k, shift);
+    k.ushr(words, shift)
+}
