@@ -15,6 +15,7 @@ pub mod elementwise;
 pub mod experts;
 pub mod gpu;
 pub mod matmul;
+mod pages;
 pub mod ports;
 pub mod sample;
 

@@ -305,7 +305,7 @@ impl<'a> Frame<'a> {
                 (memory::read(t, false, array.data().len(), &buffer.to_f32()), array.data().to_vec())
             }
             (Type::State(_), Datum::State(state)) => {
-                (memory::read_state(state, &buffer.to_f32()), memory::numbers(state))
+                (memory::read_state(state, &buffer.to_bytes()), memory::numbers(state))
             }
             (ty, _) => return Err(format!("of type {ty}")),
         };

@@ -19,8 +19,8 @@ use nextc_ir::shape::{Sym, pad};
 use nextc_ir::types::TENTATIVE_TOKENS;
 
 use super::super::LowerError;
-use super::super::attention::Pages;
 use super::super::matmul::{mean_rsqrt, row_ptr};
+use super::super::pages::Pages;
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::{Element, Place, begin, extent, lanes_before, lanes_of, warp_count, warp_max, warp_sum, warp_sums};
 
@@ -111,9 +111,9 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         frequencies: site.weight(site.named("inv_freq")).shape[0],
         factor: site.float("factor"),
         eps: site.float("eps"),
-        width: pages.width,
+        width: pages.row.width,
     };
-    let elems = pad(pages.width);
+    let elems = pad(pages.row.width);
     let all_heads = heads + pages.heads;
     let groups = all_heads.div_ceil(NORM_WARPS);
     let mut k = ports.builder(site, Extent::Sym(Sym::T) * groups.into());
@@ -162,12 +162,12 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         k.if_then(appends, |k| {
             let (page, at) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
             let (keys, values) = pages.block(k, b, page, kv_head);
-            let (key_out, v_out) = (row_ptr(k, keys, at, elems), row_ptr(k, values, at, elems));
+            let (key_out, v_out) = (pages.row(k, keys, at), pages.row(k, values, at));
             for (element, first) in elements.iter().zip((0..).step_by(32)) {
                 let value = rotation.rotated(k, normed, element, first, position);
-                element.store(k, key_out, value);
+                pages.store_32(k, (key_out, first), element, value);
                 let value = element.load(k, v);
-                element.store(k, v_out, value);
+                pages.store_32(k, (v_out, first), element, value);
             }
         });
         Vec::new()
@@ -293,8 +293,8 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
     let (q, gate) = (ports.read("q", site.named("q")), ports.read("output_gate", site.named("output_gate")));
     let pages = Pages::ports(site, &mut ports, false);
     let out = ports.write("out", site.result(0));
-    let tile = Tile::of(heads / pages.heads, pad(pages.width))?;
-    if !pages.page_tokens.is_multiple_of(CHUNK) {
+    let tile = Tile::of(heads / pages.heads, pad(pages.row.width))?;
+    if !pages.page_tokens.is_multiple_of(CHUNK) || pages.row.dtype != DType::F32 {
         return None;
     }
     let splits = split_bound(pages.page_tokens);
