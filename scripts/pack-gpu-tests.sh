@@ -15,6 +15,7 @@ for model in $models; do
     [ "$model" = demo-model ] && source=examples/demo-model
     mkdir -p "$folder/$model"
     "$nextc" build "$source" --target cuda -o "$folder/$model/exe"
+    [ "$model" = demo-model ] && "$nextc" build "$source" --cpu x86-64-v3 --activations f32 -o "$folder/$model/cpu"
     cp "$source"/golden* "$folder/$model/"
 done
 tests=$(cargo test --features llvm --locked --test gpu --no-run --message-format json |

@@ -239,7 +239,7 @@ impl Block<'_> {
             let position = k.min_i64(position, last);
             let row = pages.row(k, rows, position);
             let (block, quad) = (k.div_const(at, 4), k.rem_const(at, 4));
-            of_kv(k, pages, row, Quad { block, quad }, Parts::One)[0]
+            of_kv(k, pages, row, Quad { block, quad })
         };
         let mut loaded = Loaded { keys: Vec::new(), values: Vec::new() };
         self.clamped(k, POSITIONS * quads, |k, number| {
@@ -447,7 +447,7 @@ impl Block<'_> {
                         let at = k.add_const(own, block * BLOCK_ELEMS + 4 * i);
                         let values = [0, 1, 2, 3].map(|n: usize| o[n][(2 * half + i) as usize]);
                         let store = |k: &mut KernelBuilder| {
-                            self.attention.finish(k, values, sums.sum[half as usize], (t, of.head, at));
+                            self.attention.finish_four(k, values, sums.sum[half as usize], (t, of.head, at));
                         };
                         if (block + 1) * BLOCK_ELEMS <= self.attention.elems() {
                             store(k);

@@ -1,6 +1,6 @@
 //! Attention of runs that are decoded: a block scores and weighs one split of positions for eight rows, query heads of a kv head.
 //!
-//! warp     32 positions, all that it loads asked for at once
+//! warp     some chunks of 16 positions: first the keys of all, then their values; what comes next is asked for before this is worked on
 //! score    A: eight rows of q, rounded, and what that left over; B: eight keys, a thread the words of one key that the products want; `s = scale · (sum + rest)`
 //! soften   `m` the largest, `p = exp(s − m)`, `l = Σp`: a thread has two positions of each product, of one row
 //! weigh    A: values, words across two positions; B: p, which lie as the scores came
@@ -16,23 +16,60 @@ use super::super::super::ports::{Lowered, Ports, Site};
 use super::super::{Place, begin, extent};
 use super::merge::{self, Partials};
 use super::runs::{Runs, Tokens};
-use super::words::{BLOCK_WORDS, Parts, Quad, across, four, of_floats, of_kv, pack};
+use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Quad, Share, across, four, of_floats, pack};
 use super::{Attention, LOWEST, RowOf};
 
-/// Positions of a warp.
-pub const WARP_POSITIONS: u64 = 32;
+/// Positions of a chunk.
+pub const CHUNK: u64 = 16;
 /// Warps of a block.
 const WARPS: u64 = 4;
-/// Positions of a split.
-pub const SPLIT: u64 = WARPS * WARP_POSITIONS;
 /// Threads of a block.
 pub const THREADS: u64 = WARPS * 32;
 /// Rows of a block.
 pub const ROWS: u64 = 8;
 /// Keys of a product.
 const KEYS: u64 = 8;
-/// Positions of a product that weighs.
-const WEIGHED: u64 = 16;
+/// Chunks of a warp where a context begins, where one chunk each keeps more blocks busy, and beyond.
+const FEW_CHUNKS: u64 = 1;
+const MANY_CHUNKS: u64 = 4;
+/// The first position of the splits of many chunks.
+const MANY_FROM: u64 = 1024;
+/// Splits before it.
+const FEW_SPLITS: u64 = MANY_FROM / split_positions(FEW_CHUNKS);
+
+/// Positions of a split.
+const fn split_positions(chunks: u64) -> u64 {
+    WARPS * chunks * CHUNK
+}
+
+/// How many splits a token of this position sees.
+pub fn splits_of(k: &mut KernelBuilder, position: Val) -> Val {
+    let border = k.index(MANY_FROM);
+    let beyond = k.cmp(Pred::Ge, position, border);
+    let further = k.sub(position, border);
+    let further = k.div_const(further, split_positions(MANY_CHUNKS));
+    let (few, many) = (k.div_const(position, split_positions(FEW_CHUNKS)), k.add_const(further, FEW_SPLITS));
+    let number = k.select(beyond, many, few);
+    k.add_const(number, 1)
+}
+
+/// The first position of split `number`, and how many chunks a warp has of it.
+fn split_range(k: &mut KernelBuilder, number: Val) -> (Val, Val) {
+    let (border, few) = (k.index(MANY_FROM), k.index(FEW_SPLITS));
+    let beyond = k.cmp(Pred::Ge, number, few);
+    let further = k.sub(number, few);
+    let further = k.mul_const(further, split_positions(MANY_CHUNKS));
+    let (many, first) = (k.add(border, further), k.mul_const(number, split_positions(FEW_CHUNKS)));
+    let (few_chunks, many_chunks) = (k.index(FEW_CHUNKS), k.index(MANY_CHUNKS));
+    (k.select(beyond, many, first), k.select(beyond, many_chunks, few_chunks))
+}
+
+/// The splits that the pages of a step may have.
+fn split_bound(page_tokens: u64) -> Extent {
+    let positions = Extent::from(Sym::P) * page_tokens.into();
+    let few = positions.clone().ceil_div(split_positions(FEW_CHUNKS)).min(FEW_SPLITS.into());
+    few + positions.ceil_div(split_positions(MANY_CHUNKS))
+}
 
 /// The kernel, with the tail that puts splits together.
 pub fn lower(site: &Site<'_>, ports: Ports, attention: Attention) -> Lowered {
@@ -42,9 +79,8 @@ pub fn lower(site: &Site<'_>, ports: Ports, attention: Attention) -> Lowered {
         runs: Runs { pages: attention.pages, tokens, long: false },
         groups: (tokens * attention.shared).div_ceil(ROWS),
     };
-    let splits = (Extent::from(Sym::P) * attention.pages.page_tokens.into()).ceil_div(SPLIT);
     let pairs = decode.pairs();
-    let mut k = ports.builder(site, splits * pairs.clone());
+    let mut k = ports.builder(site, split_bound(attention.pages.page_tokens) * pairs.clone());
     k.threads(THREADS as u32);
     decode.body(&mut k, &pairs);
     let tail = merge::grid(&decode, &pairs);
@@ -92,24 +128,24 @@ impl Decode {
         let smem = Smem {
             q: k.shared(DType::I32, 2 * ROWS * stride),
             stride,
+            scores: k.shared(DType::F32, MANY_CHUNKS * THREADS * 4),
             o: k.shared(DType::F32, WARPS * ROWS * self.o_stride()),
             found: k.shared(DType::F32, 2 * WARPS * ROWS),
         };
         let partials = Partials::here(k, self.attention.elems());
         let (task, pairs) = (k.task(), extent(k, pairs));
         begin(k);
-        let (split, number) = (k.div(task, pairs), k.rem(task, pairs));
+        let (split, number) = divided(k, task, pairs);
         let (exists, pair) = self.pair(k, place.lane, number);
-        let first = k.mul_const(split, SPLIT);
+        let (first, chunks) = split_range(k, split);
         let end = k.add(pair.tokens.position, pair.tokens.count);
         let some = k.cmp(Pred::Lt, first, end);
         let works = k.and(exists, pair.tokens.live);
         let works = k.and(works, some);
         k.if_then(works, |k| {
-            let block = Block { decode: self, place, smem, pair: &pair, end };
-            block.load_queries(k);
-            k.barrier();
-            block.work(k, first);
+            let one = k.const_i64(1);
+            let block = Block { decode: self, place, smem, pair: &pair, last: k.sub(end, one) };
+            block.work(k, first, chunks);
             k.barrier();
             block.together(k, partials);
         });
@@ -117,7 +153,7 @@ impl Decode {
 
     /// Elements from one row's sums to the next in shared memory: four more keep threads in different banks.
     const fn o_stride(&self) -> u64 {
-        self.attention.blocks() * super::BLOCK_ELEMS + 4
+        self.attention.blocks() * BLOCK_ELEMS + 4
     }
 }
 
@@ -128,6 +164,8 @@ struct Smem {
     q: Val,
     /// Words from one row to the next.
     stride: u64,
+    /// `[chunk][thread][4]`: each thread's own scores.
+    scores: Val,
     /// `[warp][row][elements]`.
     o: Val,
     /// `[m, l][warp][row]`.
@@ -140,8 +178,8 @@ struct Block<'a> {
     place: Place,
     smem: Smem,
     pair: &'a Pair,
-    /// One past the last position that a token sees.
-    end: Val,
+    /// The last position that a token sees.
+    last: Val,
 }
 
 impl Block<'_> {
@@ -188,28 +226,21 @@ impl Block<'_> {
         }
     }
 
-    /// The warp's positions of the split that begins at `first`; its sums go to shared memory.
-    fn work(&self, k: &mut KernelBuilder, first: Val) {
-        let own = k.mul_const(self.place.warp, WARP_POSITIONS);
+    /// The warp's chunks of the split that begins at `first`; its sums go to shared memory.
+    fn work(&self, k: &mut KernelBuilder, first: Val, chunks: Val) {
+        let own = k.mul(self.place.warp, chunks);
+        let own = k.mul_const(own, CHUNK);
         let first = k.add(first, own);
-        let some = k.cmp(Pred::Lt, first, self.end);
+        // chunks that nobody sees are left out, but for one, whose positions nobody sees
+        let left = k.sub(self.last, first);
+        let left = k.add_const(left, CHUNK);
+        let left = k.div_const(left, CHUNK);
+        let one = k.const_i64(1);
+        let some = k.cmp(Pred::Gt, left, one);
+        let left = k.select(some, left, one);
+        let chunks = k.min_i64(chunks, left);
         let (g, q) = (k.div_const(self.place.lane, 4), k.rem_const(self.place.lane, 4));
-        let warp = Warp { block: self, first, g, q };
-        k.if_else(
-            some,
-            |k| {
-                warp.run(k);
-                Vec::new()
-            },
-            |k| {
-                let (lowest, zero) = (k.const_f32(LOWEST), k.const_f32(0.0));
-                warp.store_found(k, lowest, zero);
-                let none = k.splat_f32(4, 0.0);
-                let sums = vec![none; 4 * self.attention().blocks().div_ceil(2) as usize];
-                warp.store_sums(k, &sums);
-                Vec::new()
-            },
-        );
+        Warp { block: self, first, chunks, g, q }.run(k);
     }
 
     /// What the warps found, put together in their order, to where the tail finds it.
@@ -264,76 +295,127 @@ impl Block<'_> {
     }
 }
 
-/// A warp at work on its positions.
+/// A warp at work on its chunks.
 struct Warp<'a> {
     block: &'a Block<'a>,
-    /// The first position.
+    /// The first position, and how many chunks.
     first: Val,
+    chunks: Val,
     /// Which eight and which four of a warp's threads this is: the row of q and the key that it holds words of, and which words.
     g: Val,
     q: Val,
 }
 
 impl Warp<'_> {
+    fn attention(&self) -> &Attention {
+        self.block.attention()
+    }
+
     fn run(&self, k: &mut KernelBuilder) {
-        let pages = &self.block.attention().pages;
-        let (page, at) = (k.div_const(self.first, pages.page_tokens), k.rem_const(self.first, pages.page_tokens));
-        let pair = self.block.pair;
+        let (zero, one) = (k.const_i64(0), k.const_i64(1));
+        let shares = self.keys(k, zero);
+        let keys = self.load(k, &shares);
+        self.block.load_queries(k);
+        // loads cannot wait behind it
+        k.barrier();
+        let lowest = k.const_f32(LOWEST);
+        let carried = [keys, vec![lowest]].concat();
+        let left = k.for_carry((zero, self.chunks, 1), &carried, |k, chunk, carried| {
+            let (keys, max) = carried.split_at(carried.len() - 1);
+            let next = k.add(chunk, one);
+            let more = k.cmp(Pred::Lt, next, self.chunks);
+            let (keys_next, values) = (self.keys(k, next), self.values(k, zero));
+            let shares = [0, 1, 2, 3].map(|i: usize| keys_next[i].or(k, more, values[i]));
+            let ahead = self.load(k, &shares);
+            let scores = self.score(k, chunk, keys);
+            let max = scores.into_iter().fold(max[0], |max, s| k.fmax(max, s));
+            [ahead, vec![max]].concat()
+        });
+        let (values, max) = left.split_at(left.len() - 1);
+        let max = of_four(k, max[0], |k, a, b| k.fmax(a, b));
+        let none = k.splat_f32(4, 0.0);
+        let nothing = k.const_f32(0.0);
+        let sums = vec![none; 4 * self.attention().blocks().div_ceil(2) as usize];
+        let carried = [values.to_vec(), sums.clone(), vec![nothing]].concat();
+        let left = k.for_carry((zero, self.chunks, 1), &carried, |k, chunk, carried| {
+            let (values, rest) = carried.split_at(values.len());
+            let (sums, sum) = rest.split_at(sums.len());
+            let next = k.add(chunk, one);
+            let more = k.cmp(Pred::Lt, next, self.chunks);
+            let load = |k: &mut KernelBuilder| {
+                let shares = self.values(k, next);
+                self.load(k, &shares)
+            };
+            let ahead = k.if_else(more, load, |_| values.to_vec());
+            let (weights, sum) = self.soften(k, chunk, max, sum[0]);
+            let sums = self.weigh(k, values, &weights, sums.to_vec());
+            [ahead, sums, vec![sum]].concat()
+        });
+        let (sums, sum) = left[values.len()..].split_at(sums.len());
+        let sum = of_four(k, sum[0], |k, a, b| k.fadd(a, b));
+        self.store_found(k, max, sum);
+        self.store_sums(k, sums);
+    }
+
+    /// Rows of keys (or values) from the first position of a chunk on, and the number of the last that somebody sees: of positions that nobody sees those of the
+    /// last that somebody does are read.
+    fn rows(&self, k: &mut KernelBuilder, chunk: Val) -> ((Val, Val), Val) {
+        let (pages, pair) = (&self.attention().pages, self.block.pair);
+        let first = k.mul_const(chunk, CHUNK);
+        let first = k.add(self.first, first);
+        let within = k.rem_const(self.block.last, CHUNK);
+        let most = k.sub(self.block.last, within);
+        let first = k.min_i64(first, most);
+        let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
         let (keys, values) = pages.block(k, pair.tokens.sequence, page, pair.kv_head);
         let [keys, values] = [keys, values].map(|rows| pages.row(k, rows, at));
-        let (one, left) = (k.const_i64(1), k.sub(self.block.end, self.first));
-        let last = k.sub(left, one);
-        let keys = self.load_keys(k, keys, last);
-        let values = self.load_values(k, values, last);
-        let scores = self.score(k, &keys);
-        let weights = self.soften(k, &scores);
-        let sums = self.weigh(k, &values, &weights);
-        self.store_sums(k, &sums);
+        ((keys, values), k.sub(self.block.last, first))
     }
 
-    /// For each product its key's words, by block: of positions that nobody sees those of the last that somebody does.
-    fn load_keys(&self, k: &mut KernelBuilder, keys: Val, last: Val) -> Vec<Vec<Vec<[Val; 4]>>> {
-        let attention = self.block.attention();
-        let of = |n: u64| {
-            let number = k.add_const(self.g, n * KEYS);
+    /// Words of the keys of a chunk: of keys `g` and `g + 8`, of even and of odd blocks.
+    fn keys(&self, k: &mut KernelBuilder, chunk: Val) -> [Share; 4] {
+        let ((keys, _), last) = self.rows(k, chunk);
+        [(0, 0), (0, 1), (KEYS, 0), (KEYS, 1)].map(|(key, odd)| {
+            let number = k.add_const(self.g, key);
             let number = k.min_i64(number, last);
-            let row = attention.pages.row(k, keys, number);
-            let words = (0..attention.blocks()).map(|block| {
-                let block = k.index(block);
-                of_kv(k, &attention.pages, row, Quad { block, quad: self.q }, Parts::Sum)
-            });
-            words.collect()
-        };
-        (0..WARP_POSITIONS / KEYS).map(of).collect()
+            let row = self.attention().pages.row(k, keys, number);
+            let odd = k.const_i64(odd);
+            Share::new(k, &self.attention().pages, row, odd, self.q)
+        })
     }
 
-    /// For each product that weighs and each pair of blocks the words of its four positions.
-    fn load_values(&self, k: &mut KernelBuilder, values: Val, last: Val) -> Vec<Vec<[Vec<[Val; 4]>; 4]>> {
-        let attention = self.block.attention();
-        let (second, quad) = (k.div_const(self.g, 4), k.rem_const(self.g, 4));
+    /// Words of the values of a chunk: of positions `2 q`, `2 q + 1`, `2 q + 8` and `2 q + 9`, of the blocks that are this thread's.
+    fn values(&self, k: &mut KernelBuilder, chunk: Val) -> [Share; 4] {
+        let ((_, values), last) = self.rows(k, chunk);
+        let (odd, quad) = (k.div_const(self.g, 4), k.rem_const(self.g, 4));
         let own = k.mul_const(self.q, 2);
-        let of = |n: u64| {
-            let rows = [0, 1, 8, 9].map(|i| {
-                let number = k.add_const(own, n * WEIGHED + i);
-                let number = k.min_i64(number, last);
-                attention.pages.row(k, values, number)
-            });
-            let blocks = (0..attention.blocks()).step_by(2).map(|first| {
-                let block = k.add_const(second, first);
-                let last = k.index(attention.blocks() - 1);
-                let block = k.min_i64(block, last);
-                rows.map(|row| of_kv(k, &attention.pages, row, Quad { block, quad }, Parts::Sum))
-            });
-            blocks.collect()
-        };
-        (0..WARP_POSITIONS / WEIGHED).map(of).collect()
+        [0, 1, 8, 9].map(|i| {
+            let number = k.add_const(own, i);
+            let number = k.min_i64(number, last);
+            let row = self.attention().pages.row(k, values, number);
+            Share::new(k, &self.attention().pages, row, odd, quad)
+        })
     }
 
-    /// For each product the scores of this thread's row with two positions, the lowest where it does not see them.
-    fn score(&self, k: &mut KernelBuilder, keys: &[Vec<Vec<[Val; 4]>>]) -> Vec<[(Val, Val); 2]> {
-        let (attention, smem) = (self.block.attention(), &self.block.smem);
+    /// What `shares` have, one after the other.
+    fn load(&self, k: &mut KernelBuilder, shares: &[Share; 4]) -> Vec<Val> {
+        shares.iter().flat_map(|share| share.load(k, &self.attention().pages)).collect()
+    }
+
+    /// The words of share `share` in pair `pair` of blocks, for each part.
+    fn words(&self, k: &mut KernelBuilder, loaded: &[Val], share: usize, pair: usize) -> Vec<[Val; 4]> {
+        let pages = &self.attention().pages;
+        let each = Share::vectors(pages);
+        let pairs = self.attention().blocks().div_ceil(2) as usize;
+        let from = (share * pairs + pair) * each;
+        Share::words(k, pages, &loaded[from..from + each], Parts::Sum)
+    }
+
+    /// The scores of this thread's row with four positions of a chunk, the lowest where it does not see them; kept in shared memory too.
+    fn score(&self, k: &mut KernelBuilder, chunk: Val, keys: &[Val]) -> [Val; 4] {
+        let (attention, smem) = (self.attention(), &self.block.smem);
         let none = k.splat_f32(4, 0.0);
-        let mut sums = vec![none; keys.len()];
+        let mut sums = [none; 2];
         for block in 0..attention.blocks() {
             let at = k.mul_const(self.q, 4);
             let at = k.add_const(at, block * BLOCK_WORDS);
@@ -343,8 +425,8 @@ impl Warp<'_> {
                 let words = k.load(DType::I32, 4, row, at);
                 four(k, words)
             });
-            for (sum, keys) in sums.iter_mut().zip(keys) {
-                for key in &keys[block as usize] {
+            for (n, sum) in sums.iter_mut().enumerate() {
+                for key in self.words(k, keys, 2 * n + (block % 2) as usize, (block / 2) as usize) {
                     for i in [0, 2] {
                         let a = [high[i], rest[i], high[i + 1], rest[i + 1]];
                         *sum = k.mma(DType::BF16, a, [key[i], key[i + 1]], *sum);
@@ -354,58 +436,56 @@ impl Warp<'_> {
         }
         let of = self.block.row_of(k, self.g);
         let own = k.add(self.block.pair.tokens.position, of.token);
-        let mut scores = Vec::new();
-        for (n, sum) in (0..).zip(sums) {
-            let sum = four(k, sum);
-            let pair = k.mul_const(self.q, 2);
-            let first = k.add(self.first, pair);
-            scores.push([0, 1].map(|i: u64| {
-                let position = k.add_const(first, n * KEYS + i);
-                let sees = k.cmp(Pred::Le, position, own);
-                let sees = k.and(sees, of.exists);
-                let (scale, lowest) = (k.const_f32(attention.scale), k.const_f32(LOWEST));
-                let score = k.fadd(sum[i as usize], sum[i as usize + 2]);
-                let score = k.fmul(score, scale);
-                (k.select(sees, score, lowest), sees)
-            }));
-        }
+        let none = k.const_i64(-1);
+        let own = k.select(of.exists, own, none);
+        let (first, pair) = (k.mul_const(chunk, CHUNK), k.mul_const(self.q, 2));
+        let first = k.add(first, pair);
+        let first = k.add(self.first, first);
+        let (scale, lowest) = (k.const_f32(attention.scale), k.const_f32(LOWEST));
+        let scores = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(n, i): (u64, u64)| {
+            let position = k.add_const(first, n * KEYS + i);
+            let sees = k.cmp(Pred::Le, position, own);
+            let [sum, rest] = [0, 2].map(|part| k.extract(sums[n as usize], part + i as u32));
+            let score = k.fadd(sum, rest);
+            let score = k.fmul(score, scale);
+            k.select(sees, score, lowest)
+        });
+        let at = self.own_scores(k, chunk);
+        let kept = k.quad(scores);
+        k.store(smem.scores, at, kept);
         scores
     }
 
-    /// Scores to probabilities relative to their maximum, as words; maximum and sum go to shared memory.
-    fn soften(&self, k: &mut KernelBuilder, scores: &[[(Val, Val); 2]]) -> Vec<Vec<Val>> {
-        let lowest = k.const_f32(LOWEST);
-        let max = scores.iter().flatten().fold(lowest, |max, &(s, _)| k.fmax(max, s));
-        let max = of_four(k, max, |k, a, b| k.fmax(a, b));
-        let zero = k.const_f32(0.0);
-        let mut sum = zero;
-        let mut words = Vec::new();
-        for pair in scores {
-            let p = pair.map(|(score, sees)| {
-                let p = merge::factor(k, score, max);
-                k.select(sees, p, zero)
-            });
-            sum = p.iter().fold(sum, |sum, &p| k.fadd(sum, p));
-            words.push(pack(k, p, Parts::Sum));
-        }
-        let sum = of_four(k, sum, |k, a, b| k.fadd(a, b));
-        self.store_found(k, max, sum);
-        words
+    fn own_scores(&self, k: &mut KernelBuilder, chunk: Val) -> Val {
+        let at = k.mul_const(chunk, THREADS);
+        let at = k.add(at, self.block.place.thread);
+        k.mul_const(at, 4)
     }
 
-    /// Sums of values times probabilities: for each pair of blocks and word the thread's two elements, of two rows each.
-    fn weigh(&self, k: &mut KernelBuilder, values: &[Vec<[Vec<[Val; 4]>; 4]>], weights: &[Vec<Val>]) -> Vec<Val> {
-        let none = k.splat_f32(4, 0.0);
-        let mut sums = vec![none; 4 * self.block.attention().blocks().div_ceil(2) as usize];
-        for (values, weights) in values.iter().zip(weights.chunks(2)) {
-            for (sums, rows) in sums.chunks_mut(4).zip(values) {
-                for part in 0..rows[0].len() {
-                    for (word, sum) in sums.iter_mut().enumerate() {
-                        let [a0, a1] = across(k, rows[0][part][word], rows[1][part][word]);
-                        let [a2, a3] = across(k, rows[2][part][word], rows[3][part][word]);
-                        for (&first, &second) in weights[0].iter().zip(&weights[1]) {
-                            *sum = k.mma(DType::BF16, [a0, a1, a2, a3], [first, second], *sum);
-                        }
+    /// The probabilities of a chunk relative to the maximum, as words, and the sum with theirs.
+    fn soften(&self, k: &mut KernelBuilder, chunk: Val, max: Val, sum: Val) -> (Vec<Vec<Val>>, Val) {
+        let at = self.own_scores(k, chunk);
+        let scores = k.load(DType::F32, 4, self.block.smem.scores, at);
+        let (zero, lowest) = (k.const_f32(0.0), k.const_f32(LOWEST));
+        let p = four(k, scores).map(|score| {
+            let sees = k.cmp(Pred::Gt, score, lowest);
+            let p = merge::factor(k, score, max);
+            k.select(sees, p, zero)
+        });
+        let sum = p.iter().fold(sum, |sum, &p| k.fadd(sum, p));
+        (vec![pack(k, [p[0], p[1]], Parts::Sum), pack(k, [p[2], p[3]], Parts::Sum)], sum)
+    }
+
+    /// Adds values times probabilities: for each pair of blocks and word the thread's two elements, of two rows each.
+    fn weigh(&self, k: &mut KernelBuilder, values: &[Val], weights: &[Vec<Val>], mut sums: Vec<Val>) -> Vec<Val> {
+        for (pair, sums) in sums.chunks_mut(4).enumerate() {
+            let rows = [0, 1, 2, 3].map(|row| self.words(k, values, row, pair));
+            for part in 0..rows[0].len() {
+                for (word, sum) in sums.iter_mut().enumerate() {
+                    let [a0, a1] = across(k, rows[0][part][word], rows[1][part][word]);
+                    let [a2, a3] = across(k, rows[2][part][word], rows[3][part][word]);
+                    for (&first, &second) in weights[0].iter().zip(&weights[1]) {
+                        *sum = k.mma(DType::BF16, [a0, a1, a2, a3], [first, second], *sum);
                     }
                 }
             }
@@ -424,13 +504,13 @@ impl Warp<'_> {
             let block = k.add_const(second, first);
             let store = |k: &mut KernelBuilder| {
                 let sums: Vec<[Val; 4]> = sums.iter().map(|&sum| four(k, sum)).collect();
-                let at = k.mul_const(block, super::BLOCK_ELEMS);
+                let at = k.mul_const(block, BLOCK_ELEMS);
                 let own = k.mul_const(quad, 4);
                 let at = k.add(at, own);
                 for (half, row) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                     let to = k.add_const(first_row, row);
                     let to = row_ptr(k, smem.o, to, decode.o_stride());
-                    let at = k.add_const(at, half * super::BLOCK_ELEMS / 2);
+                    let at = k.add_const(at, half * BLOCK_ELEMS / 2);
                     let values = k.quad([0, 1, 2, 3].map(|word: usize| sums[word][(2 * half + row) as usize]));
                     k.store(to, at, values);
                 }
@@ -456,6 +536,15 @@ impl Warp<'_> {
             k.store(self.block.smem.found, at, sum);
         });
     }
+}
+
+/// Quotient and remainder of what fits 32 bits, which takes a GPU a fraction of the time that 64 do.
+pub fn divided(k: &mut KernelBuilder, x: Val, by: Val) -> (Val, Val) {
+    let (x, by) = (k.narrow(x), k.narrow(by));
+    let quotient = k.div(x, by);
+    let whole = k.mul(quotient, by);
+    let rest = k.sub(x, whole);
+    (k.widen(quotient), k.widen(rest))
 }
 
 /// Joins the numbers of the four threads that hold words of one row.

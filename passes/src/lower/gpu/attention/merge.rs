@@ -9,9 +9,9 @@ use nextc_ir::schedule::Extent;
 
 use super::super::super::matmul::row_ptr;
 use super::super::{Place, begin, extent, warp_max, warp_sum};
-use super::decode::{Decode, ROWS, SPLIT, THREADS};
+use super::decode::{Decode, ROWS, THREADS, splits_of};
 use super::words::four;
-use super::{LOWEST, RowOf};
+use super::RowOf;
 
 /// Elements of a block.
 const ELEMS: u64 = 64;
@@ -103,8 +103,7 @@ pub fn tail(k: &mut KernelBuilder, decode: &Decode, pairs: &Extent) {
             pair.tokens.live,
             |k| {
                 let position = k.add(pair.tokens.position, of.token);
-                let count = k.div_const(position, SPLIT);
-                let count = k.add_const(count, 1);
+                let count = splits_of(k, position);
                 let merge = Merge { decode, place, smem, partials, first: (number, pairs), row, count };
                 merge.run(k, part, (t, of.head));
                 Vec::new()
@@ -150,34 +149,43 @@ impl Merge<'_> {
         let last = k.index(elems - 4);
         // a thread without elements does what the last does, and stores nothing
         let column = k.min_i64(at, last);
-        let max = self.max(k);
         let (zero, nothing) = (k.const_i64(0), k.const_f32(0.0));
-        let sums = k.for_carry((zero, self.count, THREADS), &[nothing; 5], |k, from, sums| {
-            let sum = self.factors(k, from, max, sums[4]);
+        // all that the first splits have is asked for at once
+        let found = self.found(k, self.place.thread);
+        let ahead = self.load(k, zero, lane, column);
+        let max = self.max(k, found[0]);
+        let sum = self.factors(k, self.place.thread, found, max, nothing);
+        k.barrier();
+        let o = self.add(k, lane, &ahead, &[nothing; 4]);
+        let further = k.add_const(lane, LANES * AHEAD);
+        let o = self.add_splits(k, zero, (further, column), &o);
+        let batch = k.index(THREADS);
+        let begin = [o, vec![sum]].concat();
+        let sums = k.for_carry((batch, self.count, THREADS), &begin, |k, from, sums| {
+            k.barrier();
+            let number = k.add(from, self.place.thread);
+            let found = self.found(k, number);
+            let sum = self.factors(k, number, found, max, sums[4]);
             k.barrier();
             let o = self.add_splits(k, from, (lane, column), &sums[..4]);
-            k.barrier();
             [o, vec![sum]].concat()
         });
-        let sum = self.over_warps(k, sums[4], WARPS, warp_sum, |k, a, b| k.fadd(a, b));
         let o = k.quad([0, 1, 2, 3].map(|i: usize| sums[i]));
         let mine = k.mul_const(self.place.thread, 4);
         k.store(self.smem.o, mine, o);
-        k.barrier();
-        let quads = k.index(QUADS);
-        let (is_first, end) = (k.cmp(Pred::Lt, self.place.thread, quads), k.index(elems));
-        let exists = k.cmp(Pred::Lt, at, end);
+        let sum = self.over_warps(k, sums[4], WARPS, warp_sum, |k, a, b| k.fadd(a, b));
+        let (elems_here, end) = (k.index(ELEMS), k.index(elems));
+        let at = k.add(first, self.place.thread);
+        let (is_first, exists) = (k.cmp(Pred::Lt, self.place.thread, elems_here), k.cmp(Pred::Lt, at, end));
         let stores = k.and(is_first, exists);
         k.if_then(stores, |k| {
             let eighths = (0..LANES).map(|lane| {
-                let at = k.add_const(own, lane * ELEMS);
-                let o = k.load(DType::F32, 4, self.smem.o, at);
-                four(k, o)
+                let at = k.add_const(self.place.thread, lane * ELEMS);
+                k.load_f32(self.smem.o, at)
             });
-            let eighths: Vec<[Val; 4]> = eighths.collect();
-            let add = |a: [Val; 4], b: &[Val; 4]| [0, 1, 2, 3].map(|i: usize| k.fadd(a[i], b[i]));
-            let o = eighths[1..].iter().fold(eighths[0], add);
-            self.decode.attention.finish(k, o, sum, (t, head, at));
+            let eighths: Vec<Val> = eighths.collect();
+            let o = eighths[1..].iter().fold(eighths[0], |sum, &o| k.fadd(sum, o));
+            self.decode.attention.finish(k, (o, sum), (t, head, at));
         });
     }
 
@@ -192,13 +200,17 @@ impl Merge<'_> {
         self.partials.of(k, task)
     }
 
-    /// The largest maximum of all splits.
-    fn max(&self, k: &mut KernelBuilder) -> Val {
-        let lowest = k.const_f32(LOWEST);
-        let own = k.for_carry((self.place.thread, self.count, THREADS), &[lowest], |k, number, max| {
-            let split = self.split(k, number);
-            let [at, _] = self.partials.found(k, self.row);
-            let m = k.load_f32(split, at);
+    /// Maximum and sum of split `number`, or of the last.
+    fn found(&self, k: &mut KernelBuilder, number: Val) -> [Val; 2] {
+        let split = self.split(k, number);
+        self.partials.found(k, self.row).map(|at| k.load_f32(split, at))
+    }
+
+    /// The largest maximum of all splits; `own` is that of this thread's first.
+    fn max(&self, k: &mut KernelBuilder, own: Val) -> Val {
+        let next = k.add_const(self.place.thread, THREADS);
+        let own = k.for_carry((next, self.count, THREADS), &[own], |k, number, max| {
+            let [m, _] = self.found(k, number);
             vec![k.fmax(max[0], m)]
         })[0];
         self.over_warps(k, own, 0, warp_max, |k, a, b| k.fmax(a, b))
@@ -227,12 +239,9 @@ impl Merge<'_> {
         all[1..].iter().fold(all[0], |a, &b| join(k, a, b))
     }
 
-    /// The factors of the splits from `from` on, a thread one; gives the sum with theirs.
-    fn factors(&self, k: &mut KernelBuilder, from: Val, max: Val, sum: Val) -> Val {
-        let number = k.add(from, self.place.thread);
+    /// The factor of this thread's split of a batch; gives the sum with its.
+    fn factors(&self, k: &mut KernelBuilder, number: Val, [m, l]: [Val; 2], max: Val, sum: Val) -> Val {
         let exists = k.cmp(Pred::Lt, number, self.count);
-        let split = self.split(k, number);
-        let [m, l] = self.partials.found(k, self.row).map(|at| k.load_f32(split, at));
         let nothing = k.const_f32(0.0);
         let factor = factor(k, m, max);
         let factor = k.select(exists, factor, nothing);
@@ -240,29 +249,36 @@ impl Merge<'_> {
         k.fma(factor, l, sum)
     }
 
-    /// Adds this thread's elements of its eighth of the splits from `from` on.
-    fn add_splits(&self, k: &mut KernelBuilder, from: Val, (lane, column): (Val, Val), o: &[Val]) -> Vec<Val> {
+    /// This thread's elements of splits `first`, and each eighth after it, of the batch that begins at `from`.
+    fn load(&self, k: &mut KernelBuilder, from: Val, first: Val, column: Val) -> Vec<Val> {
+        let of = |i| {
+            let number = k.add_const(first, i * LANES);
+            let number = k.add(from, number);
+            let split = self.split(k, number);
+            let row = self.partials.row(k, split, self.row);
+            k.load(DType::F32, 4, row, column)
+        };
+        (0..AHEAD).map(of).collect()
+    }
+
+    /// Adds what [`Self::load`] gave, times the factors.
+    fn add(&self, k: &mut KernelBuilder, first: Val, parts: &[Val], o: &[Val]) -> Vec<Val> {
+        (0..).zip(parts).fold(o.to_vec(), |o, (i, &part)| {
+            let number = k.add_const(first, i * LANES);
+            let factor = k.load_f32(self.smem.factors, number);
+            let part = four(k, part);
+            o.iter().zip(part).map(|(&o, x)| k.fma(factor, x, o)).collect()
+        })
+    }
+
+    /// Adds this thread's elements of every eighth split of a batch from `first` on.
+    fn add_splits(&self, k: &mut KernelBuilder, from: Val, (first, column): (Val, Val), o: &[Val]) -> Vec<Val> {
         let left = k.sub(self.count, from);
         let batch = k.index(THREADS);
         let end = k.min_i64(left, batch);
-        k.for_carry((lane, end, LANES * AHEAD), o, |k, first, o| {
-            let numbers: Vec<Val> = (0..AHEAD).map(|i| k.add_const(first, i * LANES)).collect();
-            let parts: Vec<Val> = numbers
-                .iter()
-                .map(|&number| {
-                    let number = k.add(from, number);
-                    let split = self.split(k, number);
-                    let row = self.partials.row(k, split, self.row);
-                    k.load(DType::F32, 4, row, column)
-                })
-                .collect();
-            let mut o = o.to_vec();
-            for (number, part) in numbers.into_iter().zip(parts) {
-                let factor = k.load_f32(self.smem.factors, number);
-                let part = four(k, part);
-                o = o.iter().zip(part).map(|(&o, x)| k.fma(factor, x, o)).collect();
-            }
-            o
+        k.for_carry((first, end, LANES * AHEAD), o, |k, first, o| {
+            let parts = self.load(k, from, first, column);
+            self.add(k, first, &parts, o)
         })
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! norm_rope_append  a warp a head ([`norm_rope`])
 //! gated_attention   two classes of tokens, in products of fragments with sums in f32:
-//!   runs that are decoded  a block a split of 128 positions ([`decode`]); what the splits found is put together by the tail ([`merge`])
+//!   runs that are decoded  a block a split of positions ([`decode`]); what the splits found is put together by the tail ([`merge`])
 //!   long runs              a block some tokens, over all their positions ([`bulk`])
 //! traffic  two rows of KV a kv head and position, for all query heads that share it: bound by memory in short runs
 //!
@@ -16,7 +16,8 @@ mod norm_rope;
 mod runs;
 mod words;
 
-use nextc_ir::kernel::{KernelBuilder, Val};
+use nextc_ir::DType;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::pad;
 
 use super::super::LowerError;
@@ -46,7 +47,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
     let attention = Attention { pages, q, gate, out, heads, shared, scale: site.float("scale") };
     let fits = attention.elems() <= MOST_ELEMS
         && shared <= bulk::ROWS
-        && pages.page_tokens.is_multiple_of(decode::WARP_POSITIONS)
+        && pages.page_tokens.is_multiple_of(decode::CHUNK)
         && pages.page_tokens.is_multiple_of(bulk::POSITIONS);
     let decoded = || decode::lower(site, ports.clone(), attention);
     fits.then(|| Ok(decoded().then(bulk::lower(site, ports.clone(), attention))))
@@ -84,19 +85,29 @@ impl Attention {
         row_ptr(k, row, head, self.elems())
     }
 
-    /// `out = o / sum · sigmoid(output_gate)` of four neighbouring elements of a head of token `t`.
-    fn finish(&self, k: &mut KernelBuilder, o: [Val; 4], sum: Val, (t, head, at): (Val, Val, Val)) {
+    /// `out = o / sum · sigmoid(output_gate)` of one element of a head of token `t`.
+    fn finish(&self, k: &mut KernelBuilder, (o, sum): (Val, Val), (t, head, at): (Val, Val, Val)) {
         let (gate, out) = (self.row(k, self.gate, t, head), self.row(k, self.out, t, head));
-        let gate = k.load(nextc_ir::DType::F32, 4, gate, at);
-        let mut lane = 0;
-        let values = o.map(|o| {
-            let gate = k.extract(gate, lane);
-            lane += 1;
-            let (x, gate) = (k.fdiv(o, sum), k.sigmoid(gate));
-            k.fmul(x, gate)
+        let gate = k.load_f32(gate, at);
+        let x = self.gated(k, o, sum, gate);
+        k.store(out, at, x);
+    }
+
+    /// The same of four neighbouring ones.
+    fn finish_four(&self, k: &mut KernelBuilder, o: [Val; 4], sum: Val, (t, head, at): (Val, Val, Val)) {
+        let (gate, out) = (self.row(k, self.gate, t, head), self.row(k, self.out, t, head));
+        let gates = k.load(DType::F32, 4, gate, at);
+        let values = [0, 1, 2, 3].map(|i: usize| {
+            let gate = k.extract(gates, i as u32);
+            self.gated(k, o[i], sum, gate)
         });
         let values = k.quad(values);
         k.store(out, at, values);
+    }
+
+    fn gated(&self, k: &mut KernelBuilder, o: Val, sum: Val, gate: Val) -> Val {
+        let (x, gate) = (k.fdiv(o, sum), k.sigmoid(gate));
+        k.fmul(x, gate)
     }
 
     /// Zeros for one query head of token `t`, by `threads` threads.
@@ -119,7 +130,7 @@ impl RowOf {
     fn new(k: &mut KernelBuilder, attention: &Attention, tokens: &Tokens, kv_head: Val, row: Val) -> Self {
         let (token, h) = (k.div_const(row, attention.shared), k.rem_const(row, attention.shared));
         let first = k.mul_const(kv_head, attention.shared);
-        let exists = k.cmp(nextc_ir::kernel::Pred::Lt, token, tokens.count);
+        let exists = k.cmp(Pred::Lt, token, tokens.count);
         Self { token, exists, head: k.add(first, h) }
     }
 }
