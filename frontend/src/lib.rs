@@ -7,8 +7,8 @@
 
 use std::path::Path;
 
-use nextc_ir::{DType, Module};
 use nextc_ir::graph::ModelInfo;
+use nextc_ir::{DType, Module};
 
 pub mod config;
 mod error;

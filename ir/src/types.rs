@@ -300,3 +300,31 @@ impl fmt::Display for Type {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each element of a page has bytes of its own, and words that follow one another hold neighbours.
+    #[test]
+    fn rows_of_kv_hold_every_element_once() {
+        for (width, dtype) in [(12, DType::F32), (24, DType::BF16), (56, DType::BF16), (256, DType::BF16)] {
+            let Type::State(state) = Type::kv(2, width, dtype) else { panic!("KV is a state") };
+            let row = state.kv_row();
+            let mut taken: Vec<u64> = (0..4 * width).map(|i| state.stored_byte(i)).collect();
+            assert_eq!(taken[1] - taken[0], 4, "{width} x {dtype}");
+            taken.sort_unstable();
+            taken.dedup();
+            assert_eq!(taken.len() as u64, 4 * width, "{width} x {dtype}");
+            assert!(taken.iter().all(|at| at + dtype.bytes() <= 4 * row.bytes()), "{width} x {dtype}");
+        }
+    }
+
+    #[test]
+    fn kv_in_bf16_takes_half_the_bytes_where_lines_are_full() {
+        let bytes = |width, dtype| Type::kv(2, width, dtype).as_state().map(StateType::bytes);
+        assert_eq!(bytes(256, DType::F32), Some(2 * 2 * 256 * 4));
+        assert_eq!(bytes(256, DType::BF16), Some(2 * 2 * 256 * 2));
+        assert_eq!(bytes(24, DType::BF16), bytes(32, DType::BF16));
+    }
+}

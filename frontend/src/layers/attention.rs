@@ -9,11 +9,7 @@ use super::{Weights, add_residual, eps, stream_types};
 use crate::config::ModelConfig;
 
 /// `@attention.I(x, ssq, seqs, kv, weights...) -> (x, ssq, kv)`.
-pub(super) fn build(
-    (w, c, kv): (&Weights, &ModelConfig, DType),
-    name: &str,
-    prefix: &str,
-) -> Result<Part, BuildError> {
+pub(super) fn build((w, c, kv): (&Weights, &ModelConfig, DType), name: &str, prefix: &str) -> Result<Part, BuildError> {
     let mut p = PartBuilder::new(w, name, prefix);
     let [x, ssq] = p.stream(stream_types(c));
     let seqs = p.sequences();

@@ -153,6 +153,9 @@ struct Group {
     sum: Val,
 }
 
+/// What is done with a line: its number, the vectors of it that hold elements, and the sums before give the sums after.
+type LineBody<'a> = dyn FnMut(&mut KernelBuilder, Val, u64, &[Val]) -> Vec<Val> + 'a;
+
 /// `gated_attention`.
 pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedAttention);
@@ -356,13 +359,8 @@ impl Group {
         }
     }
 
-    /// Carries `sums` over the lines of a row: `body(line, vectors of it that hold elements, sums)` gives the next ones.
-    fn for_lines(
-        &self,
-        k: &mut KernelBuilder,
-        sums: &mut [Val],
-        body: &mut dyn FnMut(&mut KernelBuilder, Val, u64, &[Val]) -> Vec<Val>,
-    ) {
+    /// Carries `sums` over the lines of a row.
+    fn for_lines(&self, k: &mut KernelBuilder, sums: &mut [Val], body: &mut LineBody<'_>) {
         let row = self.pages.row;
         let (lines, last) = (row.lines(), self.pages.parts_of(row.lines() - 1));
         let full = if last == row.parts() { lines } else { lines - 1 };

@@ -16,8 +16,8 @@ use nextc_ir::types::DECODE_TOKENS;
 use super::super::super::matmul::row_ptr;
 use super::super::super::ports::{Lowered, Ports, Site};
 use super::super::{Place, begin, many};
-use super::decode::of_four;
 use super::runs::{Runs, Tokens};
+use super::warp::of_four;
 use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Quad, across, four, of_floats, of_kv, pack};
 use super::{Attention, LOWEST, RowOf, merge};
 

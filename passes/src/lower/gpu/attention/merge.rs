@@ -1,7 +1,7 @@
 //! What the splits of decoded runs found, put together: the tail of [`decode`](super::decode).
 //!
-//! block    64 elements of one row; `factor = exp(m − max)` of each split, `out = Σ factor · o / Σ factor · l · sigmoid(output_gate)`
-//! threads  16 have four elements each of every eighth split; the eighths are added up in order
+//! block    32 elements of one row; `factor = exp(m − max)` of each split, `out = Σ factor · o / Σ factor · l · sigmoid(output_gate)`
+//! threads  eight have four elements each of every 16th split; these sums are added up in order
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -9,12 +9,13 @@ use nextc_ir::schedule::Extent;
 
 use super::super::super::matmul::row_ptr;
 use super::super::{Place, begin, extent, warp_max, warp_sum};
-use super::decode::{Decode, ROWS, THREADS, splits_of};
-use super::words::four;
 use super::RowOf;
+use super::decode::{Decode, ROWS, THREADS};
+use super::splits::splits_of;
+use super::words::four;
 
 /// Elements of a block.
-const ELEMS: u64 = 64;
+const ELEMS: u64 = 32;
 /// Threads that share a split.
 const QUADS: u64 = ELEMS / 4;
 /// Splits that are read at once.
@@ -44,6 +45,11 @@ impl Partials {
     /// Those of a task.
     pub fn of(&self, k: &mut KernelBuilder, task: Val) -> Val {
         row_ptr(k, self.base, task, Self::count(self.elems))
+    }
+
+    /// Bytes of a task.
+    pub const fn bytes(&self) -> u64 {
+        Self::count(self.elems) * 4
     }
 
     /// Where the elements of a row begin.
@@ -104,7 +110,10 @@ pub fn tail(k: &mut KernelBuilder, decode: &Decode, pairs: &Extent) {
             |k| {
                 let position = k.add(pair.tokens.position, of.token);
                 let count = splits_of(k, position);
-                let merge = Merge { decode, place, smem, partials, first: (number, pairs), row, count };
+                let (first, stride) = (partials.of(k, number), k.mul_const(pairs, partials.bytes()));
+                let one = k.const_i64(1);
+                let last = k.sub(count, one);
+                let merge = Merge { decode, place, smem, partials, first, stride, row, count, last };
                 merge.run(k, part, (t, of.head));
                 Vec::new()
             },
@@ -123,7 +132,7 @@ struct Smem {
     factors: Val,
     /// A maximum and a sum of each warp.
     warps: Val,
-    /// `[eighth][elements]`.
+    /// `[lane][elements]`.
     o: Val,
 }
 
@@ -133,11 +142,13 @@ struct Merge<'a> {
     place: Place,
     smem: Smem,
     partials: Partials,
-    /// The task of the first split, and how far it is to the next.
-    first: (Val, Val),
+    /// The first split, and bytes from one to the next.
+    first: Val,
+    stride: Val,
     row: Val,
-    /// How many splits.
+    /// How many splits, and the number of the last.
     count: Val,
+    last: Val,
 }
 
 impl Merge<'_> {
@@ -179,25 +190,21 @@ impl Merge<'_> {
         let (is_first, exists) = (k.cmp(Pred::Lt, self.place.thread, elems_here), k.cmp(Pred::Lt, at, end));
         let stores = k.and(is_first, exists);
         k.if_then(stores, |k| {
-            let eighths = (0..LANES).map(|lane| {
+            let lanes = (0..LANES).map(|lane| {
                 let at = k.add_const(self.place.thread, lane * ELEMS);
                 k.load_f32(self.smem.o, at)
             });
-            let eighths: Vec<Val> = eighths.collect();
-            let o = eighths[1..].iter().fold(eighths[0], |sum, &o| k.fadd(sum, o));
+            let lanes: Vec<Val> = lanes.collect();
+            let o = lanes[1..].iter().fold(lanes[0], |sum, &o| k.fadd(sum, o));
             self.decode.attention.finish(k, (o, sum), (t, head, at));
         });
     }
 
     /// The partials of split `number`, or of the last.
     fn split(&self, k: &mut KernelBuilder, number: Val) -> Val {
-        let one = k.const_i64(1);
-        let last = k.sub(self.count, one);
-        let number = k.min_i64(number, last);
-        let (first, stride) = self.first;
-        let task = k.mul(number, stride);
-        let task = k.add(first, task);
-        self.partials.of(k, task)
+        let number = k.min_i64(number, self.last);
+        let bytes = k.mul(number, self.stride);
+        k.offset(self.first, bytes)
     }
 
     /// Maximum and sum of split `number`, or of the last.
@@ -249,7 +256,7 @@ impl Merge<'_> {
         k.fma(factor, l, sum)
     }
 
-    /// This thread's elements of splits `first`, and each eighth after it, of the batch that begins at `from`.
+    /// This thread's elements of split `first` and of some of its after it, of the batch that begins at `from`.
     fn load(&self, k: &mut KernelBuilder, from: Val, first: Val, column: Val) -> Vec<Val> {
         let of = |i| {
             let number = k.add_const(first, i * LANES);
@@ -271,7 +278,7 @@ impl Merge<'_> {
         })
     }
 
-    /// Adds this thread's elements of every eighth split of a batch from `first` on.
+    /// Adds this thread's elements of its splits of a batch from `first` on.
     fn add_splits(&self, k: &mut KernelBuilder, from: Val, (first, column): (Val, Val), o: &[Val]) -> Vec<Val> {
         let left = k.sub(self.count, from);
         let batch = k.index(THREADS);

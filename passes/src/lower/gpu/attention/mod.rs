@@ -2,7 +2,7 @@
 //!
 //! norm_rope_append  a warp a head ([`norm_rope`])
 //! gated_attention   two classes of tokens, in products of fragments with sums in f32:
-//!   runs that are decoded  a block a split of positions ([`decode`]); what the splits found is put together by the tail ([`merge`])
+//!   runs that are decoded  a block a split of positions ([`splits`], [`decode`], [`warp`]); what the splits found is put together by the tail ([`merge`])
 //!   long runs              a block some tokens, over all their positions ([`bulk`])
 //! traffic  two rows of KV a kv head and position, for all query heads that share it: bound by memory in short runs
 //!
@@ -14,6 +14,8 @@ mod decode;
 mod merge;
 mod norm_rope;
 mod runs;
+mod splits;
+mod warp;
 mod words;
 
 use nextc_ir::DType;
