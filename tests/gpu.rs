@@ -21,7 +21,7 @@ const REL_L2: f64 = 0.02;
 /// The share of tokens of the demo model that it must choose as in float32.
 const TOP_1: f64 = 0.98;
 /// Tokens that are compared.
-const COMPARED_TOKENS: usize = 512;
+const COMPARED_TOKENS: usize = 256;
 
 /// The folder that `scripts/pack-gpu-tests.sh` has packed, if this runs from there.
 fn packed() -> Option<PathBuf> {

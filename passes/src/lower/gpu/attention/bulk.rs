@@ -469,7 +469,8 @@ impl Block<'_> {
             let t = k.add(self.tokens.first, i);
             k.for_range(self.attention.shared, 1, |k, h| {
                 let head = k.add(first, h);
-                self.attention.zero_out(k, &self.place, THREADS, (t, head));
+                let end = k.index(self.attention.elems());
+                self.attention.zero_out(k, (self.place.thread, end, THREADS), (t, head));
             });
         });
     }

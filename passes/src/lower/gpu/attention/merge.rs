@@ -118,7 +118,10 @@ pub fn tail(k: &mut KernelBuilder, decode: &Decode, pairs: &Extent) {
                 Vec::new()
             },
             |k| {
-                decode.attention.zero_out(k, &place, THREADS, (t, of.head));
+                let (first, all) = (k.mul_const(part, ELEMS), k.index(decode.attention.elems()));
+                let end = k.add_const(first, ELEMS);
+                let (from, end) = (k.add(first, place.thread), k.min_i64(end, all));
+                decode.attention.zero_out(k, (from, end, THREADS), (t, of.head));
                 Vec::new()
             },
         );

@@ -26,7 +26,6 @@ use super::super::LowerError;
 use super::super::matmul::row_ptr;
 use super::super::pages::Pages;
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::Place;
 use runs::Tokens;
 use words::BLOCK_ELEMS;
 
@@ -112,10 +111,10 @@ impl Attention {
         k.fmul(x, gate)
     }
 
-    /// Zeros for one query head of token `t`, by `threads` threads.
-    fn zero_out(&self, k: &mut KernelBuilder, place: &Place, threads: u64, (t, head): (Val, Val)) {
-        let (out, nothing, elems) = (self.row(k, self.out, t, head), k.const_f32(0.0), k.index(self.elems()));
-        k.for_each((place.thread, elems, threads), |k, c| k.store(out, c, nothing));
+    /// Zeros for elements `from`, `from + step`, .. before `end` of one query head of token `t`.
+    fn zero_out(&self, k: &mut KernelBuilder, elements: (Val, Val, u64), (t, head): (Val, Val)) {
+        let (out, nothing) = (self.row(k, self.out, t, head), k.const_f32(0.0));
+        k.for_each(elements, |k, c| k.store(out, c, nothing));
     }
 }
 
