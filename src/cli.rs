@@ -90,7 +90,7 @@ pub struct ModelArgs {
     /// What activations may be rounded to in products of more than 8 tokens of a sequence.
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
-    /// How keys and values are kept for the tokens to come.
+    /// What keys and values are kept in for the tokens to come.
     #[arg(long, value_enum, default_value_t = Kv::Auto)]
     pub kv: Kv,
     /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...; or several, `x86-64-v3,sapphirerapids`.

@@ -262,6 +262,15 @@ mod tests {
     }
 
     #[test]
+    fn kv_is_what_is_asked_for_or_what_the_target_waits_for() {
+        let of = |options: &str| plan(options).expect(options).kv;
+        assert_eq!([of(""), of("--kv f32"), of("--kv bf16")], [DType::F32, DType::F32, DType::BF16]);
+        if cfg!(feature = "llvm") {
+            assert_eq!([of("--target cuda"), of("--target cuda --kv f32")], [DType::BF16, DType::F32]);
+        }
+    }
+
+    #[test]
     fn cranelift_narrows_the_target() {
         assert_eq!(plan("--backend cranelift").expect("it is always there").target.vector_bits, 128);
         assert_eq!(plan("--backend llvm").is_ok(), cfg!(feature = "llvm"));
