@@ -16,6 +16,13 @@ for model in $models; do
     mkdir -p "$folder/$model"
     "$nextc" build "$source" --target cuda -o "$folder/$model/exe"
     cp "$source"/golden* "$folder/$model/"
+    [ "$model" = demo-model ] || continue
+    # what it is compared with: the logits of its first tokens in float32 (tests/gpu.rs)
+    cpu=$(mktemp -d)
+    "$nextc" build "$source" --activations f32 -o "$cpu/exe"
+    python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["tokens"][:256])' "$source/golden_nll.json" > "$cpu/ids.json"
+    "$cpu/exe" eval --tokens "$cpu/ids.json" --out "$folder/$model/float32.safetensors"
+    rm -r "$cpu"
 done
 tests=$(cargo test --features llvm --locked --test gpu --no-run --message-format json |
     sed -n 's/.*"executable":"\([^"]*\/gpu-[^"]*\)".*/\1/p' | tail -n 1)

@@ -90,6 +90,9 @@ pub struct ModelArgs {
     /// What activations may be rounded to in products of more than 8 tokens of a sequence.
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
+    /// What keys and values are kept in for the tokens to come.
+    #[arg(long, value_enum, default_value_t = Kv::Auto)]
+    pub kv: Kv,
     /// The CPU that code is made for: `native`, `x86-64-v3`, `x86-64-v4`, `sapphirerapids`, ...; or several, `x86-64-v3,sapphirerapids`.
     ///
     /// An executable with code for several takes the best that the machine has when it starts, or that which NEXTC_CPU names. `dump` and
@@ -146,6 +149,17 @@ pub enum Activations {
     Bf16,
     /// 8-bit integers where the machine multiplies them faster.
     Int8,
+}
+
+/// `--kv`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kv {
+    /// bfloat16 on a GPU, float32 on a CPU.
+    Auto,
+    /// float32: the form that is compared with the reference.
+    F32,
+    /// bfloat16: half the memory, and half of what a long context reads for each token.
+    Bf16,
 }
 
 /// Arguments of `build`.
@@ -279,7 +293,7 @@ mod tests {
 
     #[test]
     fn every_option_of_build_is_one_of_dump_and_explain() {
-        let options = "m --target cpu+cuda --backend cranelift --quant q4,head=q8 --activations f32 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
+        let options = "m --target cpu+cuda --backend cranelift --quant q4,head=q8 --activations f32 --kv bf16 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
         for command in ["build", "run", "dump", "explain"] {
             assert!(parses(&format!("{command} {options}")), "{command}");
         }
@@ -293,6 +307,7 @@ mod tests {
             "build m --quant q3",
             "build m --quant q4,head",
             "build m --max-context 0",
+            "build m --kv int3",
             "build m --rope-scaling linear,factor=2",
             "dump m --stage x",
             "explain m --tokens 0",

@@ -6,12 +6,12 @@ use anyhow::{Context, bail};
 use nextc_frontend::{Model, Options};
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::target::Activations as Rounding;
-use nextc_ir::{Module, Target};
+use nextc_ir::{DType, Module, Target};
 use nextc_link::{LinkInputs, Report};
 use nextc_passes::lower::lower;
 use nextc_passes::{legalise, run_all};
 
-use crate::cli::{Activations, Backend, ModelArgs, TargetKind};
+use crate::cli::{Activations, Backend, Kv, ModelArgs, TargetKind};
 use crate::show;
 
 /// What code is made for, and by what.
@@ -23,6 +23,8 @@ pub struct Plan {
     pub others: Vec<Target>,
     /// The backend.
     pub backend: Backend,
+    /// What KV is stored in.
+    pub kv: DType,
 }
 
 impl Plan {
@@ -38,7 +40,7 @@ impl Plan {
             );
         }
         let mut targets = targets(args, backend)?;
-        Ok(Self { target: targets.remove(0), others: targets, backend })
+        Ok(Self { target: targets.remove(0), others: targets, backend, kv: kv(args) })
     }
 
     /// Its backend's name.
@@ -83,6 +85,16 @@ fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding>
     }
 }
 
+/// What KV is stored in. `auto` takes bf16 where memory is what long contexts wait for and nothing asks for float32.
+fn kv(args: &ModelArgs) -> DType {
+    match args.kv {
+        Kv::F32 => DType::F32,
+        Kv::Bf16 => DType::BF16,
+        Kv::Auto if args.target == TargetKind::Cuda => DType::BF16,
+        Kv::Auto => DType::F32,
+    }
+}
+
 /// LLVM where it is compiled in.
 pub const fn default_backend() -> Backend {
     if cfg!(feature = "llvm") { Backend::Llvm } else { Backend::Cranelift }
@@ -101,16 +113,17 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn options(args: &ModelArgs) -> Options {
-    Options { max_context: args.max_context, quant: args.quant.clone(), rope_scaling: args.rope_scaling.clone() }
+fn options(args: &ModelArgs, kv: DType) -> Options {
+    let ModelArgs { max_context, ref quant, ref rope_scaling, .. } = *args;
+    Options { max_context, quant: quant.clone(), rope_scaling: rope_scaling.clone(), kv }
 }
 
-/// Reads and checks a model, and shows what its user should know.
+/// Reads and checks a model whose KV is stored as `kv`, and shows what its user should know.
 /// # Errors
 /// What is wrong with its files.
-pub fn load(args: &ModelArgs) -> anyhow::Result<Model> {
+pub fn load(args: &ModelArgs, kv: DType) -> anyhow::Result<Model> {
     show::progress(&format!("reading {}", args.model.display()));
-    let model = nextc_frontend::load(&args.model, &options(args))?;
+    let model = nextc_frontend::load(&args.model, &options(args, kv))?;
     model.warnings.iter().for_each(|warning| show::warn(warning));
     Ok(model)
 }
@@ -159,7 +172,9 @@ fn emit(kernels: &KernelModule, plan: &Plan, target: &Target) -> anyhow::Result<
 /// # Errors
 /// Whatever went wrong; then there is no output file.
 pub fn build(args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
-    link(&Plan::new(args, None)?, load(args)?, args, output)
+    let plan = Plan::new(args, None)?;
+    let model = load(args, plan.kv)?;
+    link(&plan, model, args, output)
 }
 
 /// Compiles a model to an executable without weights, which measures the speed of its kernels with made-up ones.
@@ -257,6 +272,15 @@ mod tests {
         let several = plan("--cpu x86-64-v4,sapphirerapids").expect("they are known");
         assert_eq!((several.target.activations, several.others[0].activations), (Rounding::Bf16, Rounding::F32));
         assert!(plan("--cpu x86-64-v4,sapphirerapids --activations bf16").is_err());
+    }
+
+    #[test]
+    fn kv_is_what_is_asked_for_or_what_the_target_waits_for() {
+        let of = |options: &str| plan(options).expect(options).kv;
+        assert_eq!([of(""), of("--kv f32"), of("--kv bf16")], [DType::F32, DType::F32, DType::BF16]);
+        if cfg!(feature = "llvm") {
+            assert_eq!([of("--target cuda"), of("--target cuda --kv f32")], [DType::BF16, DType::F32]);
+        }
     }
 
     #[test]

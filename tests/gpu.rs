@@ -16,8 +16,12 @@ use support::{Feed, Subject, argmax};
 /// Fixtures that are stored in bf16, and the demo model.
 const FIXTURES: [&str; 4] = ["tiny", "odd", "dense-mix", "yarn"];
 
-/// Relative L2 error of a tensor of logits against float32: rows of products are 16-bit floats.
+/// Relative L2 error of a tensor of logits against float32: rows of products are 16-bit floats, and so is KV.
 const REL_L2: f64 = 0.02;
+/// The share of tokens of the demo model that it must choose as in float32.
+const TOP_1: f64 = 0.98;
+/// Tokens that are compared.
+const COMPARED_TOKENS: usize = 256;
 
 /// The folder that `scripts/pack-gpu-tests.sh` has packed, if this runs from there.
 fn packed() -> Option<PathBuf> {
@@ -43,6 +47,23 @@ fn exe(name: &str) -> Option<Exe> {
         Some(dir) => Exe::packed(&dir.join(name).join("exe")),
         None => Some(Exe::build(&model(name), "llvm", &["--target", "cuda", "--activations", "auto"])),
     }
+}
+
+/// The first tokens of the demo model's text, and their logits on a processor in float32: packed, or computed now.
+fn in_float32() -> (Vec<i32>, Vec<f32>) {
+    let read =
+        |file: &str| std::fs::read_to_string(beside("demo-model", file)).expect("the demo model has its golden files");
+    let golden: serde_json::Value = serde_json::from_str(&read("golden_nll.json")).expect("JSON");
+    let mut tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
+    tokens.truncate(COMPARED_TOKENS);
+    let logits = match packed() {
+        Some(dir) => Golden::read(&dir.join("demo-model/float32.safetensors")).floats("logits").0.to_vec(),
+        None => {
+            let exe = Exe::build(&model("demo-model"), "llvm", &[]);
+            exe.logits(std::slice::from_ref(&tokens), Feed::Prefill, 0).swap_remove(0).logits
+        }
+    };
+    (tokens, logits)
 }
 
 /// A file beside a model.
@@ -96,17 +117,16 @@ fn logits_are_near_those_in_float32() {
     });
 }
 
-/// A token's logits have the same bits alone and in a batch, whole and in pieces.
+/// A token's logits have the same bits alone and in a batch, whole and in pieces: long runs in long pieces, and decoded tokens in any of at most eight.
 #[test]
 fn bits_do_not_depend_on_the_step() {
     each_fixture(|name, exe, g| {
         let one = g.ints("input_ids").to_vec();
         let other: Vec<i32> = one.iter().rev().copied().collect();
         let alone = &exe.logits(std::slice::from_ref(&one), Feed::Prefill, 0)[0].logits;
-        for feed in [Feed::Decode, Feed::Pieces(7)] {
-            let again = &exe.logits(std::slice::from_ref(&one), feed, 0)[0].logits;
-            assert!(same_bits(alone, again), "{name}: {feed:?}");
-        }
+        let logits = |feed| exe.logits(std::slice::from_ref(&one), feed, 0).swap_remove(0).logits;
+        assert!(same_bits(alone, &logits(Feed::Pieces(23))), "{name}: in long pieces");
+        assert!(same_bits(&logits(Feed::Decode), &logits(Feed::Pieces(7))), "{name}: token by token");
         let batch = exe.logits(&[other, one], Feed::Prefill, 0);
         assert!(same_bits(alone, &batch[1].logits), "{name}: in a batch");
     });
@@ -129,6 +149,25 @@ fn drafts_never_change_a_token() {
             }
         }
     });
+}
+
+/// The demo model chooses the tokens that it chooses in float32 on a processor, and its logits are near those.
+#[test]
+fn demo_model_chooses_as_in_float32() {
+    if skipped() {
+        return;
+    }
+    let Some(exe) = exe("demo-model") else { return println!("skipped: the demo model is not packed") };
+    let (tokens, want) = in_float32();
+    let vocab = want.len() / COMPARED_TOKENS;
+    for feed in [Feed::Prefill, Feed::Decode] {
+        let logits = &exe.logits(std::slice::from_ref(&tokens), feed, 0)[0].logits;
+        let error = rel_l2(logits, &want);
+        let agree = logits.chunks(vocab).zip(want.chunks(vocab)).filter(|(a, b)| argmax(a) == argmax(b)).count();
+        println!("demo-model, {feed:?}: relative L2 {error:.2e}, top-1 {agree} of {COMPARED_TOKENS}");
+        assert!(error <= REL_L2, "{feed:?}: relative L2 {error:e}");
+        assert!(agree as f64 >= TOP_1 * COMPARED_TOKENS as f64, "{feed:?}: top-1 {agree} of {COMPARED_TOKENS}");
+    }
 }
 
 /// The demo model predicts its text as well as in float32, and chooses the published greedy tokens.

@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nextc_ir::Target;
 use nextc_ir::kernel::Kernel;
 use nextc_ir::schedule::KernelModule;
+use nextc_ir::{DType, Target};
 
 /// The fixtures whose configs are compiled beside the official one.
 const FIXTURES: [&str; 8] = ["tiny", "odd", "dense-mix", "yarn", "long", "fp8", "int4", "gptq-int4"];
@@ -32,7 +32,8 @@ fn target() -> Target {
 
 /// The kernels of a config, as `nextc build --target cuda` makes them.
 fn kernels(config: &Path) -> KernelModule {
-    let model = nextc_frontend::load(config, &nextc_frontend::Options::default());
+    let options = nextc_frontend::Options { kv: DType::BF16, ..Default::default() };
+    let model = nextc_frontend::load(config, &options);
     let module = model.unwrap_or_else(|e| panic!("{}: {e}", config.display())).module;
     let target = Target { max_context: module.info.max_context, ..target() };
     let fused = nextc_passes::run_all(module, &target).expect("the passes run");

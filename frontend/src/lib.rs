@@ -7,8 +7,8 @@
 
 use std::path::Path;
 
-use nextc_ir::Module;
 use nextc_ir::graph::ModelInfo;
+use nextc_ir::{DType, Module};
 
 pub mod config;
 mod error;
@@ -28,7 +28,7 @@ const CONFIG: &str = "config.json";
 const CONFIG_LIMIT_BYTES: u64 = 16 << 20;
 
 /// What the user may ask for when a model is loaded.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The longest context, in tokens; `None`: the model's own.
     pub max_context: Option<u64>,
@@ -36,6 +36,14 @@ pub struct Options {
     pub quant: Quantise,
     /// A rotary scaling in place of the configuration's.
     pub rope_scaling: Option<RopeScaling>,
+    /// What KV is stored in: one of [`nextc_ir::types::KV_TYPES`].
+    pub kv: DType,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { max_context: None, quant: Quantise::default(), rope_scaling: None, kv: DType::F32 }
+    }
 }
 
 /// A model, ready to be compiled.
@@ -80,7 +88,7 @@ pub fn load(path: &Path, options: &Options) -> Result<Model, Error> {
         mtp: table.mtp.is_some(),
         has_weights: source.is_some(),
     };
-    let module = layers::build_module(&config, table, info)?;
+    let module = layers::build_module(&config, table, info, options.kv)?;
     Ok(Model { module, config, source, assets, warnings })
 }
 

@@ -14,7 +14,7 @@ pub enum Type {
     Tensor(TensorType),
     /// A named constant of the checkpoint: `weight<16 x 128 x 2048 x bf16>`, after `layout` also `@ tile16`.
     Weight(WeightType),
-    /// One version of a piece of state: `state<delta x 32 x 128 x 128>`.
+    /// One version of a piece of state: `state<delta x 32 x 128 x 128>`, `state<kv x 2 x 256 x bf16>`.
     State(StateType),
     /// The sequences of a step (positions, cu_seqlens, slot, page_table), as one value: `sequences`.
     Sequences,
@@ -88,10 +88,66 @@ pub struct StateType {
     pub kind: StateKind,
     /// Its dimensions: see [`StateKind`].
     pub dims: Vec<u64>,
+    /// How its numbers are stored: one of [`KV_TYPES`] for KV, `f32` for the others. What is kept is the number rounded to that, to nearest even.
+    pub dtype: DType,
+}
+
+/// What KV may be stored in; `--kv` names one of them.
+pub const KV_TYPES: [DType; 2] = [DType::F32, DType::BF16];
+
+/// How the numbers of a head lie in KV: in lines of 64 bytes. A line is [`LANES`] words of 32 bits, and part `p` of word `j` is element `p * LANES + j` of those of the
+/// line: whichever the type, words that follow one another hold elements that follow one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvRow {
+    /// Elements of a head.
+    pub width: u64,
+    /// How they are stored.
+    pub dtype: DType,
+}
+
+impl KvRow {
+    /// Elements in a word.
+    pub const fn parts(&self) -> u64 {
+        4 / self.dtype.bytes()
+    }
+
+    /// Elements of a line.
+    pub const fn line_elems(&self) -> u64 {
+        LANES * self.parts()
+    }
+
+    /// Lines of a row, of which the last may not be full.
+    pub const fn lines(&self) -> u64 {
+        self.width.div_ceil(self.line_elems())
+    }
+
+    /// Bytes of a row.
+    pub const fn bytes(&self) -> u64 {
+        self.lines() * LANES * 4
+    }
+
+    /// The byte of a row that element `i` begins in.
+    pub const fn byte(&self, i: u64) -> u64 {
+        let (line, within) = (i / self.line_elems(), i % self.line_elems());
+        (line * LANES + within % LANES) * 4 + within / LANES * self.dtype.bytes()
+    }
 }
 
 impl StateType {
-    /// Bytes as stored in f32: of one token for [`StateKind::Kv`] (keys and values), of one slot for the others.
+    /// What its numbers are, as a format of single numbers.
+    pub const fn format(&self) -> Format {
+        match self.dtype {
+            DType::BF16 => Format::Bf16,
+            _ => Format::F32,
+        }
+    }
+
+    /// How a head of keys or values lies.
+    pub fn kv_row(&self) -> KvRow {
+        KvRow { width: self.dims[1], dtype: self.dtype }
+    }
+
+    /// Bytes as stored: of one token for [`StateKind::Kv`] (keys and values), of one slot for the others.
     pub fn bytes(&self) -> u64 {
         match self.kind {
             StateKind::Kv => self.step_bytes(),
@@ -103,19 +159,25 @@ impl StateType {
     /// Bytes of that which an ordinary step reads and writes: without what is kept of tentative tokens.
     pub fn step_bytes(&self) -> u64 {
         match self.kind {
-            StateKind::Kv => 2 * self.dims[0] * pad(self.dims[1]) * 4,
+            StateKind::Kv => 2 * self.dims[0] * self.kv_row().bytes(),
             StateKind::Conv => self.dims[2] * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Delta => self.dims[0] * self.dims[1] * pad(self.dims[2]) * 4,
         }
     }
 
-    /// Where element `i` of a unit (a page, a slot) lies in memory, if a unit is numbered without padding as the graph interpreter
+    /// The byte of a unit (a page, a slot) that its element `i` begins in, if elements are numbered without padding as the graph interpreter
     /// does: see [`crate::eval::State`].
-    pub fn stored_index(&self, i: u64) -> u64 {
-        let [heads, width, depth] = [0, 1, 2].map(|d| self.dims.get(d).copied().unwrap_or(1));
-        if self.kind != StateKind::Delta {
-            return padded_index(&[heads, width], i);
+    pub fn stored_byte(&self, i: u64) -> u64 {
+        match self.kind {
+            StateKind::Kv => i / self.dims[1] * self.kv_row().bytes() + self.kv_row().byte(i % self.dims[1]),
+            StateKind::Conv => padded_index(&self.dims[..2], i) * 4,
+            StateKind::Delta => self.delta_index(i) * 4,
         }
+    }
+
+    /// The number that a delta state has element `i` as.
+    fn delta_index(&self, i: u64) -> u64 {
+        let (width, depth) = (self.dims[1], self.dims[2]);
         let (matrix, update) = (width * depth, width + depth + 1);
         let head_elems = matrix + TENTATIVE_TOKENS * update;
         let (head, i) = (i / head_elems, i % head_elems);
@@ -160,9 +222,14 @@ impl Type {
         Self::Weight(WeightType { shape: shape.to_vec(), format, layout: None })
     }
 
-    /// A state.
+    /// A state of f32.
     pub fn state(kind: StateKind, dims: &[u64]) -> Self {
-        Self::State(StateType { kind, dims: dims.to_vec() })
+        Self::State(StateType { kind, dims: dims.to_vec(), dtype: DType::F32 })
+    }
+
+    /// Keys and values of so many heads of so many elements.
+    pub fn kv(heads: u64, head_dim: u64, dtype: DType) -> Self {
+        Self::State(StateType { kind: StateKind::Kv, dims: vec![heads, head_dim], dtype })
     }
 
     /// The tensor type, if it is one.
@@ -217,6 +284,9 @@ impl fmt::Display for Type {
             Self::State(s) => {
                 write!(f, "state<{}", s.kind.name())?;
                 s.dims.iter().try_for_each(|d| write!(f, " x {d}"))?;
+                if s.dtype != DType::F32 {
+                    write!(f, " x {}", s.dtype)?;
+                }
                 f.write_str(">")
             }
             Self::Sequences => f.write_str("sequences"),
@@ -228,5 +298,33 @@ impl fmt::Display for Type {
                 f.write_str(">")
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each element of a page has bytes of its own, and words that follow one another hold neighbours.
+    #[test]
+    fn rows_of_kv_hold_every_element_once() {
+        for (width, dtype) in [(12, DType::F32), (24, DType::BF16), (56, DType::BF16), (256, DType::BF16)] {
+            let Type::State(state) = Type::kv(2, width, dtype) else { panic!("KV is a state") };
+            let row = state.kv_row();
+            let mut taken: Vec<u64> = (0..4 * width).map(|i| state.stored_byte(i)).collect();
+            assert_eq!(taken[1] - taken[0], 4, "{width} x {dtype}");
+            taken.sort_unstable();
+            taken.dedup();
+            assert_eq!(taken.len() as u64, 4 * width, "{width} x {dtype}");
+            assert!(taken.iter().all(|at| at + dtype.bytes() <= 4 * row.bytes()), "{width} x {dtype}");
+        }
+    }
+
+    #[test]
+    fn kv_in_bf16_takes_half_the_bytes_where_lines_are_full() {
+        let bytes = |width, dtype| Type::kv(2, width, dtype).as_state().map(StateType::bytes);
+        assert_eq!(bytes(256, DType::F32), Some(2 * 2 * 256 * 4));
+        assert_eq!(bytes(256, DType::BF16), Some(2 * 2 * 256 * 2));
+        assert_eq!(bytes(24, DType::BF16), bytes(32, DType::BF16));
     }
 }

@@ -15,7 +15,7 @@ pub fn run(args: &DumpArgs) -> anyhow::Result<()> {
     let stage = stage_of(args)?;
     let mut plan = Plan::new(&args.model, implied_backend(stage))?;
     check_backend(stage, &plan)?;
-    let model = compile::load(&args.model)?;
+    let model = compile::load(&args.model, plan.kv)?;
     plan.target = compile::target_of(&plan, &model);
     let graph = model.module;
     if args.diff {

@@ -23,7 +23,7 @@ const PREFILL_TOKENS: u64 = 512;
 /// Explains a model.
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let mut plan = Plan::new(&args.model, None)?;
-    let model = compile::load(&args.model)?;
+    let model = compile::load(&args.model, plan.kv)?;
     plan.target = compile::target_of(&plan, &model);
     let fused = compile::fuse(model.module.clone(), &plan.target)?;
     let kernels = compile::lower_to_kernels(&fused, &plan.target)?;

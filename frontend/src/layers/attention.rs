@@ -2,19 +2,18 @@
 //! output gate.
 
 use nextc_ir::build::BuildError;
-use nextc_ir::types::StateKind;
-use nextc_ir::{Attrs, Op};
+use nextc_ir::{Attrs, DType, Op, Type};
 
 use super::part::{Part, PartBuilder};
 use super::{Weights, add_residual, eps, stream_types};
 use crate::config::ModelConfig;
 
 /// `@attention.I(x, ssq, seqs, kv, weights...) -> (x, ssq, kv)`.
-pub(super) fn build(w: &Weights, c: &ModelConfig, name: &str, prefix: &str) -> Result<Part, BuildError> {
+pub(super) fn build((w, c, kv): (&Weights, &ModelConfig, DType), name: &str, prefix: &str) -> Result<Part, BuildError> {
     let mut p = PartBuilder::new(w, name, prefix);
     let [x, ssq] = p.stream(stream_types(c));
     let seqs = p.sequences();
-    let kv = p.state("kv", StateKind::Kv, &[c.num_kv_heads, c.head_dim]);
+    let kv = p.state("kv", Type::kv(c.num_kv_heads, c.head_dim, kv));
     let gain = p.weight("input_norm");
     let [w_q, w_gate, w_k, w_v] = ["w_q", "w_gate", "w_k", "w_v"].map(|n| p.weight(n));
     let [q_norm, k_norm] = ["q_norm", "k_norm"].map(|n| p.weight(n));

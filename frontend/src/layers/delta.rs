@@ -4,7 +4,7 @@
 
 use nextc_ir::build::BuildError;
 use nextc_ir::types::StateKind;
-use nextc_ir::{Attrs, Op, Value};
+use nextc_ir::{Attrs, Op, Type, Value};
 
 use super::part::{Part, PartBuilder};
 use super::{Weights, add_residual, eps, stream_types};
@@ -19,10 +19,10 @@ pub(super) fn build(w: &Weights, c: &ModelConfig, name: &str, prefix: &str) -> R
     let [x, ssq] = p.stream(stream_types(c));
     let seqs = p.sequences();
     let window = c.conv_taps - 1;
-    let conv_q = p.state("conv_q", StateKind::Conv, &[c.num_k_heads, c.head_k_dim, window]);
-    let conv_k = p.state("conv_k", StateKind::Conv, &[c.num_k_heads, c.head_k_dim, window]);
-    let conv_v = p.state("conv_v", StateKind::Conv, &[c.num_v_heads, c.head_v_dim, window]);
-    let delta = p.state("delta", StateKind::Delta, &[c.num_v_heads, c.head_k_dim, c.head_v_dim]);
+    let conv_q = p.state("conv_q", Type::state(StateKind::Conv, &[c.num_k_heads, c.head_k_dim, window]));
+    let conv_k = p.state("conv_k", Type::state(StateKind::Conv, &[c.num_k_heads, c.head_k_dim, window]));
+    let conv_v = p.state("conv_v", Type::state(StateKind::Conv, &[c.num_v_heads, c.head_v_dim, window]));
+    let delta = p.state("delta", Type::state(StateKind::Delta, &[c.num_v_heads, c.head_k_dim, c.head_v_dim]));
     let gain = p.weight("input_norm");
     let [w_q, w_k, w_v, w_z, w_b, w_a] = ["w_q", "w_k", "w_v", "w_z", "w_b", "w_a"].map(|n| p.weight(n));
     let [w_conv_q, w_conv_k, w_conv_v] = ["w_conv_q", "w_conv_k", "w_conv_v"].map(|n| p.weight(n));

@@ -22,7 +22,7 @@ mod sample;
 use indexmap::IndexMap;
 use nextc_ir::build::{BuildError, FunctionBuilder};
 use nextc_ir::graph::{Function, ModelInfo, WeightDecl};
-use nextc_ir::{Attrs, Dim, Module, Op, Shape, Sym, Type, Value};
+use nextc_ir::{Attrs, DType, Dim, Module, Op, Shape, Sym, Type, Value};
 
 use self::part::{Part, PartBuilder};
 use crate::config::{Ffn, LayerKind, Mixer, ModelConfig};
@@ -30,15 +30,20 @@ use crate::weights::table::WeightTable;
 
 type Weights = IndexMap<String, WeightDecl>;
 
-/// Builds the module of a model.
+/// Builds the module of a model whose KV is stored as `kv`.
 /// # Errors
 /// [`BuildError`] if an op refuses its operands, which a checked configuration does not lead to.
-pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -> Result<Module, BuildError> {
+pub fn build_module(
+    config: &ModelConfig,
+    table: WeightTable,
+    info: ModelInfo,
+    kv: DType,
+) -> Result<Module, BuildError> {
     let weights = &table.weights;
     let head = if table.tied { "embed" } else { "head" };
     let mut parts = vec![ends::embed(weights)?];
     for (i, layer) in config.layers.iter().enumerate() {
-        parts.extend(layer_parts(weights, config, *layer, &i.to_string(), &format!("layers.{i}."))?);
+        parts.extend(layer_parts((weights, config, kv), *layer, &i.to_string(), &format!("layers.{i}."))?);
     }
     parts.push(ends::head(weights, config, ("head", "final_norm", head), false)?);
     let mut functions = vec![step(&parts)?];
@@ -47,7 +52,7 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
     if let Some(ffn) = table.mtp {
         let kind = LayerKind { mixer: Mixer::FullAttention, ffn };
         let mut draft_parts = vec![mtp::fuse(weights, config)?];
-        draft_parts.extend(layer_parts(weights, config, kind, "mtp", "mtp.")?);
+        draft_parts.extend(layer_parts((weights, config, kv), kind, "mtp", "mtp.")?);
         let front = draft_parts.clone();
         draft_parts.push(ends::head(weights, config, ("head.mtp", "mtp.norm", head), false)?);
         functions.push(draft("draft", &draft_parts, config, false)?);
@@ -73,10 +78,15 @@ pub fn build_module(config: &ModelConfig, table: WeightTable, info: ModelInfo) -
 const LARGE_VOCABULARY: u64 = 4096;
 
 /// The mixer and the FFN of a layer; `id` is what its functions' names end in.
-fn layer_parts(w: &Weights, c: &ModelConfig, kind: LayerKind, id: &str, prefix: &str) -> Result<[Part; 2], BuildError> {
+fn layer_parts(
+    (w, c, kv): (&Weights, &ModelConfig, DType),
+    kind: LayerKind,
+    id: &str,
+    prefix: &str,
+) -> Result<[Part; 2], BuildError> {
     let mixer = match kind.mixer {
         Mixer::LinearAttention => delta::build(w, c, &format!("delta.{id}"), prefix)?,
-        Mixer::FullAttention => attention::build(w, c, &format!("attention.{id}"), prefix)?,
+        Mixer::FullAttention => attention::build((w, c, kv), &format!("attention.{id}"), prefix)?,
     };
     let ffn = match kind.ffn {
         Ffn::Moe => experts::build(w, c, &format!("moe.{id}"), prefix)?,

@@ -2,7 +2,6 @@
 
 use nextc_ir::build::{BuildError, FunctionBuilder};
 use nextc_ir::graph::Function;
-use nextc_ir::types::StateKind;
 use nextc_ir::{Attrs, Op, Type, Value};
 
 use super::Weights;
@@ -50,8 +49,7 @@ impl<'a> PartBuilder<'a> {
         self.input("seqs", Type::Sequences)
     }
 
-    pub fn state(&mut self, name: &str, kind: StateKind, dims: &[u64]) -> Value {
-        let ty = Type::state(kind, dims);
+    pub fn state(&mut self, name: &str, ty: Type) -> Value {
         self.states.push((format!("{}{name}", self.prefix), ty.clone()));
         self.f.param(name, ty)
     }

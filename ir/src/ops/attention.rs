@@ -5,6 +5,7 @@ use super::math::{dot, logistic, map, zip};
 use super::norm::rms_norm_plus_one;
 use crate::attr::Attrs;
 use crate::eval::{self, Array, Cx, Datum, EvalError, Real, Sequences, State, attr_float};
+use crate::format::Format;
 use crate::op::ShapeError;
 use crate::shape::{Dim, Shape};
 use crate::types::{StateKind, Type};
@@ -133,7 +134,7 @@ pub fn rope<F: Real>(x: &Array<F>, inv_freq: &Array<F>, seqs: &Sequences, factor
     Array::new(x.dims(), data)
 }
 
-/// The state with keys and values written at their positions.
+/// The state with keys and values written at their positions, rounded to what it stores.
 /// # Errors
 /// [`EvalError`] if the operands do not fit or a position has no page.
 pub fn append_kv<F: Real>(
@@ -148,6 +149,7 @@ pub fn append_kv<F: Real>(
     kv.is(&[heads, head_dim])?;
     k.is(&[seqs.positions().len().max(tokens), heads, head_dim])?;
     let mut kv = kv.clone();
+    let format = kv.ty().format();
     for run in seqs.runs() {
         for t in run.tokens.clone() {
             let (page, at) = seqs.page(run.sequence, seqs.positions()[t] as usize, cx.page_tokens)?;
@@ -155,12 +157,21 @@ pub fn append_kv<F: Real>(
             for head in 0..heads {
                 for (which, x) in [k, v].into_iter().enumerate() {
                     let to = ((head * 2 + which) * cx.page_tokens + at) * head_dim;
-                    unit[to..to + head_dim].copy_from_slice(&x.row(t)[head * head_dim..(head + 1) * head_dim]);
+                    let row = &x.row(t)[head * head_dim..(head + 1) * head_dim];
+                    unit[to..to + head_dim].iter_mut().zip(row).for_each(|(to, &x)| *to = stored(format, x));
                 }
             }
         }
     }
     Ok(kv)
+}
+
+/// A number as a state keeps it.
+fn stored<F: Real>(format: Format, x: F) -> F {
+    match format {
+        Format::F32 => x,
+        format => F::of(f64::from((format.def().decode)((format.def().encode)(x.get() as f32)))),
+    }
 }
 
 /// Keys (`which` = 0) or values (1) of one kv head at positions `0..count` of a sequence.

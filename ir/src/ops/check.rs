@@ -113,8 +113,10 @@ impl<'a> Operand<'a> {
 
     /// Demands a state of `kind` with `dims`; gives its type, which the new version has too.
     pub fn is_state(&self, kind: StateKind, dims: &[u64]) -> Result<Type, ShapeError> {
-        let want = Type::state(kind, dims);
-        self.is(&want).map(|()| want)
+        match self.ty.as_state() {
+            Some(s) if s.kind == kind && s.dims == dims => Ok(self.ty.clone()),
+            _ => Err(self.wrong(Type::state(kind, dims))),
+        }
     }
 
     /// The dimensions of a state of `kind`, of which there are `N`.

@@ -1,4 +1,4 @@
-//! Types in text: `tensor<T x 64 x f32>`, `weight<16 x 64 x bf16 @ tile16>`, `state<kv x 2 x 256>`, `sequences`, `bundle<..>`.
+//! Types in text: `tensor<T x 64 x f32>`, `weight<16 x 64 x bf16 @ tile16>`, `state<kv x 2 x 256 x bf16>`, `sequences`, `bundle<..>`.
 
 use super::lexer::Token;
 use super::{ParseError, Parser, Problem};
@@ -6,7 +6,7 @@ use crate::dtype::DType;
 use crate::format::Format;
 use crate::layout::Layout;
 use crate::shape::{Dim, Shape, Sym};
-use crate::types::{StateKind, StateType, TensorType, Type, WeightType};
+use crate::types::{KV_TYPES, StateKind, StateType, TensorType, Type, WeightType};
 
 /// How deep bundles may lie in bundles.
 const MAX_DEPTH: usize = 16;
@@ -102,7 +102,7 @@ impl Parser {
         Ok(name + ">")
     }
 
-    /// `kv x 2 x 256`; a state always has the dimensions of its kind.
+    /// `kv x 2 x 256`; a state always has the dimensions of its kind. What KV is stored in follows them if it is not f32.
     fn state(&mut self) -> Result<Type, ParseError> {
         let name = self.word("a kind of state")?;
         let unknown = |name| Problem::Unknown { what: "kind of state", name };
@@ -113,7 +113,14 @@ impl Parser {
             self.keyword("x")?;
             dims.push(self.number()?);
         }
-        Ok(Type::State(StateType { kind, dims }))
+        let mut dtype = DType::F32;
+        if kind == StateKind::Kv && matches!(self.peek(), Token::Word(w) if w == "x") {
+            self.next();
+            let name = self.word("what KV is stored in")?;
+            let found = KV_TYPES.into_iter().find(|d| d.name() == name);
+            dtype = found.ok_or_else(|| self.error(Problem::Unknown { what: "type of KV", name }))?;
+        }
+        Ok(Type::State(StateType { kind, dims, dtype }))
     }
 }
 

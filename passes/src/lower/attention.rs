@@ -4,90 +4,20 @@
 //! gated_attention   task: one token and kv head with the query heads that share it; online softmax over pages
 //!   page    scores of up to `page_tokens` positions in scratch, `m ← max`, `p = exp(s − m)`, `l ← l·c + Σp`, `o ← o·c + p·V`
 //!   epilogue  out = o / l · sigmoid(output_gate)
-//! traffic  2 · 4 · head_dim bytes a kv head and position: bound by memory
+//! traffic  two rows of KV a kv head and position: bound by memory
 //!
 //! Pages are absolute positions, taken in order: a token's bits depend on neither the step's size nor its neighbours.
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::schedule::{Extent, Input};
+use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
 use super::delta_rule::dot_rows;
 use super::matmul::{mean_rsqrt, row_ptr};
+use super::pages::Pages;
 use super::ports::{Lowered, Port, Ports, Site};
-
-/// Where the keys and values of a layer lie.
-#[derive(Clone, Copy)]
-pub(super) struct Pages {
-    kv: Port,
-    table: Port,
-    positions: Port,
-    /// Where the tokens of sequences begin.
-    pub cu_seqlens: Port,
-    slot: Port,
-    /// Heads of keys and values.
-    pub heads: u64,
-    /// Elements of a head.
-    pub width: u64,
-    /// Positions of a page.
-    pub page_tokens: u64,
-}
-
-impl Pages {
-    pub(super) fn ports(site: &Site<'_>, ports: &mut Ports, written: bool) -> Self {
-        let kv = site.named("kv");
-        let dims = &site.state(kv).dims;
-        Self {
-            heads: dims[0],
-            width: dims[1],
-            kv: if written { ports.write("kv", kv) } else { ports.read("kv", kv) },
-            table: ports.step(Input::PageTable),
-            positions: ports.step(Input::Positions),
-            cu_seqlens: ports.step(Input::CuSeqlens),
-            slot: ports.step(Input::Slot),
-            page_tokens: site.target.page_tokens,
-        }
-    }
-
-    /// The sequence that token `t` belongs to: how many sequences end at or before it.
-    fn sequence(&self, k: &mut KernelBuilder, t: Val) -> Val {
-        let cu_seqlens = k.param(self.cu_seqlens);
-        let (zero, count) = (k.const_i64(0), k.dim(Sym::B));
-        k.for_carry((zero, count, 1), &[zero], |k, b, found| {
-            let next = k.add_const(b, 1);
-            let end = k.load_index(cu_seqlens, next);
-            let before = k.cmp(Pred::Le, end, t);
-            vec![k.select(before, next, found[0])]
-        })[0]
-    }
-
-    /// The slot of sequence `b`; negative for padding.
-    pub(super) fn slot(&self, k: &mut KernelBuilder, b: Val) -> Val {
-        let slot = k.param(self.slot);
-        k.load_index(slot, b)
-    }
-
-    /// The position of token `t`.
-    pub(super) fn position(&self, k: &mut KernelBuilder, t: Val) -> Val {
-        let positions = k.param(self.positions);
-        k.load_index(positions, t)
-    }
-
-    /// Pointers to the keys and values of one kv head in page number `page` of sequence `b`.
-    pub(super) fn block(&self, k: &mut KernelBuilder, b: Val, page: Val, head: Val) -> (Val, Val) {
-        let (table, kv, pages) = (k.param(self.table), k.param(self.kv), k.dim(Sym::P));
-        let row = k.mul(b, pages);
-        let at = k.add(row, page);
-        let id = k.load_index(table, at);
-        let elems = self.page_tokens * pad(self.width);
-        let page = row_ptr(k, kv, id, self.heads * 2 * elems);
-        let keys = row_ptr(k, page, head, 2 * elems);
-        let bytes = k.index(elems * 4);
-        (keys, k.offset(keys, bytes))
-    }
-}
 
 /// The rotation of one token: cosines and sines in scratch.
 struct Rotation {
@@ -157,13 +87,14 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let pages = Pages::ports(site, &mut ports, true);
     let out = ports.write("q_out", site.result(0));
     let frequencies = site.weight(site.named("inv_freq")).shape[0];
-    let (eps, factor, width) = (site.float("eps"), site.float("factor"), pages.width);
+    let (eps, factor, width) = (site.float("eps"), site.float("factor"), pages.row.width);
     let head_elems = pad(width);
     let mut k = ports.builder(site, Extent::Sym(Sym::T));
     let t = k.task();
     let position = pages.position(&mut k, t);
     let inv_freq = k.param(inv_freq);
     let rotation = Rotation::compute(&mut k, inv_freq, frequencies, factor, position);
+    let rotated = k.alloc(DType::F32, head_elems);
     let (q, q_norm, out) = (k.param(q), k.param(q_norm), k.param(out));
     let (q_row, out_row) = (row_ptr(&mut k, q, t, heads * head_elems), row_ptr(&mut k, out, t, heads * head_elems));
     let b = pages.sequence(&mut k, t);
@@ -182,14 +113,12 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let v_row = row_ptr(k, v, t, pages.heads * head_elems);
         k.for_range(pages.heads, 1, |k, h| {
             let (keys, values) = pages.block(k, b, page, h);
-            let (key_out, v_out) = (row_ptr(k, keys, place, head_elems), row_ptr(k, values, place, head_elems));
+            let (key_out, v_out) = (pages.row(k, keys, place), pages.row(k, values, place));
             let (x, v) = (row_ptr(k, key_row, h, head_elems), row_ptr(k, v_row, h, head_elems));
-            norm_head(k, (x, k_norm, key_out), width, eps);
-            rotation.apply(k, key_out);
-            k.for_range(head_elems, LANES, |k, c| {
-                let value = k.load_f32x16(v, c);
-                k.store(v_out, c, value);
-            });
+            norm_head(k, (x, k_norm, rotated), width, eps);
+            rotation.apply(k, rotated);
+            pages.store_row(k, key_out, rotated);
+            pages.store_row(k, v_out, v);
         });
         Vec::new()
     };
@@ -210,9 +139,7 @@ struct Group {
     heads: u64,
     /// Elements of a head.
     elems: u64,
-    /// Elements that count.
-    width: u64,
-    page_tokens: u64,
+    pages: Pages,
     scale: f32,
     /// `[heads][elems]`: the queries.
     q: Val,
@@ -226,6 +153,9 @@ struct Group {
     sum: Val,
 }
 
+/// What is done with a line: its number, the vectors of it that hold elements, and the sums before give the sums after.
+type LineBody<'a> = dyn FnMut(&mut KernelBuilder, Val, u64, &[Val]) -> Vec<Val> + 'a;
+
 /// `gated_attention`.
 pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedAttention);
@@ -235,7 +165,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let pages = Pages::ports(site, &mut ports, false);
     let out = ports.write("out", site.result(0));
     let shared = heads / pages.heads;
-    let elems = pad(pages.width);
+    let elems = pad(pages.row.width);
     let mut k = ports.builder(site, Extent::from(Sym::T) * pages.heads.into());
     let task = k.task();
     let (t, kv_head) = (k.div_const(task, pages.heads), k.rem_const(task, pages.heads));
@@ -247,8 +177,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let group = Group {
         heads: shared,
         elems,
-        width: pages.width,
-        page_tokens: pages.page_tokens,
+        pages,
         scale: site.float("scale"),
         q: row(&mut k, q),
         scores: k.alloc(DType::F32, shared * pages.page_tokens),
@@ -307,7 +236,7 @@ impl Group {
     /// Adds the first `tokens` positions of one page.
     fn page(&self, k: &mut KernelBuilder, keys: Val, values: Val, tokens: Val) {
         let lowest = k.splat_f32(16, f32::NEG_INFINITY);
-        k.for_range(self.heads * self.page_tokens, LANES, |k, i| k.store(self.scores, i, lowest));
+        k.for_range(self.heads * self.pages.page_tokens, LANES, |k, i| k.store(self.scores, i, lowest));
         for &(first, count) in &self.batches() {
             self.score(k, keys, tokens, first, count);
         }
@@ -319,25 +248,30 @@ impl Group {
 
     /// `scores[h][j] = scale · q[h] · keys[j]`.
     fn score(&self, k: &mut KernelBuilder, keys: Val, tokens: Val, first: u64, count: u64) {
-        let (zero, hi) = (k.const_i64(0), k.index(self.elems));
+        let zero = k.const_i64(0);
         let zeros = k.splat_f32(16, 0.0);
         let scale = k.const_f32(self.scale);
         k.for_each((zero, tokens, 1), |k, j| {
-            let key = row_ptr(k, keys, j, self.elems);
-            let sums = k.for_carry((zero, hi, LANES), &vec![zeros; count as usize], |k, c, acc| {
-                let x = k.load_f32x16(key, c);
-                (0..count)
-                    .map(|i| {
-                        let at = k.add_const(c, (first + i) * self.elems);
+            let key = self.pages.row(k, keys, j);
+            let mut sums = vec![zeros; count as usize];
+            let mut add = |k: &mut KernelBuilder, line: Val, parts: u64, sums: &[Val]| {
+                let c = k.mul_const(line, self.pages.row.line_elems());
+                let vectors = self.pages.load_line(k, key, line, parts);
+                (0..).step_by(LANES as usize).zip(vectors).fold(sums.to_vec(), |sums, (part, x)| {
+                    let heads = (first..).zip(sums);
+                    let add = heads.map(|(head, sum)| {
+                        let at = k.add_const(c, head * self.elems + part);
                         let q = k.load_f32x16(self.q, at);
-                        k.fma(q, x, acc[i as usize])
-                    })
-                    .collect()
-            });
+                        k.fma(q, x, sum)
+                    });
+                    add.collect()
+                })
+            };
+            self.for_lines(k, &mut sums, &mut add);
             for (i, &lanes) in sums.iter().enumerate() {
                 let product = k.reduce_add(lanes);
                 let score = k.fmul(product, scale);
-                let at = k.add_const(j, (first + i as u64) * self.page_tokens);
+                let at = k.add_const(j, (first + i as u64) * self.pages.page_tokens);
                 k.store(self.scores, at, score);
             }
         });
@@ -345,8 +279,8 @@ impl Group {
 
     /// Scores of one head to probabilities relative to the new maximum; what was summed before is scaled to it.
     fn soften(&self, k: &mut KernelBuilder, h: Val) {
-        let scores = row_ptr(k, self.scores, h, self.page_tokens);
-        let (lo, hi) = (k.const_i64(0), k.index(self.page_tokens));
+        let scores = row_ptr(k, self.scores, h, self.pages.page_tokens);
+        let (lo, hi) = (k.const_i64(0), k.index(self.pages.page_tokens));
         let old = k.load_f32(self.max, h);
         let start = k.splat(old, 16);
         let largest = k.for_carry((lo, hi, LANES), &[start], |k, i, acc| {
@@ -381,31 +315,68 @@ impl Group {
 
     /// `o[h] += Σ_j p[h][j] · values[j]`.
     fn weigh(&self, k: &mut KernelBuilder, values: Val, tokens: Val, first: u64, count: u64) {
-        let zero = k.const_i64(0);
-        k.for_range(self.elems, LANES, |k, c| {
-            let places: Vec<Val> = (0..count).map(|i| k.add_const(c, (first + i) * self.elems)).collect();
-            let init: Vec<Val> = places.iter().map(|&at| k.load_f32x16(self.o, at)).collect();
-            let sums = k.for_carry((zero, tokens, 1), &init, |k, j, acc| {
-                let row = row_ptr(k, values, j, self.elems);
-                let v = k.load_f32x16(row, c);
-                (0..count)
-                    .map(|i| {
-                        let at = k.add_const(j, (first + i) * self.page_tokens);
-                        let p = k.load_f32(self.scores, at);
-                        let p = k.splat(p, 16);
-                        k.fma(p, v, acc[i as usize])
-                    })
-                    .collect()
+        // as many sums in registers as if a line had one part
+        let at_once = (HEADS_AT_ONCE / self.pages.row.parts()).max(1);
+        for head in (first..first + count).step_by(at_once as usize) {
+            let heads = at_once.min(first + count - head);
+            self.for_lines(k, &mut [], &mut |k, line, parts, _| {
+                self.weigh_line(k, values, tokens, (line, parts), (head, heads));
+                Vec::new()
             });
-            for (&at, &x) in places.iter().zip(&sums) {
-                k.store(self.o, at, x);
-            }
+        }
+    }
+
+    /// The part of [`Self::weigh`] for one line of the values.
+    fn weigh_line(
+        &self,
+        k: &mut KernelBuilder,
+        values: Val,
+        tokens: Val,
+        (line, parts): (Val, u64),
+        (first, count): (u64, u64),
+    ) {
+        let (zero, c) = (k.const_i64(0), k.mul_const(line, self.pages.row.line_elems()));
+        let heads = || first..first + count;
+        let places: Vec<Val> = (0..parts)
+            .flat_map(|part| heads().map(move |head| head * self.elems + part * LANES))
+            .map(|at| k.add_const(c, at))
+            .collect();
+        let init: Vec<Val> = places.iter().map(|&at| k.load_f32x16(self.o, at)).collect();
+        let sums = k.for_carry((zero, tokens, 1), &init, |k, j, acc| {
+            let row = self.pages.row(k, values, j);
+            let vectors = self.pages.load_line(k, row, line, parts);
+            let weights = heads().map(|head| {
+                let at = k.add_const(j, head * self.pages.page_tokens);
+                let p = k.load_f32(self.scores, at);
+                k.splat(p, 16)
+            });
+            let weights: Vec<Val> = weights.collect();
+            let pairs = vectors.iter().flat_map(|&v| weights.iter().map(move |&p| (p, v)));
+            pairs.zip(acc).map(|((p, v), &sum)| k.fma(p, v, sum)).collect()
         });
+        for (&at, &x) in places.iter().zip(&sums) {
+            k.store(self.o, at, x);
+        }
+    }
+
+    /// Carries `sums` over the lines of a row.
+    fn for_lines(&self, k: &mut KernelBuilder, sums: &mut [Val], body: &mut LineBody<'_>) {
+        let row = self.pages.row;
+        let (lines, last) = (row.lines(), self.pages.parts_of(row.lines() - 1));
+        let full = if last == row.parts() { lines } else { lines - 1 };
+        let (zero, end) = (k.const_i64(0), k.index(full));
+        if full > 0 {
+            let next = k.for_carry((zero, end, 1), sums, |k, line, sums| body(k, line, row.parts(), sums));
+            sums.copy_from_slice(&next);
+        }
+        if full < lines {
+            let next = body(k, end, last, sums);
+            sums.copy_from_slice(&next);
+        }
     }
 
     /// `out = o / sum · sigmoid(gate)`.
     fn finish(&self, k: &mut KernelBuilder, gate: Val, out: Val) {
-        debug_assert!(self.width <= self.elems);
         k.for_range(self.heads, 1, |k, h| {
             let sum = k.load_f32(self.sum, h);
             let sum = k.splat(sum, 16);

@@ -16,6 +16,7 @@ pub mod experts;
 pub mod gpu;
 pub mod matmul;
 pub mod packed;
+mod pages;
 pub mod ports;
 pub mod sample;
 pub mod strips;

@@ -107,25 +107,32 @@ fn tiles(ty: &WeightType, layout: Layout, in_rank: usize, values: &[f32]) -> Buf
     Buffer::from_bytes(&bytes)
 }
 
-fn unit_words(ty: &StateType) -> u64 {
-    ty.bytes() / 4 * if ty.kind == StateKind::Kv { PAGE_TOKENS as u64 } else { 1 }
+fn unit_bytes(ty: &StateType) -> u64 {
+    ty.bytes() * if ty.kind == StateKind::Kv { PAGE_TOKENS as u64 } else { 1 }
 }
 
-/// The words of a state's elements, in the order in which [`State::units`] has them.
+/// The bytes that a state's elements begin in, in the order in which [`State::units`] has them.
 fn places(ty: &StateType, state: &State<f32>) -> Vec<usize> {
     let of_unit = |(unit, values): (u32, &[f32])| {
-        let start = u64::from(unit) * unit_words(ty);
-        (0..values.len() as u64).map(|i| (start + ty.stored_index(i)) as usize).collect::<Vec<_>>()
+        let start = u64::from(unit) * unit_bytes(ty);
+        (0..values.len() as u64).map(|i| (start + ty.stored_byte(i)) as usize).collect::<Vec<_>>()
     };
     state.units().flat_map(of_unit).collect()
 }
 
+/// A number as a state keeps it.
+pub fn stored(ty: &StateType, x: f32) -> f32 {
+    let def = ty.format().def();
+    (def.decode)((def.encode)(x))
+}
+
 fn units(ty: &StateType, state: &State<f32>, units: usize) -> Buffer {
-    let mut out = vec![0; unit_words(ty) as usize * units];
+    let mut out = vec![0; unit_bytes(ty) as usize * units];
     for (at, x) in places(ty, state).into_iter().zip(numbers(state)) {
-        out[at] = x.to_bits();
+        let width = ty.dtype.bytes() as usize;
+        out[at..at + width].copy_from_slice(&(ty.format().def().encode)(x).to_le_bytes()[..width]);
     }
-    from_words(&out)
+    Buffer::from_bytes(&out)
 }
 
 /// The numbers of a state, slot by slot.
@@ -134,6 +141,12 @@ pub fn numbers(state: &State<f32>) -> Vec<f32> {
 }
 
 /// The numbers of a state in memory, in the order of [`numbers`].
-pub fn read_state(state: &State<f32>, memory: &[f32]) -> Vec<f32> {
-    places(state.ty(), state).into_iter().map(|at| memory[at]).collect()
+pub fn read_state(state: &State<f32>, memory: &[u8]) -> Vec<f32> {
+    let number = |at: usize| {
+        let mut code = [0; 4];
+        let width = state.ty().dtype.bytes() as usize;
+        code[..width].copy_from_slice(&memory[at..at + width]);
+        (state.ty().format().def().decode)(u32::from_le_bytes(code))
+    };
+    places(state.ty(), state).into_iter().map(number).collect()
 }

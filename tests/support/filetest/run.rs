@@ -14,6 +14,7 @@ use nextc_ir::kernel::Kernel;
 use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
 use nextc_ir::kernel::verify::verify_kernel;
 use nextc_ir::schedule::KernelModule;
+use nextc_ir::types::DECODE_TOKENS;
 use nextc_ir::verify::verify;
 use nextc_ir::{Module, Op, Target, Type};
 use nextc_passes::lower::{lower_group, ports::Bind};
@@ -161,7 +162,12 @@ impl Code {
         Ok(())
     }
 
-    /// A step in parts, each on the states that the one before has left, must give the bits of the whole step.
+    /// Whether long runs are computed in another way than those that are decoded.
+    fn has_classes(&self) -> bool {
+        self.rounds.is_some() && self.kernels.function.graph.node_weights().any(|n| n.op == Op::GatedAttention)
+    }
+
+    /// A step in parts, each on the states that the one before has left, must give the bits of the whole step, where both compute in the same way.
     fn check_parts(&self, case: &Case, plain: &Function, (whole, parts): &(Step, Vec<Step>)) -> Checked {
         let args = arguments(case, plain, whole)?;
         let mut frame = Frame::new(&self.kernels.function, whole, &args)?;
@@ -175,7 +181,9 @@ impl Code {
                 next.take_states(left);
             }
             self.run(&mut next)?;
-            frame.same_rows(&next, first)?;
+            if !self.has_classes() || is_long(whole) == is_long(part) {
+                frame.same_rows(&next, first)?;
+            }
             left = Some(next);
         }
         left.map_or(Ok(()), |left| frame.same_states(&left))
@@ -305,7 +313,7 @@ impl<'a> Frame<'a> {
                 (memory::read(t, false, array.data().len(), &buffer.to_f32()), array.data().to_vec())
             }
             (Type::State(_), Datum::State(state)) => {
-                (memory::read_state(state, &buffer.to_f32()), memory::numbers(state))
+                (memory::read_state(state, &buffer.to_bytes()), memory::numbers(state))
             }
             (ty, _) => return Err(format!("of type {ty}")),
         };
@@ -314,6 +322,11 @@ impl<'a> Frame<'a> {
             None => Ok(found.into_iter().map(f32::to_bits).collect()),
         }
     }
+}
+
+/// Whether the run of a step of one sequence is long.
+fn is_long(step: &Step) -> bool {
+    step.syms()[0] > DECODE_TOKENS
 }
 
 /// The first row of each part.

@@ -14,7 +14,7 @@ use nextc_ir::shape::{Dim, Shape, Sym};
 use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
 use nextc_ir::{Attrs, DType, Op, Type};
 
-use super::{Case, Checked, codes, text};
+use super::{Case, Checked, codes, memory, text};
 
 /// Tokens in a page of KV.
 pub const PAGE_TOKENS: usize = 64;
@@ -311,7 +311,8 @@ fn state(ty: &StateType, fill: &Fill, step: &Step, random: &mut Random) -> Check
     let mut state = State::new(ty, PAGE_TOKENS);
     let elems = state.unit_elems();
     for unit in 0..step.units(ty.kind) {
-        state.unit_mut(unit as u32).copy_from_slice(&fill.floats(elems, random)?);
+        let values = fill.floats(elems, random)?.into_iter().map(|x| memory::stored(ty, x));
+        state.unit_mut(unit as u32).iter_mut().zip(values).for_each(|(to, x)| *to = x);
     }
     Ok(Datum::State(state))
 }

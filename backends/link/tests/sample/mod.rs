@@ -3,7 +3,6 @@
 
 use std::path::Path;
 
-use nextc_ir::Target;
 use nextc_ir::format::Format;
 use nextc_ir::graph::{ModelInfo, Origin, Placement, RowRun, WeightDecl};
 use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
@@ -14,6 +13,7 @@ use nextc_ir::schedule::{
 use nextc_ir::shape::Sym;
 use nextc_ir::source::{SourceError, StoredTensor, WeightSource};
 use nextc_ir::types::{StateKind, StateType};
+use nextc_ir::{DType, Target};
 use nextc_link::{LinkError, LinkInputs, Report, Version};
 
 /// Width of everything, and size of the vocabulary.
@@ -83,7 +83,7 @@ pub fn module() -> KernelModule {
     };
     let state = |name: &str, kind, dims: &[u64]| StateDecl {
         name: name.to_owned(),
-        ty: StateType { kind, dims: dims.to_vec() },
+        ty: StateType { kind, dims: dims.to_vec(), dtype: DType::F32 },
     };
     KernelModule {
         info,

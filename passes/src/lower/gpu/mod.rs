@@ -87,8 +87,10 @@ impl Place {
 pub struct Element {
     /// Its number.
     pub at: Val,
+    /// The thread's number in the warp.
+    pub lane: Val,
     /// Whether it is this thread's, where it need not be.
-    exists: Option<Val>,
+    pub exists: Option<Val>,
 }
 
 impl Place {
@@ -97,11 +99,11 @@ impl Place {
         let of = |first: u64| {
             let at = k.add_const(self.lane, first);
             if first + 32 <= elems {
-                return Element { at, exists: None };
+                return Element { at, lane: self.lane, exists: None };
             }
             let end = k.index(elems);
             let exists = k.cmp(Pred::Lt, at, end);
-            Element { at, exists: Some(exists) }
+            Element { at, lane: self.lane, exists: Some(exists) }
         };
         (0..elems).step_by(32).map(of).collect()
     }

@@ -1,0 +1,267 @@
+//! A warp of [`decode`](super::decode) at work on its chunks of positions.
+
+use nextc_ir::DType;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+
+use super::super::super::matmul::row_ptr;
+use super::decode::{Block, CHUNK, ROWS, THREADS, WARPS};
+use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Share, across, four, pack};
+use super::{Attention, LOWEST, merge};
+
+/// Keys of a product.
+const KEYS: u64 = 8;
+
+/// A warp at work on its chunks.
+pub struct Warp<'a> {
+    /// The block.
+    pub block: &'a Block<'a>,
+    /// The first position, and how many chunks.
+    pub first: Val,
+    /// See `first`.
+    pub chunks: Val,
+    /// Which eight and which four of a warp's threads this is: the row of q and the key that it holds words of, and which words.
+    pub g: Val,
+    /// See `g`.
+    pub q: Val,
+}
+
+impl Warp<'_> {
+    fn attention(&self) -> &Attention {
+        self.block.attention()
+    }
+
+    /// Works on them; what it finds goes to shared memory.
+    pub fn run(&self, k: &mut KernelBuilder) {
+        let (zero, one) = (k.const_i64(0), k.const_i64(1));
+        let shares = self.keys(k, zero);
+        let keys = self.load(k, &shares);
+        self.block.load_queries(k);
+        // loads cannot wait behind it
+        k.barrier();
+        let lowest = k.const_f32(LOWEST);
+        let carried = [keys, vec![lowest]].concat();
+        let left = k.for_carry((zero, self.chunks, 1), &carried, |k, chunk, carried| {
+            let (keys, max) = carried.split_at(carried.len() - 1);
+            let next = k.add(chunk, one);
+            let more = k.cmp(Pred::Lt, next, self.chunks);
+            let (keys_next, values) = (self.keys(k, next), self.values(k, zero));
+            let shares = [0, 1, 2, 3].map(|i: usize| keys_next[i].or(k, more, values[i]));
+            let ahead = self.load(k, &shares);
+            let scores = self.score(k, chunk, keys);
+            let max = scores.into_iter().fold(max[0], |max, s| k.fmax(max, s));
+            [ahead, vec![max]].concat()
+        });
+        let (values, max) = left.split_at(left.len() - 1);
+        let max = of_four(k, max[0], |k, a, b| k.fmax(a, b));
+        let none = k.splat_f32(4, 0.0);
+        let nothing = k.const_f32(0.0);
+        let sums = vec![none; 4 * self.attention().blocks().div_ceil(2) as usize];
+        let carried = [values.to_vec(), sums.clone(), vec![nothing]].concat();
+        let left = k.for_carry((zero, self.chunks, 1), &carried, |k, chunk, carried| {
+            let (values, rest) = carried.split_at(values.len());
+            let (sums, sum) = rest.split_at(sums.len());
+            let next = k.add(chunk, one);
+            let more = k.cmp(Pred::Lt, next, self.chunks);
+            let load = |k: &mut KernelBuilder| {
+                let shares = self.values(k, next);
+                self.load(k, &shares)
+            };
+            let ahead = k.if_else(more, load, |_| values.to_vec());
+            let (weights, sum) = self.soften(k, chunk, max, sum[0]);
+            let sums = self.weigh(k, values, &weights, sums.to_vec());
+            [ahead, sums, vec![sum]].concat()
+        });
+        let (sums, sum) = left[values.len()..].split_at(sums.len());
+        let sum = of_four(k, sum[0], |k, a, b| k.fadd(a, b));
+        self.store_found(k, max, sum);
+        self.store_sums(k, sums);
+    }
+
+    /// Rows of keys (or values) from the first position of a chunk on, and the number of the last that somebody sees: of positions that nobody sees those of the
+    /// last that somebody does are read.
+    fn rows(&self, k: &mut KernelBuilder, chunk: Val) -> ((Val, Val), Val) {
+        let (pages, pair) = (&self.attention().pages, self.block.pair);
+        let first = k.mul_const(chunk, CHUNK);
+        let first = k.add(self.first, first);
+        let within = k.rem_const(self.block.last, CHUNK);
+        let most = k.sub(self.block.last, within);
+        let first = k.min_i64(first, most);
+        let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
+        let (keys, values) = pages.block(k, pair.tokens.sequence, page, pair.kv_head);
+        let [keys, values] = [keys, values].map(|rows| pages.row(k, rows, at));
+        ((keys, values), k.sub(self.block.last, first))
+    }
+
+    /// Words of the keys of a chunk: of keys `g` and `g + 8`, of even and of odd blocks.
+    fn keys(&self, k: &mut KernelBuilder, chunk: Val) -> [Share; 4] {
+        let ((keys, _), last) = self.rows(k, chunk);
+        [(0, 0), (0, 1), (KEYS, 0), (KEYS, 1)].map(|(key, odd)| {
+            let number = k.add_const(self.g, key);
+            let number = k.min_i64(number, last);
+            let row = self.attention().pages.row(k, keys, number);
+            let odd = k.const_i64(odd);
+            Share::new(k, &self.attention().pages, row, odd, self.q)
+        })
+    }
+
+    /// Words of the values of a chunk: of positions `2 q`, `2 q + 1`, `2 q + 8` and `2 q + 9`, of the blocks that are this thread's.
+    fn values(&self, k: &mut KernelBuilder, chunk: Val) -> [Share; 4] {
+        let ((_, values), last) = self.rows(k, chunk);
+        let (odd, quad) = (k.div_const(self.g, 4), k.rem_const(self.g, 4));
+        let own = k.mul_const(self.q, 2);
+        [0, 1, 8, 9].map(|i| {
+            let number = k.add_const(own, i);
+            let number = k.min_i64(number, last);
+            let row = self.attention().pages.row(k, values, number);
+            Share::new(k, &self.attention().pages, row, odd, quad)
+        })
+    }
+
+    /// What `shares` have, one after the other.
+    fn load(&self, k: &mut KernelBuilder, shares: &[Share; 4]) -> Vec<Val> {
+        shares.iter().flat_map(|share| share.load(k, &self.attention().pages)).collect()
+    }
+
+    /// The words of share `share` in pair `pair` of blocks, for each part.
+    fn words(&self, k: &mut KernelBuilder, loaded: &[Val], share: usize, pair: usize) -> Vec<[Val; 4]> {
+        let pages = &self.attention().pages;
+        let each = Share::vectors(pages);
+        let pairs = self.attention().blocks().div_ceil(2) as usize;
+        let from = (share * pairs + pair) * each;
+        Share::words(k, pages, &loaded[from..from + each], Parts::Sum)
+    }
+
+    /// The scores of this thread's row with four positions of a chunk, the lowest where it does not see them; kept in shared memory too.
+    fn score(&self, k: &mut KernelBuilder, chunk: Val, keys: &[Val]) -> [Val; 4] {
+        let (attention, smem) = (self.attention(), &self.block.smem);
+        let none = k.splat_f32(4, 0.0);
+        let mut sums = [none; 2];
+        for block in 0..attention.blocks() {
+            let at = k.mul_const(self.q, 4);
+            let at = k.add_const(at, block * BLOCK_WORDS);
+            let [high, rest] = [0, 1].map(|part| {
+                let row = k.add_const(self.g, part * ROWS);
+                let row = row_ptr(k, smem.q, row, smem.stride);
+                let words = k.load(DType::I32, 4, row, at);
+                four(k, words)
+            });
+            for (n, sum) in sums.iter_mut().enumerate() {
+                for key in self.words(k, keys, 2 * n + (block % 2) as usize, (block / 2) as usize) {
+                    for i in [0, 2] {
+                        let a = [high[i], rest[i], high[i + 1], rest[i + 1]];
+                        *sum = k.mma(DType::BF16, a, [key[i], key[i + 1]], *sum);
+                    }
+                }
+            }
+        }
+        let of = self.block.row_of(k, self.g);
+        let own = k.add(self.block.pair.tokens.position, of.token);
+        let none = k.const_i64(-1);
+        let own = k.select(of.exists, own, none);
+        let (first, pair) = (k.mul_const(chunk, CHUNK), k.mul_const(self.q, 2));
+        let first = k.add(first, pair);
+        let first = k.add(self.first, first);
+        let (scale, lowest) = (k.const_f32(attention.scale), k.const_f32(LOWEST));
+        let scores = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(n, i): (u64, u64)| {
+            let position = k.add_const(first, n * KEYS + i);
+            let sees = k.cmp(Pred::Le, position, own);
+            let [sum, rest] = [0, 2].map(|part| k.extract(sums[n as usize], part + i as u32));
+            let score = k.fadd(sum, rest);
+            let score = k.fmul(score, scale);
+            k.select(sees, score, lowest)
+        });
+        let at = self.own_scores(k, chunk);
+        let kept = k.quad(scores);
+        k.store(smem.scores, at, kept);
+        scores
+    }
+
+    fn own_scores(&self, k: &mut KernelBuilder, chunk: Val) -> Val {
+        let at = k.mul_const(chunk, THREADS);
+        let at = k.add(at, self.block.place.thread);
+        k.mul_const(at, 4)
+    }
+
+    /// The probabilities of a chunk relative to the maximum, as words, and the sum with theirs.
+    fn soften(&self, k: &mut KernelBuilder, chunk: Val, max: Val, sum: Val) -> (Vec<Vec<Val>>, Val) {
+        let at = self.own_scores(k, chunk);
+        let scores = k.load(DType::F32, 4, self.block.smem.scores, at);
+        let (zero, lowest) = (k.const_f32(0.0), k.const_f32(LOWEST));
+        let p = four(k, scores).map(|score| {
+            let sees = k.cmp(Pred::Gt, score, lowest);
+            let p = merge::factor(k, score, max);
+            k.select(sees, p, zero)
+        });
+        let sum = p.iter().fold(sum, |sum, &p| k.fadd(sum, p));
+        (vec![pack(k, [p[0], p[1]], Parts::Sum), pack(k, [p[2], p[3]], Parts::Sum)], sum)
+    }
+
+    /// Adds values times probabilities: for each pair of blocks and word the thread's two elements, of two rows each.
+    fn weigh(&self, k: &mut KernelBuilder, values: &[Val], weights: &[Vec<Val>], mut sums: Vec<Val>) -> Vec<Val> {
+        for (pair, sums) in sums.chunks_mut(4).enumerate() {
+            let rows = [0, 1, 2, 3].map(|row| self.words(k, values, row, pair));
+            for (part, first_row) in rows[0].iter().enumerate() {
+                for (word, sum) in sums.iter_mut().enumerate() {
+                    let [a0, a1] = across(k, first_row[word], rows[1][part][word]);
+                    let [a2, a3] = across(k, rows[2][part][word], rows[3][part][word]);
+                    for (&first, &second) in weights[0].iter().zip(&weights[1]) {
+                        *sum = k.mma(DType::BF16, [a0, a1, a2, a3], [first, second], *sum);
+                    }
+                }
+            }
+        }
+        sums
+    }
+
+    fn store_sums(&self, k: &mut KernelBuilder, sums: &[Val]) {
+        let (decode, smem) = (self.block.decode, &self.block.smem);
+        let blocks = self.block.attention().blocks();
+        let (second, quad) = (k.div_const(self.g, 4), k.rem_const(self.g, 4));
+        let first_row = k.mul_const(self.block.place.warp, ROWS);
+        let pair = k.mul_const(self.q, 2);
+        let first_row = k.add(first_row, pair);
+        for (first, sums) in (0..).step_by(2).zip(sums.chunks(4)) {
+            let block = k.add_const(second, first);
+            let store = |k: &mut KernelBuilder| {
+                let sums: Vec<[Val; 4]> = sums.iter().map(|&sum| four(k, sum)).collect();
+                let at = k.mul_const(block, BLOCK_ELEMS);
+                let own = k.mul_const(quad, 4);
+                let at = k.add(at, own);
+                for (half, row) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                    let to = k.add_const(first_row, row);
+                    let to = row_ptr(k, smem.o, to, decode.o_stride());
+                    let at = k.add_const(at, half * BLOCK_ELEMS / 2);
+                    let values = k.quad([0, 1, 2, 3].map(|word: usize| sums[word][(2 * half + row) as usize]));
+                    k.store(to, at, values);
+                }
+            };
+            if first + 2 <= blocks {
+                store(k);
+            } else {
+                let end = k.index(blocks);
+                let exists = k.cmp(Pred::Lt, block, end);
+                k.if_then(exists, store);
+            }
+        }
+    }
+
+    fn store_found(&self, k: &mut KernelBuilder, max: Val, sum: Val) {
+        let zero = k.const_i64(0);
+        let is_first = k.cmp(Pred::Eq, self.q, zero);
+        k.if_then(is_first, |k| {
+            let at = k.mul_const(self.block.place.warp, ROWS);
+            let at = k.add(at, self.g);
+            k.store(self.block.smem.found, at, max);
+            let at = k.add_const(at, WARPS * ROWS);
+            k.store(self.block.smem.found, at, sum);
+        });
+    }
+}
+
+/// Joins the numbers of the four threads that hold words of one row.
+pub fn of_four(k: &mut KernelBuilder, x: Val, join: impl Fn(&mut KernelBuilder, Val, Val) -> Val) -> Val {
+    [1, 2].into_iter().fold(x, |x, mask| {
+        let other = k.shuffle_xor(x, mask);
+        join(k, x, other)
+    })
+}

@@ -1,0 +1,179 @@
+//! Operands of products: words of two bf16.
+//!
+//! A word holds elements `j` and `j + 16` of a block of 32: the order in which KV in bf16 lies ([`KvRow`](nextc_ir::types::KvRow)), and in which everything that is
+//! multiplied with it is put.
+
+use nextc_ir::DType;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::shape::{LANES, pad};
+
+use super::super::super::pages::{Pages, UPPER};
+
+/// Elements of a block.
+pub const BLOCK_ELEMS: u64 = 2 * LANES;
+/// Words of a block.
+pub const BLOCK_WORDS: u64 = LANES;
+
+/// Words `4 quad .. 4 quad + 4` of a block of a row.
+#[derive(Clone, Copy)]
+pub struct Quad {
+    /// The block.
+    pub block: Val,
+    /// Which four words of it.
+    pub quad: Val,
+}
+
+/// How many bf16 a number becomes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Parts {
+    /// One: it is rounded.
+    One,
+    /// Two, whose sum it nearly is, if it has more bits than one.
+    Sum,
+}
+
+/// The two numbers of a word.
+fn numbers(k: &mut KernelBuilder, word: Val) -> [Val; 2] {
+    let (sixteen, upper) = (k.const_i32(16), k.const_i32(UPPER));
+    let (low, high) = (k.shl(word, sixteen), k.and(word, upper));
+    [low, high].map(|bits| k.bitcast(bits, DType::F32))
+}
+
+/// Two numbers as words: rounded, and where a sum is wanted what that left over.
+pub fn pack(k: &mut KernelBuilder, [low, high]: [Val; 2], parts: Parts) -> Vec<Val> {
+    let word = k.pack(DType::BF16, low, high);
+    if parts == Parts::One {
+        return vec![word];
+    }
+    let [a, b] = numbers(k, word);
+    let (low, high) = (k.fsub(low, a), k.fsub(high, b));
+    vec![word, k.pack(DType::BF16, low, high)]
+}
+
+/// Four words of numbers in f32, for each part.
+fn pack_four(k: &mut KernelBuilder, low: Val, high: Val, parts: Parts) -> Vec<[Val; 4]> {
+    let words = [0, 1, 2, 3].map(|lane| {
+        let pair = [k.extract(low, lane), k.extract(high, lane)];
+        pack(k, pair, parts)
+    });
+    (0..words[0].len()).map(|part| [0, 1, 2, 3].map(|i: usize| words[i][part])).collect()
+}
+
+/// Four words of a row of `elems` numbers in f32.
+pub fn of_floats(k: &mut KernelBuilder, row: Val, elems: u64, at: Quad, parts: Parts) -> Vec<[Val; 4]> {
+    let (first, own) = (k.mul_const(at.block, BLOCK_ELEMS), k.mul_const(at.quad, 4));
+    let first = k.add(first, own);
+    let low = k.load(DType::F32, 4, row, first);
+    let second = k.add_const(first, LANES);
+    if elems.is_multiple_of(BLOCK_ELEMS) {
+        let high = k.load(DType::F32, 4, row, second);
+        return pack_four(k, low, high, parts);
+    }
+    let (end, nothing) = (k.index(elems), k.splat_f32(4, 0.0));
+    let exists = k.cmp(Pred::Lt, second, end);
+    let second = k.select(exists, second, first);
+    let high = k.load(DType::F32, 4, row, second);
+    let high = k.select(exists, high, nothing);
+    pack_four(k, low, high, parts)
+}
+
+/// Four words of a row of KV, rounded.
+pub fn of_kv(k: &mut KernelBuilder, pages: &Pages, row: Val, at: Quad) -> [Val; 4] {
+    if pages.row.dtype == DType::F32 {
+        return of_floats(k, row, pad(pages.row.width), at, Parts::One)[0];
+    }
+    let (first, own) = (k.mul_const(at.block, BLOCK_WORDS), k.mul_const(at.quad, 4));
+    let first = k.add(first, own);
+    let words = k.load(DType::I32, 4, row, first);
+    four(k, words)
+}
+
+/// Four words of every other block of a row of KV, loaded first and unpacked later.
+#[derive(Clone, Copy)]
+pub struct Share {
+    /// Its part of the first pair of blocks.
+    base: Val,
+    /// Whether it has the second of each pair: 1 or 0.
+    odd: Val,
+}
+
+impl Share {
+    /// Words `4 quad .. 4 quad + 4` of the even, or the odd, blocks of a row.
+    pub fn new(k: &mut KernelBuilder, pages: &Pages, row: Val, odd: Val, quad: Val) -> Self {
+        let (block, own) = (k.mul_const(odd, block_bytes(pages)), k.mul_const(quad, 16));
+        let bytes = k.add(block, own);
+        Self { base: k.offset(row, bytes), odd }
+    }
+
+    /// This one, or another where the condition does not hold.
+    pub fn or(self, k: &mut KernelBuilder, condition: Val, other: Self) -> Self {
+        let odd = k.select(condition, self.odd, other.odd);
+        Self { base: k.select(condition, self.base, other.base), odd }
+    }
+
+    /// Vectors of a pair of blocks.
+    pub fn vectors(pages: &Pages) -> usize {
+        (block_bytes(pages) / 64) as usize
+    }
+
+    /// The vectors of all pairs. In place of a block that does not exist the one before it is read.
+    pub fn load(&self, k: &mut KernelBuilder, pages: &Pages) -> Vec<Val> {
+        let (elems, bytes) = (pad(pages.row.width), block_bytes(pages));
+        let blocks = elems.div_ceil(BLOCK_ELEMS);
+        let none = k.const_i64(0);
+        let mut vectors = Vec::new();
+        for pair in 0..blocks.div_ceil(2) {
+            let at = k.index(pair * 2 * bytes / 4);
+            let is_odd = k.cmp(Pred::Ne, self.odd, none);
+            let at = if 2 * pair + 2 <= blocks {
+                at
+            } else {
+                let before = k.const_i64((pair * 2 * bytes / 4) as i64 - (bytes / 4) as i64);
+                k.select(is_odd, before, at)
+            };
+            if pages.row.dtype != DType::F32 {
+                vectors.push(k.load(DType::I32, 4, self.base, at));
+                continue;
+            }
+            vectors.push(k.load(DType::F32, 4, self.base, at));
+            let second = k.add_const(at, LANES);
+            if pair + 1 < blocks.div_ceil(2) || elems.is_multiple_of(BLOCK_ELEMS) {
+                vectors.push(k.load(DType::F32, 4, self.base, second));
+                continue;
+            }
+            // the last block has one half: it is the odd one if their number is even
+            let yes = k.cmp(Pred::Eq, none, none);
+            let is_last = if blocks.is_multiple_of(2) { is_odd } else { yes };
+            let (second, nothing) = (k.select(is_last, at, second), k.splat_f32(4, 0.0));
+            let high = k.load(DType::F32, 4, self.base, second);
+            vectors.push(k.select(is_last, nothing, high));
+        }
+        vectors
+    }
+
+    /// The words of the vectors of a pair, for each part.
+    pub fn words(k: &mut KernelBuilder, pages: &Pages, vectors: &[Val], parts: Parts) -> Vec<[Val; 4]> {
+        match (pages.row.dtype, vectors) {
+            (DType::F32, &[low, high]) => pack_four(k, low, high, parts),
+            _ => vec![four(k, vectors[0])],
+        }
+    }
+}
+
+/// Bytes of a block of KV.
+fn block_bytes(pages: &Pages) -> u64 {
+    BLOCK_ELEMS * pages.row.dtype.bytes()
+}
+
+/// The words of a vector.
+pub fn four(k: &mut KernelBuilder, words: Val) -> [Val; 4] {
+    [0, 1, 2, 3].map(|lane| k.extract(words, lane))
+}
+
+/// The words of one element of two rows each: of the lower halves, and of the upper ones.
+pub fn across(k: &mut KernelBuilder, first: Val, second: Val) -> [Val; 2] {
+    let (sixteen, lower, upper) = (k.const_i32(16), k.const_i32(!UPPER), k.const_i32(UPPER));
+    let (low, moved) = (k.and(first, lower), k.shl(second, sixteen));
+    let (down, high) = (k.ushr(first, sixteen), k.and(second, upper));
+    [k.or(low, moved), k.or(down, high)]
+}
