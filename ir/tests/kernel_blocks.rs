@@ -553,6 +553,40 @@ fn a_program_of_blocks_runs() {
     let error = run("%early = load f32 %in[%t]").expect_err("the launch before may still write it").to_string();
     assert_eq!(
         error,
-        "kernel @add, task 0, thread 0: `%2 = load f32 %in[%0]`: memory other than weights is touched before the `wait`"
+        "kernel @add, task 0, thread 0: `%2 = load f32 %in[%0]`: memory that launches before this one may still write is touched before the `wait`"
     );
+}
+
+#[test]
+fn a_state_may_be_read_before_the_wait_until_a_launch_of_the_program_writes_it() {
+    let text = "kernel @next(%state: mut ptr<global>) grid = 1 threads = 32 {
+        %t = thread
+        %before = load f32 %state[%t]
+        release
+        wait
+        %one = const f32 1.0
+        %after = fadd %before, %one
+        store %state[%t], %after
+    }";
+    let launch = || Launch { kernel: 0, args: vec![Arg::State(0)], label: "test".to_owned() };
+    let run = |launches: Vec<Launch>| {
+        let ty = nextc_ir::types::StateType {
+            kind: nextc_ir::types::StateKind::Kv,
+            dims: vec![1, 16],
+            dtype: nextc_ir::DType::F32,
+        };
+        let module = KernelModule {
+            kernels: vec![parse::kernel(text).unwrap_or_else(|e| panic!("{e}"))],
+            programs: vec![Program { name: "step".to_owned(), launches, outputs: Vec::new(), row_bytes: 0 }],
+            weights: Vec::new(),
+            states: vec![nextc_ir::schedule::StateDecl { name: "state".to_owned(), ty }],
+            ..program("")
+        };
+        let mut states = [Buffer::from_f32(&[0.5; 32])];
+        let interpreter = Interpreter::new(&module, Options::default()).expect("the module is sound");
+        interpreter.run_program("step", [1, 0, 0, 0], &[], &[], &mut states).map(|_| states[0].to_f32())
+    };
+    assert_eq!(run(vec![launch()]).expect("it runs"), [1.5; 32]);
+    let error = run(vec![launch(), launch()]).expect_err("the launch before may still write it").to_string();
+    assert!(error.ends_with("touched before the `wait`"), "{error}");
 }

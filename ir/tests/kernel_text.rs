@@ -88,7 +88,7 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
 
 /// Every op of a block of threads.
 const EVERY_BLOCK_OP: &str = "\
-kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads = 64 {
+kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads = 64 together = 2 {
   %0 = shared f32 256
   %1 = partials f32 64
   %2 = thread

@@ -22,7 +22,7 @@ pub fn of_decl(decl: &WeightDecl, target: &Target) -> Layout {
 
 /// The layout of a matrix: fragments of a warp's products on GPUs, where a format is made for that.
 fn of_matrix(format: Format, target: &Target) -> Layout {
-    if target.gpu.is_some() && crate::lower::gpu::tile::covers(format) { Layout::Mma16 } else { Layout::Tile16 }
+    if target.gpu.is_some() && crate::lower::gpu::fragments::covers(format) { Layout::Mma16 } else { Layout::Tile16 }
 }
 
 fn run(mut module: Module, target: &Target) -> Result<Module, Error> {

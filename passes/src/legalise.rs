@@ -89,6 +89,7 @@ impl<'k> Splitter<'k> {
             params: self.old.params.clone(),
             grid: self.old.grid.clone(),
             threads: self.old.threads,
+            together: self.old.together,
             body,
             tail,
             tail_grid: self.old.tail_grid.clone(),

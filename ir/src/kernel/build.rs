@@ -25,6 +25,7 @@ impl KernelBuilder {
             params,
             grid,
             threads: 1,
+            together: 1,
             body: Region::default(),
             tail: None,
             tail_grid: 1.into(),
@@ -36,6 +37,11 @@ impl KernelBuilder {
     /// Makes each task a block of `threads` threads.
     pub fn threads(&mut self, threads: u32) {
         self.kernel.threads = threads;
+    }
+
+    /// Makes room for so many blocks on a multiprocessor.
+    pub fn together(&mut self, blocks: u32) {
+        self.kernel.together = blocks;
     }
 
     /// Says what was fused into the kernel.

@@ -15,7 +15,8 @@
 //! - a word, shared or global, that one thread writes and another touches with no barrier between, even if both write the same number. Atomic
 //!   additions conflict with all other accesses, but not with one another, between blocks too;
 //! - a vector that is not aligned to its size, at most 16 bytes;
-//! - in a body or tail that has a `wait`: touching anything but weights ([`Slot::Weight`]) before it, or ending without it.
+//! - in a body or tail that has a `wait`: touching anything but weights and inputs of the step ([`Slot::Constant`])
+//!   before it, or ending without it; a state that no launch of the program has written yet ([`Slot::State`]) may be read.
 //!
 //! `mma` sums its products, which are exact, and `c` in f64, in the order of `k`, and rounds once. Hardware sums in an order and with a truncation that
 //! are not published, so machine code with `mma` is compared with a tolerance; all else is bit for bit.
@@ -123,7 +124,7 @@ pub enum Misdeed {
         of: usize,
     },
     /// An access to what the launches before may still be writing.
-    #[error("memory other than weights is touched before the `wait`")]
+    #[error("memory that launches before this one may still write is touched before the `wait`")]
     BeforeWait,
     /// The kernel has a `wait` that was not reached.
     #[error("the kernel ends without having waited")]
@@ -206,7 +207,8 @@ pub enum EvalError {
     },
 }
 
-/// Runs one launch of `kernel` on `buffers`: `args` says where each parameter points. What no parameter writes counts as a weight.
+/// Runs one launch of `kernel` on `buffers`: `args` says where each parameter points. What no parameter writes counts as constant,
+/// the rest as states that no launch has written.
 /// # Errors
 /// [`EvalError`] if the kernel is broken, misbehaves, or the arguments do not fit it.
 pub fn run(
@@ -217,7 +219,7 @@ pub fn run(
     options: Options,
 ) -> Result<(), EvalError> {
     let written = |b: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == b);
-    let slot = |(b, buffer)| if written(b) { Slot::Own(buffer) } else { Slot::Weight(buffer) };
+    let slot = |(b, buffer)| if written(b) { Slot::State(buffer) } else { Slot::Constant(buffer) };
     let mut slots: Vec<Slot<'_>> = buffers.iter_mut().enumerate().map(slot).collect();
     Code::new(kernel)?.run(syms, &mut slots, args, options)
 }

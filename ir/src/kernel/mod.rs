@@ -158,6 +158,8 @@ pub struct Kernel {
     pub grid: Extent,
     /// Threads of a task: 1, or a multiple of a warp. In blocks of threads, vectors in memory are aligned to their size (at most 16 bytes).
     pub threads: u32,
+    /// Blocks that are to fit on a multiprocessor together, which bounds the registers of a thread; 1 bounds nothing.
+    pub together: u32,
     /// What each task does.
     pub body: Region,
     /// What is done after all tasks.

@@ -217,7 +217,8 @@ kops! {
     Mma { dtype: DType } = "mma" Block;
     /// Asks for `bytes` bytes from byte `at` of a pointer to global memory to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
     Prefetch = "prefetch" Block;
-    /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel reads weights only.
+    /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel
+    /// reads only weights, inputs of the step, and states that no launch before it has written: the last step that did is done, since a program begins after all before it.
     Wait = "wait" Block;
     /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
     Release = "release" Block;

@@ -250,12 +250,15 @@ impl<'t> Parser<'t> {
         self.word("grid")?;
         self.punct("=")?;
         let grid = self.extent()?;
-        let threads = if self.eat_word("threads") {
+        let mut number = |word: &str, what: &'static str| {
+            if !self.eat_word(word) {
+                return Ok(1);
+            }
             self.punct("=")?;
-            self.read("a number of threads", |w| w.parse().ok())?
-        } else {
-            1
+            self.read(what, |w| w.parse().ok())
         };
+        let threads = number("threads", "a number of threads")?;
+        let together = number("together", "a number of blocks")?;
         let body = self.block()?;
         let (tail, tail_grid) = self.tail()?;
         Ok(Kernel {
@@ -264,6 +267,7 @@ impl<'t> Parser<'t> {
             params,
             grid,
             threads,
+            together,
             body,
             tail,
             tail_grid,

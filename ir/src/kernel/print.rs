@@ -21,7 +21,10 @@ pub fn kernel(kernel: &Kernel) -> String {
     let params =
         kernel.params.iter().map(|p| format!("%{}: {}ptr<global>", p.name, if p.written { "mut " } else { "" }));
     let params = params.collect::<Vec<_>>().join(", ");
-    let threads = if kernel.is_block() { format!(" threads = {}", kernel.threads) } else { String::new() };
+    let mut threads = if kernel.is_block() { format!(" threads = {}", kernel.threads) } else { String::new() };
+    if kernel.together > 1 {
+        put(&mut threads, format_args!(" together = {}", kernel.together));
+    }
     put(&mut out, format_args!("kernel @{}({params}) grid = {}{threads} {{\n", kernel.name, kernel.grid));
     region(&mut out, &kernel.body, &names, 1);
     out.push('}');

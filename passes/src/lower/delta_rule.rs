@@ -635,6 +635,13 @@ impl Mixer {
         });
     }
 
+    /// Pointer to the gates of value heads from `head` on in token `t`.
+    pub(super) fn z_row(&self, k: &mut KernelBuilder, t: Val, head: Val) -> Val {
+        let z = k.param(self.z);
+        let z = row_ptr(k, z, t, self.v.row());
+        row_ptr(k, z, head, pad(self.v.width))
+    }
+
     /// Pointer to the output of one head of one token.
     pub(super) fn out_row(&self, k: &mut KernelBuilder, t: Val, head: Val) -> Val {
         let out = k.param(self.out);

@@ -656,11 +656,17 @@ impl Residual {
         self.store_sum(k, tile, row, sum);
     }
 
-    /// `out[row][column] = residual[row][column] + value`; gives the new value.
-    pub fn add_one(&self, k: &mut KernelBuilder, row: Val, column: Val, value: Val) -> Val {
-        let (residual, out) = (k.param(self.residual), k.param(self.out));
-        let [residual, out] = [residual, out].map(|p| row_ptr(k, p, row, pad(self.width)));
-        let old = k.load_f32(residual, column);
+    /// `residual[row][column]`.
+    pub fn load_one(&self, k: &mut KernelBuilder, row: Val, column: Val) -> Val {
+        let residual = k.param(self.residual);
+        let residual = row_ptr(k, residual, row, pad(self.width));
+        k.load_f32(residual, column)
+    }
+
+    /// `out[row][column] = old + value`; gives the new value.
+    pub fn add_one(&self, k: &mut KernelBuilder, (row, column): (Val, Val), old: Val, value: Val) -> Val {
+        let out = k.param(self.out);
+        let out = row_ptr(k, out, row, pad(self.width));
         let new = k.fadd(old, value);
         k.store(out, column, new);
         new

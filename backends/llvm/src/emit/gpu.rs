@@ -52,6 +52,10 @@ fn declare<'c>(context: &'c Context, module: &Module<'c>, kernel: &Kernel, name:
     let threads = if kernel.is_block() { kernel.threads } else { Kernel::SINGLE_THREADS };
     let attribute = context.create_string_attribute("nvvm.maxntid", &threads.to_string());
     function.add_attribute(AttributeLoc::Function, attribute);
+    if kernel.together > 1 {
+        let attribute = context.create_string_attribute("nvvm.minctasm", &kernel.together.to_string());
+        function.add_attribute(AttributeLoc::Function, attribute);
+    }
     function
 }
 

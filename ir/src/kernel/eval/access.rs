@@ -177,6 +177,9 @@ impl<'r, 's> Memory<'r, 's> {
         if !p.writable {
             return Err(Misdeed::ReadOnly);
         }
+        if self.must_wait && matches!(self.slots.get(p.buffer), Some(Slot::State(_))) {
+            return Err(Misdeed::BeforeWait);
+        }
         let at = address(p.at, index, elem_bytes);
         self.check(p, at, lanes as u64 * elem_bytes)?;
         self.buffer_mut(p.buffer)?.range(at, lanes, elem_bytes)
@@ -192,7 +195,7 @@ impl<'r, 's> Memory<'r, 's> {
             return Err(Misdeed::Misaligned { at, bytes: aligned });
         }
         match self.slots.get(p.buffer) {
-            Some(Slot::Shared(_) | Slot::Own(_)) if self.must_wait => Err(Misdeed::BeforeWait),
+            Some(Slot::Own(_)) if self.must_wait => Err(Misdeed::BeforeWait),
             None if self.must_wait && p.buffer == self.slots.len() => Err(Misdeed::BeforeWait),
             _ => Ok(()),
         }

@@ -29,10 +29,10 @@ impl Place {
 /// A buffer lent to a run.
 #[derive(Debug)]
 pub enum Slot<'a> {
-    /// For reading, and the same before and after every launch.
-    Weight(&'a Buffer),
-    /// For reading.
-    Shared(&'a Buffer),
+    /// For reading, and the same before and after every launch: a weight, or an input of the step.
+    Constant(&'a Buffer),
+    /// For reading and writing; no launch of the program has written it yet.
+    State(&'a mut Buffer),
     /// For reading and writing.
     Own(&'a mut Buffer),
 }
@@ -156,16 +156,24 @@ impl Slot<'_> {
     /// The buffer, to read.
     pub fn get(&self) -> &Buffer {
         match self {
-            Self::Weight(b) | Self::Shared(b) => b,
-            Self::Own(b) => b,
+            Self::Constant(b) => b,
+            Self::State(b) | Self::Own(b) => b,
         }
     }
 
     /// The buffer, to write, if it may be.
     pub(super) fn get_mut(&mut self) -> Result<&mut Buffer, Misdeed> {
         match self {
-            Self::Weight(_) | Self::Shared(_) => Err(Misdeed::ReadOnly),
-            Self::Own(b) => Ok(b),
+            Self::Constant(_) => Err(Misdeed::ReadOnly),
+            Self::State(b) | Self::Own(b) => Ok(b),
+        }
+    }
+
+    /// Says that a launch may have written it.
+    pub(super) fn written(self) -> Self {
+        match self {
+            Self::State(b) => Self::Own(b),
+            other => other,
         }
     }
 }

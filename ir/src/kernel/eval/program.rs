@@ -59,14 +59,22 @@ impl<'m> Interpreter<'m> {
         table("states", states.len(), self.module.states.len())?;
         let mut arena = Buffer::uninit(self.module.arena.bytes(&syms));
         let mut slots = vec![Slot::Own(&mut arena)];
-        slots.extend(inputs.iter().map(|(_, b)| Slot::Shared(b)));
-        slots.extend(weights.iter().map(Slot::Weight));
-        slots.extend(states.iter_mut().map(Slot::Own));
+        slots.extend(inputs.iter().map(|(_, b)| Slot::Constant(b)));
+        slots.extend(weights.iter().map(Slot::Constant));
+        slots.extend(states.iter_mut().map(Slot::State));
         let places = Places { module: self.module, syms, inputs, weights: weights.len() };
         for (i, launch) in program.launches.iter().enumerate() {
             let args = places.of_launch(launch)?;
             let options = Options { seed: self.options.seed.wrapping_add(i as u64), ..self.options };
             self.codes[launch.kernel as usize].run(syms, &mut slots, &args, options)?;
+            let kernel = &self.module.kernels[launch.kernel as usize];
+            let writes = kernel.params.iter().zip(&args).filter(|(param, _)| param.written);
+            let written: Vec<usize> = match kernel.grid.eval(&syms) {
+                0 => Vec::new(),
+                _ => writes.map(|(_, place)| place.buffer).collect(),
+            };
+            let slot_after = slots.into_iter().enumerate();
+            slots = slot_after.map(|(i, slot)| if written.contains(&i) { slot.written() } else { slot }).collect();
         }
         drop(slots);
         self.outputs(program, &arena, &syms)

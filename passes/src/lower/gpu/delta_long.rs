@@ -127,7 +127,8 @@ impl<'a> Long<'a> {
                     let heads = k.index(mixer.v.heads);
                     k.for_each((place.warp, heads, THREADS / 32), |k, head| {
                         let o = mixer.out_row(k, t, head);
-                        norm_out(k, mixer, &place, (t, head), o);
+                        let (norm, z) = (k.param(mixer.norm), mixer.z_row(k, t, head));
+                        norm_out(k, mixer, &place, (t, head), [o, norm, z]);
                     });
                     let next = k.add_const(t, 1);
                     let is_last = k.cmp(Pred::Eq, next, run.end);
@@ -184,10 +185,8 @@ impl Token<'_> {
         let (long, mixer, row, fresh) = (self.long, self.long.mixer, self.place.warp, self.run.is_fresh(k));
         let keys = pad(mixer.k.width);
         let to = row_ptr(k, self.mine, row, long.row_elems());
-        let rows = [(&mixer.q, mixer.scale), (&mixer.k, 1.0)].map(|(stream, scale)| {
-            let x = self.convolved(k, stream, self.head, fresh);
-            normed(k, mixer, &x, scale)
-        });
+        let rows = [&mixer.q, &mixer.k].map(|stream| self.convolved(k, stream, self.head, fresh));
+        let rows = normed(k, mixer, rows);
         let places = self.place.places(k, keys);
         for (which, row) in (0..).zip(&rows) {
             let bytes = k.index(which * keys * 4);
@@ -288,7 +287,8 @@ impl Sweep<'_> {
         let (block, run) = (&self.block, &self.block.run);
         let fresh = run.is_fresh(k);
         let turn = block.turn_of(k, value_head);
-        let state = block.load_state(k, &turn, fresh);
+        let remembers = k.not(fresh);
+        let state = block.load_state(k, &turn, remembers);
         let state = block.replay(k, &turn, &state, fresh);
         let first = k.div_const(run.begin, BLOCK);
         let first = k.mul_const(first, BLOCK);
@@ -304,7 +304,8 @@ impl Sweep<'_> {
             let next_block = k.select(more, next, first);
             let staged = self.load(k, next_block);
             let rows = self.rows(k, first);
-            let tokens = Tokens { first, count: rows.end };
+            let last = k.cmp(Pred::Eq, next_block, first);
+            let tokens = Tokens { first, count: rows.end, are_last: last };
             let state =
                 k.for_carry((rows.begin, rows.end, 1), state, |k, i, state| block.sweep(k, &turn, (&tokens, i), state));
             [staged, state].concat()

@@ -15,8 +15,9 @@ use nextc_ir::{DType, Target};
 
 use super::super::matmul::Rows;
 use super::Place;
-use super::matmul::{At, load_row};
-use super::tile::{Operand, Product, TOKENS, Tile};
+use super::few::{At, load_row};
+use super::fragments::Tile;
+use super::tile::{Operand, Product, TOKENS};
 
 /// Rows of a product of few, and most rows of a step of which kernels that work on experts count as few.
 pub const FEW_ROWS: u64 = 8;
@@ -248,7 +249,7 @@ impl Groups<'_> {
         codes: &[Vec<Val>],
         mut sums: Vec<Vec<Val>>,
     ) -> Vec<Val> {
-        for operand in 0..self.product.operands() {
+        for operand in 0..self.product.numbers().operands() {
             let b = |k: &mut KernelBuilder, g: usize| self.operand(k, (within, g as u64), operand);
             self.product.turn_sums_of_many(k, turn, codes, &b, &mut sums);
         }
@@ -303,7 +304,7 @@ impl Groups<'_> {
     fn place(&self, k: &mut KernelBuilder, (turn, group): (Val, Val), operand: u64, half: u64) -> Val {
         let at = k.mul_const(turn, GROUPS);
         let at = k.add(at, group);
-        let at = k.mul_const(at, self.product.operands());
+        let at = k.mul_const(at, self.product.numbers().operands());
         let at = k.add_const(at, operand);
         let at = k.mul_const(at, 2);
         let at = k.add_const(at, half);

@@ -17,10 +17,13 @@ use nextc_ir::shape::{LANES, Sym, pad};
 use super::super::experts::Choices;
 use super::super::matmul::{Rows, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::experts::{Choice, Down};
+use super::experts_down::Down;
+use super::few::At;
+use super::fragments::Fragments;
 use super::many::{self, FEW_ROWS, MANY_TOKENS, OwnTiles, TILES, WARPS, few_rows, many, token_blocks};
-use super::matmul::{At, GatePair, store_pair, store_residual};
-use super::tile::{Fragments, Product, Split};
+use super::matmul::{GatePair, store_pair, store_residual};
+use super::router::Choice;
+use super::tile::{Product, Split};
 use super::{Place, begin, lanes_before, warp_count};
 
 /// The products of the router.
@@ -138,7 +141,7 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
         let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
         let chunk = Chunk { choice: &choice, ids, near, thread };
         let own: Vec<Val> = (0..choice.slots()).map(|i| k.add_const(thread, i * threads)).collect();
-        let (none, first, one) = (k.const_i32(0), k.const_i64(0), k.const_i32(1));
+        let (none, first) = (k.const_i32(0), k.const_i64(0));
         let all = k.mul_const(choice.tokens, choice.k);
         let all = k.add_const(all, DISPATCHED - 1);
         let all = k.div_const(all, DISPATCHED);
@@ -161,25 +164,10 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
         let enters = k.cmp(Pred::Eq, k.task(), first);
         let starts = choice.enter_all(k, table, (&own, sums), scan, enters);
         let cursors: Vec<Val> = starts.iter().zip(before).map(|(&start, &before)| k.add(start, before)).collect();
-        chunk.each(k, &cursors, |k, number, ids, cursors| {
-            let mut next = Vec::with_capacity(cursors.len());
-            for (&e, &cursor) in own.iter().zip(cursors) {
-                let e = k.narrow(e);
-                let mut cursor = cursor;
-                for (i, &id) in (0..).zip(ids) {
-                    let mine = k.cmp(Pred::Eq, id, e);
-                    k.if_then(mine, |k| {
-                        let number = k.add_const(number, i);
-                        let (at, number) = (k.widen(cursor), k.narrow(number));
-                        k.store(order, at, number);
-                    });
-                    let more = k.select(mine, one, none);
-                    cursor = k.add(cursor, more);
-                }
-                next.push(cursor);
-            }
-            next
-        });
+        for (&e, &cursor) in own.iter().zip(&cursors) {
+            k.store(scan[0], e, cursor);
+        }
+        chunk.list(k, (order, scan[0]));
     })
 }
 
@@ -192,17 +180,50 @@ struct Chunk<'a> {
 }
 
 impl Chunk<'_> {
-    /// Runs `body(number of the first, experts of four choices, carried)` over the chunk, in order, in every thread; -1 where there is none.
-    fn each(
-        &self,
-        k: &mut KernelBuilder,
-        init: &[Val],
-        body: impl FnOnce(&mut KernelBuilder, Val, &[Val], &[Val]) -> Vec<Val>,
-    ) -> Vec<Val> {
+    /// Lists the choices of the chunk, which it reads, by expert: a thread a choice. `cursors` says where those of each expert begin; each comes
+    /// after those of its expert before it.
+    fn list(&self, k: &mut KernelBuilder, (order, cursors): (Val, Val)) {
+        self.read(k);
+        let (zero, none, one) = (k.const_i64(0), k.const_i32(0), k.const_i32(1));
+        let count = self.count(k);
+        k.for_each((self.thread, count, self.choice.threads), |k, own| {
+            let id = k.load(DType::I32, 1, self.near, own);
+            let before = k.for_carry((zero, own, 4), &[none], |k, i, before| {
+                let ids = k.load(DType::I32, 4, self.near, i);
+                let of_expert = |before: Val, lane: u64| {
+                    let (other, place) = (k.extract(ids, lane as u32), k.add_const(i, lane));
+                    let (same, earlier) = (k.cmp(Pred::Eq, other, id), k.cmp(Pred::Lt, place, own));
+                    let counts = k.and(same, earlier);
+                    let more = k.select(counts, one, none);
+                    k.add(before, more)
+                };
+                vec![(0..4).fold(before[0], of_expert)]
+            })[0];
+            let e = k.widen(id);
+            let cursor = k.load(DType::I32, 1, cursors, e);
+            let at = k.add(cursor, before);
+            let task = k.task();
+            let number = k.mul_const(task, DISPATCHED);
+            let number = k.add(number, own);
+            let (at, number) = (k.widen(at), k.narrow(number));
+            k.store(order, at, number);
+        });
+    }
+
+    /// How many choices the chunk has.
+    fn count(&self, k: &mut KernelBuilder) -> Val {
+        let first = k.mul_const(k.task(), DISPATCHED);
+        let all = k.mul_const(self.choice.tokens, self.choice.k);
+        let (left, room) = (k.sub(all, first), k.index(DISPATCHED));
+        k.min_i64(left, room)
+    }
+
+    /// Brings the chunk near: experts of choices, -1 where there is none.
+    fn read(&self, k: &mut KernelBuilder) {
         let choice = self.choice;
         let first = k.mul_const(k.task(), DISPATCHED);
         let all = k.mul_const(choice.tokens, choice.k);
-        let (room, zero) = (k.index(DISPATCHED), k.const_i64(0));
+        let room = k.index(DISPATCHED);
         k.for_each((self.thread, room, choice.threads), |k, i| {
             let number = k.add(first, i);
             let exists = k.cmp(Pred::Lt, number, all);
@@ -216,8 +237,18 @@ impl Chunk<'_> {
             k.store(self.near, i, id);
         });
         k.barrier();
-        let left = k.sub(all, first);
-        let count = k.min_i64(left, room);
+    }
+
+    /// Runs `body(number of the first, experts of four choices, carried)` over the chunk, in order, in every thread; -1 where there is none.
+    fn each(
+        &self,
+        k: &mut KernelBuilder,
+        init: &[Val],
+        body: impl FnOnce(&mut KernelBuilder, Val, &[Val], &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        self.read(k);
+        let (zero, count) = (k.const_i64(0), self.count(k));
+        let first = k.mul_const(k.task(), DISPATCHED);
         k.for_carry((zero, count, 4), init, |k, i, carried| {
             let ids = k.load(DType::I32, 4, self.near, i);
             let ids = [0, 1, 2, 3].map(|lane| k.extract(ids, lane));
@@ -235,6 +266,42 @@ struct Unit {
 }
 
 impl Choices {
+    /// The expert at place `i` among the chosen ones, or -1.
+    pub fn active(&self, k: &mut KernelBuilder, i: Val) -> Val {
+        let table = k.param(self.table);
+        self.layout.active(k, table, i)
+    }
+
+    /// Where the choices of expert `e`, chosen as number `number`, begin and end: of a single token each chosen expert has one.
+    pub fn run(&self, k: &mut KernelBuilder, tokens: Val, (number, e): (Val, Val)) -> (Val, Val) {
+        let table = k.param(self.table);
+        let one = k.const_i64(1);
+        let is_one = k.cmp(Pred::Eq, tokens, one);
+        let range = k.if_else(
+            is_one,
+            |k| vec![number, k.add_const(number, 1)],
+            |k| {
+                let (begin, end) = self.layout.run(k, table, e);
+                vec![begin, end]
+            },
+        );
+        (range[0], range[1])
+    }
+
+    /// The number of the choice at a place; of a single token it is `own`.
+    pub fn number(&self, k: &mut KernelBuilder, tokens: Val, (place, own): (Val, Val)) -> Val {
+        let one = k.const_i64(1);
+        let is_one = k.cmp(Pred::Eq, tokens, one);
+        k.if_else(is_one, |_| vec![own], |k| vec![self.at(k, place).0])[0]
+    }
+
+    /// The token of the choice at a place, of `tokens` tokens.
+    pub fn token(&self, k: &mut KernelBuilder, tokens: Val, place: Val) -> Val {
+        let (zero, one) = (k.const_i64(0), k.const_i64(1));
+        let is_one = k.cmp(Pred::Eq, tokens, one);
+        k.if_else(is_one, |_| vec![zero], |k| vec![self.at(k, place).1])[0]
+    }
+
     /// Most units of the routed experts.
     fn units(&self, sym: Sym) -> Extent {
         let choices = Extent::from(sym) * self.each.into();
@@ -313,7 +380,7 @@ impl GateUp<'_> {
         let grid = shared_tasks.clone() + self.choices.units(sym) * groups.into();
         let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
         let place = many::begin_block(&mut k);
-        let operands = [self.routed.0, self.dense.0].map(|f| f.operands()).into_iter().max();
+        let operands = [self.routed.0, self.dense.0].map(|f| f.numbers().operands()).into_iter().max();
         let stage = many::stage(&mut k, operands.unwrap_or(1));
         let (task, count) = (k.task(), k.dim(sym));
         let shared_end = super::extent(&mut k, &shared_tasks);
@@ -363,7 +430,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
     let grid = shared_tasks.clone() + down.choices.units(sym) * groups.into();
     let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
     let place = many::begin_block(&mut k);
-    let operands = [down.routed, down.dense].map(|f| f.operands()).into_iter().max();
+    let operands = [down.routed, down.dense].map(|f| f.numbers().operands()).into_iter().max();
     let stage = many::stage(&mut k, operands.unwrap_or(1));
     // a row of the residual stream for each choice, then one for each token: there are tasks for as many blocks of tokens of both
     let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
@@ -404,9 +471,10 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
             let column = k.add(from, thread);
             let exists = k.cmp(Pred::Lt, column, end);
             let column = k.select(exists, column, zero);
-            let sum = down.weighted(k, token, (sums, column, stride), (shared, column));
+            let factors = down.factors(k, token);
+            let sum = down.weighted(k, factors, (sums, column, stride), (shared, column));
             let (tile, row) = (k.div_const(column, LANES), k.rem_const(column, LANES));
-            store_residual(k, &down.residual, tile, &At { token, exists }, row, sum);
+            store_residual(k, &down.residual, tile, &At { token, exists }, (row, None), sum);
         });
     })
 }

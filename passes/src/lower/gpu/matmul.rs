@@ -1,175 +1,24 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! Of few rows, and of `many.rs`:
+//! Each has a kernel for few rows ([`few`](super::few)) and one for many ([`many`](super::many)):
 //!
-//! task     some tiles of 16 weight rows ([`tile`](super::tile)), for all rows of the step, eight at a time
-//! ahead    the warps' first codes into registers, the rest of the tiles towards L2
-//! prologue the rows as they are, or `x · rms_scale · (1 + gain)`, in registers
+//! prologue the rows as they are, or `x · rms_scale · (1 + gain)`
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
-//! traffic  each weight once for eight rows: bound by memory
 
+use nextc_ir::Op;
 use nextc_ir::graph::Value;
 use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
-use nextc_ir::shape::{LANES, Sym, pad};
-use nextc_ir::{DType, Op};
+use nextc_ir::shape::{LANES, Sym};
 
 use super::super::LowerError;
-use super::super::matmul::{Normed, Residual, Rows, mean_rsqrt, number_in_range, row_ptr};
+use super::super::matmul::{Normed, Residual, Rows, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
+use super::few::{At, Few, Memory, Spread, Sum};
+use super::fragments::{Fragments, Tile};
 use super::many::{self, OwnTiles, Pair, TILES, WARPS, few, few_rows, many, token_blocks};
-use super::tile::{Fragments, Product, Row, Split, TOKENS, Tile, sum_of};
+use super::stage::Form;
+use super::tile::{Product, Split};
 use super::{Place, across, begin, half_warp_sum};
-
-/// The row of x that a thread reads, after the prologue. Threads `4n .. 4n + 4` read the same row together: `q` is the thread's part of it.
-pub fn load_row(k: &mut KernelBuilder, rows: &Rows, row: Val, q: Val) -> Row {
-    let x = rows.source();
-    let base = k.param(x);
-    let x = row_ptr(k, base, row, rows.stride());
-    let Rows::Normed(n) = rows else { return Row { x, norm: None } };
-    let (ssq, gain) = (k.param(n.ssq), k.param(n.gain));
-    let parts = pad(n.width.div_ceil(LANES));
-    let ssq = row_ptr(k, ssq, row, parts);
-    let own = k.mul_const(q, 4);
-    let (zeros, end) = (k.splat_f32(4, 0.0), k.index(parts));
-    let sum = k.for_carry((own, end, 16), &[zeros], |k, i, sum| {
-        let x = k.load(DType::F32, 4, ssq, i);
-        vec![k.fadd(sum[0], x)]
-    });
-    let sum = k.reduce_add(sum[0]);
-    let sum = across(k, &[1, 2], sum, |k, a, b| k.fadd(a, b));
-    Row { x, norm: Some((mean_rsqrt(k, sum, n.width, n.eps), gain)) }
-}
-
-/// One number of a product: of one tile (by its number in the block), token and row.
-pub struct Sum {
-    /// The token among the eight.
-    pub token: Val,
-    /// The row of the tile.
-    pub row: Val,
-    /// Of each tile of the block that is asked for.
-    pub values: Vec<Val>,
-}
-
-/// How a kernel runs its products: of at most eight rows, or of any number.
-pub type Run = fn(
-    &mut KernelBuilder,
-    Split,
-    (&Product<'_>, Option<super::tile::Ahead>, Val),
-    &Rows,
-    Val,
-    &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-    &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
-);
-
-/// Runs the products of a block with `count` rows, at most eight; `ahead` is what was asked for before. `row_of` gives the row of x of a token;
-/// `epilogue` gets each sum with the number of its token, and whether there is such a token.
-pub fn products(
-    k: &mut KernelBuilder,
-    split: Split,
-    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
-    rows: &Rows,
-    count: Val,
-    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
-) {
-    let zero = k.const_i64(0);
-    eight(k, split, (product, ahead, shared), rows, (zero, count), row_of, epilogue);
-}
-
-/// The same of any number of rows of the step, eight at a time: the first with the codes that were asked for ahead.
-pub fn products_of_all(
-    k: &mut KernelBuilder,
-    split: Split,
-    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
-    rows: &Rows,
-    count: Val,
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
-) {
-    products_of_some(k, split, (product, ahead, shared), rows, count, &mut |_, token| token, epilogue);
-}
-
-/// The same of `count` rows that `row_of` gives.
-pub fn products_of_some(
-    k: &mut KernelBuilder,
-    split: Split,
-    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
-    rows: &Rows,
-    count: Val,
-    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
-) {
-    let (zero, next) = (k.const_i64(0), k.index(TOKENS));
-    eight(k, split, (product, ahead, shared), rows, (zero, count), row_of, epilogue);
-    k.for_each((next, count, TOKENS), |k, first| {
-        k.barrier();
-        eight(k, split, (product, None, shared), rows, (first, count), row_of, epilogue);
-    });
-}
-
-/// The products with rows `first .. first + 8` of `count`.
-fn eight(
-    k: &mut KernelBuilder,
-    split: Split,
-    (product, ahead, shared): (&Product<'_>, Option<super::tile::Ahead>, Val),
-    rows: &Rows,
-    (first, count): (Val, Val),
-    row_of: &mut dyn FnMut(&mut KernelBuilder, Val) -> Val,
-    epilogue: &mut dyn FnMut(&mut KernelBuilder, &At, &Sum),
-) {
-    let one = k.const_i64(1);
-    let last = k.sub(count, one);
-    let token = k.add(first, product.token());
-    let token = k.min_i64(token, last);
-    let row = row_of(k, token);
-    let x = load_row(k, rows, row, product.q());
-    let sums = product.run(k, x, ahead);
-    for (i, sums) in sums.into_iter().enumerate() {
-        let at = k.mul_const(product.warp(), split.tiles);
-        let at = k.add_const(at, i as u64);
-        product.store(k, shared, at, sums);
-    }
-    k.barrier();
-    each_sum(k, split, shared, product.thread(), |k, sum| {
-        let token = k.add(first, sum.token);
-        let exists = k.cmp(Pred::Lt, token, count);
-        epilogue(k, &At { token, exists }, sum);
-    });
-}
-
-/// The token of a sum.
-#[derive(Clone, Copy, Debug)]
-pub struct At {
-    /// Its number among those of the product.
-    pub token: Val,
-    /// Whether there is such a token.
-    pub exists: Val,
-}
-
-/// Runs `body` for each token and row of a tile, in half warps of 16 rows; all threads of a warp come along.
-fn each_sum(
-    k: &mut KernelBuilder,
-    split: Split,
-    shared: Val,
-    thread: Val,
-    mut body: impl FnMut(&mut KernelBuilder, &Sum),
-) {
-    let (threads, items) = (u64::from(split.threads()), TOKENS * LANES);
-    let mut some = |k: &mut KernelBuilder, item: Val| {
-        let (token, row) = (k.div_const(item, LANES), k.rem_const(item, LANES));
-        let values = (0..split.tiles).map(|tile| sum_of(k, split, shared, (tile, token, row))).collect();
-        body(k, &Sum { token, row, values });
-    };
-    if threads <= items {
-        for first in (0..items).step_by(threads as usize) {
-            let item = k.add_const(thread, first);
-            some(k, item);
-        }
-        return;
-    }
-    let end = k.index(items);
-    let works = k.cmp(Pred::Lt, thread, end);
-    k.if_then(works, |k| some(k, thread));
-}
 
 /// Some weights of one format and width, and where their products go.
 struct Segment {
@@ -216,15 +65,17 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let most = few_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
     let mut k = ports.builder(site, few(sym, most, (0..groups.len()).map(tasks).sum::<u64>().into()));
     k.threads(warps as u32 * 32);
+    k.together(2);
     let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
-    let shared = widest.shared(&mut k);
+    let forms: Vec<Form> = groups.iter().map(|g| g[0].fragments.form()).collect();
+    let memory = Memory::alloc(&mut k, site.target, widest, &forms);
     let place = Place::here(&mut k);
     let count = k.dim(sym);
     let mut first_task = 0;
     for (i, group) in groups.iter().enumerate() {
         let end_task = first_task + tasks(i);
         super::super::matmul::in_range(&mut k, first_task, end_task, |k, task| {
-            linears_block(k, (group, splits[i]), task, (&rows, count), (place, shared));
+            linears_block(k, (group, splits[i]), task, (&rows, count), (place, memory));
         });
         first_task = end_task;
     }
@@ -242,7 +93,7 @@ fn linears_of_many(
     let all: u64 = groups.iter().map(|g| many_tasks(g)).sum();
     let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
     let place = many::begin_block(&mut k);
-    let operands = groups.iter().map(|g| g[0].fragments.operands()).max().unwrap_or(1);
+    let operands = groups.iter().map(|g| g[0].fragments.numbers().operands()).max().unwrap_or(1);
     let stage = many::stage(&mut k, operands);
     let (task, count) = (k.task(), k.dim(sym));
     let (first, number) = many::block_of(&mut k, task, all);
@@ -310,7 +161,7 @@ fn linears_block(
     (group, split): (&[Segment], Split),
     task: Val,
     (rows, count): (&Rows, Val),
-    (place, shared): (Place, Val),
+    (place, memory): (Place, Memory),
 ) {
     let chosen = choose(k, group, split, task);
     let fragments = group[0].fragments;
@@ -323,9 +174,10 @@ fn linears_block(
         })
         .collect();
     let product = Product::new(k, &fragments, tiles, place, split.warps);
-    let ahead = ask_ahead(k, &product);
+    let few = Few::new(product, split, rows, memory);
+    let asked = few.ask(k);
     begin(k);
-    products_of_all(k, split, (&product, ahead, shared), rows, count, &mut |k, at, sum| {
+    few.products(k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
         let row = k.mul(at.token, chosen.stride);
         let row = row_ptr(k, chosen.out, row, 1);
         for (&tile, &value) in numbers.iter().zip(&sum.values) {
@@ -338,15 +190,6 @@ fn linears_block(
             });
         }
     });
-}
-
-/// The first codes into registers; the rest, if there is one, towards L2.
-pub fn ask_ahead(k: &mut KernelBuilder, product: &Product<'_>) -> Option<super::tile::Ahead> {
-    let ahead = product.ahead(k);
-    let zero = k.const_i64(0);
-    let leads = k.cmp(Pred::Eq, product.thread(), zero);
-    k.if_then(leads, |k| product.tiles.iter().for_each(|&tile| product.fragments.prefetch(k, tile)));
-    ahead
 }
 
 /// Finds the segment of a task.
@@ -395,25 +238,37 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let tiles = fragments.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
     let groups = tiles.div_ceil(TILES);
-    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), tiles.into()));
+    let spread = Spread::of(site.target, tiles);
+    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), spread.grid(sym)));
     k.threads(split.threads());
-    let shared = split.shared(&mut k);
+    let memory = Memory::alloc(&mut k, site.target, split, &[fragments.form()]);
     let place = Place::here(&mut k);
-    let (base, tile) = (k.param(weight), k.task());
+    let base = k.param(weight);
+    let (tile, share) = spread.block(&mut k);
     let own = fragments.own_tile(&mut k, base, tile);
     let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
-    let ahead = ask_ahead(&mut k, &product);
+    let block = Few::new(product, split, &rows, memory).of_share(share);
+    let asked = block.ask(&mut k);
     begin(&mut k);
     let count = k.dim(sym);
-    products_of_all(&mut k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
-        store_residual(k, &residual, tile, at, sum.row, sum.values[0]);
+    // the residual of the first rows is asked for with x
+    let mut early = block.first_sum(&mut k, count).map(|(at, row)| {
+        let zero = k.const_f32(0.0);
+        let load = |k: &mut KernelBuilder| {
+            let column = column_of(k, tile, row);
+            vec![residual.load_one(k, at.token, column)]
+        };
+        k.if_else(at.exists, load, |_| vec![zero])[0]
+    });
+    block.products(&mut k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
+        store_residual(k, &residual, tile, at, (sum.row, early.take()), sum.values[0]);
     });
     let few = k.finish();
 
     let mut k =
         ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
-    let stage = many::stage(&mut k, fragments.operands());
+    let stage = many::stage(&mut k, fragments.numbers().operands());
     let (base, task) = (k.param(weight), k.task());
     let (first, group) = many::block_of(&mut k, task, groups);
     let own = OwnTiles::of_group(&mut k, group, tiles, place);
@@ -437,7 +292,7 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let split = Split { tiles: 1, ..Split::of(site.target, fragments.planes.tiles(), &fragments.planes) };
     let mut k = ports.builder(site, fragments.planes.tiles().into());
     k.threads(split.threads());
-    let shared = split.shared(&mut k);
+    let memory = Memory::alloc(&mut k, site.target, split, &[fragments.form()]);
     let (place, tile, weight) = (Place::here(&mut k), k.task(), k.param(weight));
     let own = fragments.own_tile(&mut k, weight, tile);
     begin(&mut k);
@@ -448,9 +303,10 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
         is_wanted,
         |k| {
             let product = Product::new(k, &fragments, vec![own], place, split.warps);
-            let ahead = product.ahead(k);
+            let block = Few::new(product, split, &rows, memory);
+            let asked = block.ask_late(k);
             // however many rows there are: the tiles that are wanted are few
-            products_of_all(k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
+            block.products(k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
                 k.if_then(at.exists, |k| store_one(k, (out, stride), at.token, tile, sum.row, sum.values[0]));
             });
             Vec::new()
@@ -467,12 +323,23 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
     Ok(ports.finish(k.finish()))
 }
 
-/// `out = residual + value`, and the sum of squares of the tile's 16 rows, which 16 neighbouring threads hold. All threads of a warp come along.
-pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, value: Val) {
-    let column = k.mul_const(tile, LANES);
-    let column = k.add(column, row);
+/// `out = residual + value`, and the sum of squares of the tile's 16 rows, which 16 neighbouring threads hold. All threads of a warp come along. `old`
+/// is the residual, where it has been read.
+pub fn store_residual(
+    k: &mut KernelBuilder,
+    residual: &Residual,
+    tile: Val,
+    at: &At,
+    (row, old): (Val, Option<Val>),
+    value: Val,
+) {
+    let column = column_of(k, tile, row);
     let zero = k.const_f32(0.0);
-    let new = k.if_else(at.exists, |k| vec![residual.add_one(k, at.token, column, value)], |_| vec![zero])[0];
+    let new = |k: &mut KernelBuilder| {
+        let old = old.unwrap_or_else(|| residual.load_one(k, at.token, column));
+        vec![residual.add_one(k, (at.token, column), old, value)]
+    };
+    let new = k.if_else(at.exists, new, |_| vec![zero])[0];
     let square = k.fmul(new, new);
     let sum = half_warp_sum(k, square);
     let first = k.const_i64(0);
@@ -481,17 +348,25 @@ pub fn store_residual(k: &mut KernelBuilder, residual: &Residual, tile: Val, at:
     k.if_then(leads, |k| residual.store_sum(k, tile, at.token, sum));
 }
 
+/// The column of row `row` of a tile of weights.
+pub fn column_of(k: &mut KernelBuilder, tile: Val, row: Val) -> Val {
+    let column = k.mul_const(tile, LANES);
+    k.add(column, row)
+}
+
 /// The same where a thread has rows `row` and `row + 8`, and the others of a token lie four threads apart.
 pub fn store_residual_pair(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, values: [Val; 2]) {
-    let column = k.mul_const(tile, LANES);
-    let column = k.add(column, row);
+    let column = column_of(k, tile, row);
     let lower = k.add_const(column, LANES / 2);
     let zero = k.const_f32(0.0);
-    let new = k.if_else(
-        at.exists,
-        |k| vec![residual.add_one(k, at.token, column, values[0]), residual.add_one(k, at.token, lower, values[1])],
-        |_| vec![zero; 2],
-    );
+    let new = |k: &mut KernelBuilder| {
+        let add = |(column, value)| {
+            let old = residual.load_one(k, at.token, column);
+            residual.add_one(k, (at.token, column), old, value)
+        };
+        [(column, values[0]), (lower, values[1])].map(add).to_vec()
+    };
+    let new = k.if_else(at.exists, new, |_| vec![zero; 2]);
     let squares = [k.fmul(new[0], new[0]), k.fmul(new[1], new[1])];
     let sum = k.fadd(squares[0], squares[1]);
     let sum = across(k, &[16, 8, 4], sum, |k, a, b| k.fadd(a, b));
@@ -518,7 +393,7 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let groups = fragments.planes.tiles().div_ceil(WARPS);
     let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), fragments.planes.tiles().into()));
     k.threads(split.threads());
-    let shared = split.shared(&mut k);
+    let memory = Memory::alloc(&mut k, site.target, split, &[fragments.form()]);
     let place = Place::here(&mut k);
     let (task, to) = (k.task(), k.param(out));
     let tiles = weights.map(|w| {
@@ -526,10 +401,11 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
         fragments.own_tile(&mut k, base, task)
     });
     let product = Product::new(&mut k, &fragments, tiles.to_vec(), place, split.warps);
-    let ahead = ask_ahead(&mut k, &product);
+    let block = Few::new(product, split, &rows, memory);
+    let asked = block.ask(&mut k);
     begin(&mut k);
     let count = k.dim(sym);
-    products_of_all(&mut k, split, (&product, ahead, shared), &rows, count, &mut |k, at, sum| {
+    block.products(&mut k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
         let value = swiglu(k, sum);
         k.if_then(at.exists, |k| store_one(k, (to, stride), at.token, task, sum.row, value));
     });
@@ -538,7 +414,7 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut k =
         ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
-    let stage = many::stage(&mut k, fragments.operands());
+    let stage = many::stage(&mut k, fragments.numbers().operands());
     let (task, to) = (k.task(), k.param(out));
     let (first, group) = many::block_of(&mut k, task, groups);
     let pair = GatePair::of(&mut k, (&fragments, weights), (group, fragments.planes.tiles()), place);

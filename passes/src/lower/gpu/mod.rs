@@ -5,14 +5,21 @@
 
 pub mod attention;
 pub mod choose;
+pub mod delta_conv;
 pub mod delta_long;
 pub mod delta_rule;
-pub mod experts;
+pub mod delta_state;
+pub mod experts_down;
+pub mod experts_gate_up;
+pub mod few;
+pub mod fragments;
 pub mod many;
 pub mod many_experts;
 pub mod matmul;
+pub mod router;
 pub mod rows;
 pub mod sample;
+pub mod stage;
 pub mod tile;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -43,9 +50,9 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::LinearWanted => Some(matmul::lower_linear_wanted(site)),
         Op::LinearResidual => Some(matmul::lower_linear_residual(site)),
         Op::NormSwiglu => Some(matmul::lower_norm_swiglu(site)),
-        Op::NormRouter => Some(experts::lower_norm_router(site)),
-        Op::ExpertsGateUp => Some(experts::lower_experts_gate_up(site)),
-        Op::ExpertsDown => Some(experts::lower_experts_down(site)),
+        Op::NormRouter => Some(router::lower_norm_router(site)),
+        Op::ExpertsGateUp => Some(experts_gate_up::lower_experts_gate_up(site)),
+        Op::ExpertsDown => Some(experts_down::lower_experts_down(site)),
         Op::NormRopeAppend => Some(attention::lower_norm_rope_append(site)),
         Op::GatedAttention => attention::lower_gated_attention(site),
         Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),

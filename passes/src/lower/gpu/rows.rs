@@ -13,7 +13,7 @@ use super::super::LowerError;
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
 use super::super::sample::{Blocks, bounded, is_finite};
-use super::tile::Fragments;
+use super::fragments::Fragments;
 use super::{Place, WARP, across, begin, half_warp_sum, warp_max, warp_sum};
 
 /// Threads of a row.
