@@ -265,7 +265,7 @@ fn explain_measures_what_each_kernel_takes() {
         let text = stdout(NEXTC, &[&["explain", config, "--measure", "--context", "64"], &step[..]].concat());
         let rows =
             text.lines().filter(|line| line.contains("delta.1.gated_delta_net") || line.contains("fuse.3.linear"));
-        let measured: Vec<f64> = rows.filter_map(|row| share(row)).collect();
+        let measured: Vec<f64> = rows.filter_map(share).collect();
         assert!(measured.len() == 2 && measured.iter().all(|&share| share > 0.0), "{measured:?} in\n{text}");
         assert_eq!(text.matches("measured: kernels one by one").count(), 2, "{text}");
     }

@@ -135,7 +135,7 @@ fn median(values: &VecDeque<f64>) -> Option<f64> {
     let mut sorted: Vec<f64> = values.iter().copied().collect();
     sorted.sort_by(f64::total_cmp);
     let above = *sorted.get(sorted.len() / 2)?;
-    Some(if sorted.len() % 2 == 0 { 0.5 * (sorted[sorted.len() / 2 - 1] + above) } else { above })
+    Some(if sorted.len().is_multiple_of(2) { 0.5 * (sorted[sorted.len() / 2 - 1] + above) } else { above })
 }
 
 /// Steps in a row with as many drafts for as many sequences.
