@@ -1,6 +1,6 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! Each has a kernel for few rows ([`few`](super::few)) and one for many ([`many`](super::many)):
+//! Each has a kernel for few rows (`few.rs`) and one for many (`many.rs`):
 //!
 //! prologue the rows as they are, or `x · rms_scale · (1 + gain)`
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile

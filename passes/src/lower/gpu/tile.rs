@@ -1,6 +1,6 @@
 //! Sixteen rows of a weight times eight tokens, by warps: the micro-kernel of every projection on a GPU.
 //!
-//! The weight is operand A of `mma.m16n8k16` and lies in memory as a warp's threads hold it ([`Layout::Mma16`]); it is made 16-bit floats in registers. Tokens are
+//! The weight is operand A of `mma.m16n8k16` and lies in memory as a warp's threads hold it ([`Layout::Mma16`](nextc_ir::Layout::Mma16)); it is made 16-bit floats in registers. Tokens are
 //! operand B, eight of them, whatever the step's size: columns beyond the last token repeat it and are not stored. The warps of a
 //! block share a tile's columns by turns of 64 and add up in shared memory, in order. So a token's bits depend on neither T nor its neighbours.
 //!

@@ -1,9 +1,9 @@
 //! What stands between the projections of a gated-attention layer and its output projection, by blocks of threads.
 //!
-//! norm_rope_append  a warp a head ([`norm_rope`])
+//! norm_rope_append  a warp a head (`norm_rope`)
 //! gated_attention   two classes of tokens, in products of fragments with sums in f32:
-//!   runs that are decoded  a block a split of positions ([`splits`], [`decode`], [`warp`]); what the splits found is put together by the tail ([`merge`])
-//!   long runs              a block some tokens, over all their positions ([`bulk`])
+//!   runs that are decoded  a block a split of positions (`splits`, `decode`, `warp`); what the splits found is put together by the tail (`merge`)
+//!   long runs              a block some tokens, over all their positions (`bulk`)
 //! traffic  two rows of KV a kv head and position, for all query heads that share it: bound by memory in short runs
 //!
 //! Splits and tiles of positions lie at absolute places and are put together in order, so a token's bits depend on its class and position, not on the step. Decoded
