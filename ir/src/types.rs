@@ -135,11 +135,8 @@ impl KvRow {
 
 impl StateType {
     /// What its numbers are, as a format of single numbers.
-    pub const fn format(&self) -> Format {
-        match self.dtype {
-            DType::BF16 => Format::Bf16,
-            _ => Format::F32,
-        }
+    pub fn format(&self) -> Format {
+        Format::plain(self.dtype).expect("a state holds floats")
     }
 
     /// How a head of keys or values lies.

@@ -16,7 +16,7 @@
 //!   additions conflict with all other accesses, but not with one another, between blocks too;
 //! - a vector that is not aligned to its size, at most 16 bytes;
 //! - in a body or tail that has a `wait`: touching anything but weights and inputs of the step ([`Slot::Constant`])
-//!   before it, or ending without it; a state that no launch of the program has written yet ([`Slot::State`]) may be read.
+//!   before it, or ending without it; what no launch of the program has written yet, as a state, may be read.
 //!
 //! `mma` sums its products, which are exact, and `c` in f64, in the order of `k`, and rounds once. Hardware sums in an order and with a truncation that
 //! are not published, so machine code with `mma` is compared with a tolerance; all else is bit for bit.
@@ -219,7 +219,7 @@ pub fn run(
     options: Options,
 ) -> Result<(), EvalError> {
     let written = |b: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == b);
-    let slot = |(b, buffer)| if written(b) { Slot::State(buffer) } else { Slot::Constant(buffer) };
+    let slot = |(b, buffer)| if written(b) { Slot::Own { buffer, settled: true } } else { Slot::Constant(buffer) };
     let mut slots: Vec<Slot<'_>> = buffers.iter_mut().enumerate().map(slot).collect();
     Code::new(kernel)?.run(syms, &mut slots, args, options)
 }

@@ -177,7 +177,7 @@ impl<'r, 's> Memory<'r, 's> {
         if !p.writable {
             return Err(Misdeed::ReadOnly);
         }
-        if self.must_wait && matches!(self.slots.get(p.buffer), Some(Slot::State(_))) {
+        if self.must_wait && matches!(self.slots.get(p.buffer), Some(Slot::Own { settled: true, .. })) {
             return Err(Misdeed::BeforeWait);
         }
         let at = address(p.at, index, elem_bytes);
@@ -195,7 +195,7 @@ impl<'r, 's> Memory<'r, 's> {
             return Err(Misdeed::Misaligned { at, bytes: aligned });
         }
         match self.slots.get(p.buffer) {
-            Some(Slot::Own(_)) if self.must_wait => Err(Misdeed::BeforeWait),
+            Some(Slot::Own { settled: false, .. }) if self.must_wait => Err(Misdeed::BeforeWait),
             None if self.must_wait && p.buffer == self.slots.len() => Err(Misdeed::BeforeWait),
             _ => Ok(()),
         }

@@ -31,10 +31,13 @@ impl Place {
 pub enum Slot<'a> {
     /// For reading, and the same before and after every launch: a weight, or an input of the step.
     Constant(&'a Buffer),
-    /// For reading and writing; no launch of the program has written it yet.
-    State(&'a mut Buffer),
     /// For reading and writing.
-    Own(&'a mut Buffer),
+    Own {
+        /// It.
+        buffer: &'a mut Buffer,
+        /// Whether no launch of the program has written it yet, as none has a state when it begins.
+        settled: bool,
+    },
 }
 
 impl Buffer {
@@ -157,7 +160,7 @@ impl Slot<'_> {
     pub fn get(&self) -> &Buffer {
         match self {
             Self::Constant(b) => b,
-            Self::State(b) | Self::Own(b) => b,
+            Self::Own { buffer, .. } => buffer,
         }
     }
 
@@ -165,15 +168,14 @@ impl Slot<'_> {
     pub(super) fn get_mut(&mut self) -> Result<&mut Buffer, Misdeed> {
         match self {
             Self::Constant(_) => Err(Misdeed::ReadOnly),
-            Self::State(b) | Self::Own(b) => Ok(b),
+            Self::Own { buffer, .. } => Ok(buffer),
         }
     }
 
     /// Says that a launch may have written it.
-    pub(super) fn written(self) -> Self {
-        match self {
-            Self::State(b) => Self::Own(b),
-            other => other,
+    pub(super) fn unsettle(&mut self) {
+        if let Self::Own { settled, .. } = self {
+            *settled = false;
         }
     }
 }

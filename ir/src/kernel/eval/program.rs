@@ -58,23 +58,20 @@ impl<'m> Interpreter<'m> {
         table("weights", weights.len(), self.module.weights.len())?;
         table("states", states.len(), self.module.states.len())?;
         let mut arena = Buffer::uninit(self.module.arena.bytes(&syms));
-        let mut slots = vec![Slot::Own(&mut arena)];
+        let mut slots = vec![Slot::Own { buffer: &mut arena, settled: false }];
         slots.extend(inputs.iter().map(|(_, b)| Slot::Constant(b)));
         slots.extend(weights.iter().map(Slot::Constant));
-        slots.extend(states.iter_mut().map(Slot::State));
+        slots.extend(states.iter_mut().map(|buffer| Slot::Own { buffer, settled: true }));
         let places = Places { module: self.module, syms, inputs, weights: weights.len() };
         for (i, launch) in program.launches.iter().enumerate() {
             let args = places.of_launch(launch)?;
             let options = Options { seed: self.options.seed.wrapping_add(i as u64), ..self.options };
             self.codes[launch.kernel as usize].run(syms, &mut slots, &args, options)?;
             let kernel = &self.module.kernels[launch.kernel as usize];
-            let writes = kernel.params.iter().zip(&args).filter(|(param, _)| param.written);
-            let written: Vec<usize> = match kernel.grid.eval(&syms) {
-                0 => Vec::new(),
-                _ => writes.map(|(_, place)| place.buffer).collect(),
-            };
-            let slot_after = slots.into_iter().enumerate();
-            slots = slot_after.map(|(i, slot)| if written.contains(&i) { slot.written() } else { slot }).collect();
+            if kernel.grid.eval(&syms) > 0 {
+                let writes = kernel.params.iter().zip(&args).filter(|(param, _)| param.written);
+                writes.for_each(|(_, place)| slots[place.buffer].unsettle());
+            }
         }
         drop(slots);
         self.outputs(program, &arena, &syms)
