@@ -17,6 +17,7 @@ use crate::sample::settings::parse_number;
 use crate::sample::{Choosing, Edits, Sampling};
 use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
+use crate::stats::median;
 use crate::step::KernelTime;
 
 /// Arguments of `bench`.
@@ -344,15 +345,6 @@ fn kernels(engine: &mut Engine) -> Value {
     named.iter().map(each).collect()
 }
 
-/// The middle of sorted numbers.
-fn median(sorted: &[f64]) -> f64 {
-    match sorted.len() {
-        0 => 0.0,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
-    }
-}
-
 fn print_head(engine: &Engine, limits: &Limits) {
     let metadata = engine.metadata();
     println!("{}  {}", metadata.model.name, engine.device());
@@ -412,10 +404,5 @@ mod tests {
         assert!(error.contains("no multi-token prediction (MTP); leave out `--draft`"), "{error}");
         let error = check_rows(&[row(Kind::Decode)], &Model { max_context: 20, ..model }).unwrap_err().to_string();
         assert!(error.contains("5 + 30 tokens are 15 more than the context of 20"), "{error}");
-    }
-
-    #[test]
-    fn the_median_of_an_even_number_lies_between() {
-        assert_eq!([median(&[]), median(&[3.0]), median(&[1.0, 2.0]), median(&[1.0, 2.0, 9.0])], [0.0, 3.0, 1.5, 2.0]);
     }
 }

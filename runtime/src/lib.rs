@@ -24,6 +24,7 @@ pub mod sample;
 pub mod shortlist;
 pub mod snapshot;
 pub mod state;
+mod stats;
 mod step;
 pub mod template;
 pub mod tensors;

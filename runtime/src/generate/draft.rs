@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Forward, GenerateError};
+use crate::stats::median;
 
 /// What `--draft-tokens` may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,8 +114,11 @@ impl Cost {
         push_newest(&mut self.0, multiple, COMPARISONS);
     }
 
+    /// The median of the comparisons, if there were any.
     fn multiple(&self) -> Option<f64> {
-        median(&self.0)
+        let mut sorted: Vec<f64> = self.0.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        (!sorted.is_empty()).then(|| median(&sorted))
     }
 
     fn comparisons(&self) -> usize {
@@ -128,14 +132,6 @@ fn push_newest(values: &mut VecDeque<f64>, value: f64, most: usize) {
         values.pop_front();
     }
     values.push_back(value);
-}
-
-/// The median, between the middle two of an even number; none of nothing.
-fn median(values: &VecDeque<f64>) -> Option<f64> {
-    let mut sorted: Vec<f64> = values.iter().copied().collect();
-    sorted.sort_by(f64::total_cmp);
-    let above = *sorted.get(sorted.len() / 2)?;
-    Some(if sorted.len().is_multiple_of(2) { 0.5 * (sorted[sorted.len() / 2 - 1] + above) } else { above })
 }
 
 /// Steps in a row with as many drafts for as many sequences.
