@@ -8,6 +8,7 @@ use nextc_ir::kernel::Kernel;
 use nextc_ir::op::Class;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::{Dim, Op, Target, shape::Sym};
+use nextc_passes::lower::ports::kernel_prefix;
 
 /// The step that is counted: one sequence.
 #[derive(Clone, Copy, Debug)]
@@ -115,7 +116,7 @@ fn account(
 
 /// What kernel `index` of a function became: on a GPU one for each way to do it.
 fn lowered<'a>(function: &Function, index: u32, kernels: &'a KernelModule) -> impl Iterator<Item = &'a Kernel> {
-    let prefix = format!("{}.{index}.", function.name);
+    let prefix = kernel_prefix(function, index);
     // another function may be called `head.1`
     let is_op = |rest: &str| rest.starts_with(|c: char| !c.is_ascii_digit());
     kernels.kernels.iter().filter(move |k| k.name.strip_prefix(&prefix).is_some_and(is_op))

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use nextc_frontend::{Model, Options};
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::target::Activations as Rounding;
-use nextc_ir::{DType, Module, Target};
+use nextc_ir::{DType, Module, Target, WeightSource};
 use nextc_link::{LinkInputs, Report};
 use nextc_passes::lower::lower;
 use nextc_passes::{legalise, run_all};
@@ -130,11 +130,11 @@ pub fn load(args: &ModelArgs, kv: DType) -> anyhow::Result<Model> {
 
 /// The target with what the model adds to it.
 pub fn target_of(plan: &Plan, model: &Model) -> Target {
-    with_model(&plan.target, model)
+    with_model(&plan.target, &model.module)
 }
 
-fn with_model(target: &Target, model: &Model) -> Target {
-    Target { max_context: model.module.info.max_context, ..target.clone() }
+fn with_model(target: &Target, module: &Module) -> Target {
+    Target { max_context: module.info.max_context, ..target.clone() }
 }
 
 /// The graph after all passes.
@@ -173,24 +173,33 @@ fn emit(kernels: &KernelModule, plan: &Plan, target: &Target) -> anyhow::Result<
 /// Whatever went wrong; then there is no output file.
 pub fn build(args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
     let plan = Plan::new(args, None)?;
-    let model = load(args, plan.kv)?;
-    link(&plan, model, args, output)
+    let Model { module, source, assets, .. } = load(args, plan.kv)?;
+    let assets: Vec<_> = assets.into_iter().map(|asset| (asset.name, asset.bytes)).collect();
+    let default_output = PathBuf::from(&module.info.name);
+    let source = source.as_ref().map(|source| source as &dyn WeightSource);
+    link(&plan, &module, source, &assets, (output.unwrap_or(&default_output), args.embed_weights))
 }
 
 /// Compiles a model to an executable without weights, which measures the speed of its kernels with made-up ones.
 /// # Errors
 /// As [`build`].
-pub fn build_without_weights(args: &ModelArgs, mut model: Model, output: &Path) -> anyhow::Result<()> {
-    model.source = None;
-    model.module.info.has_weights = false;
-    link(&Plan::new(args, None)?, model, args, Some(output)).map(|_| ())
+pub fn build_without_weights(plan: &Plan, mut module: Module, output: &Path) -> anyhow::Result<()> {
+    module.info.has_weights = false;
+    link(plan, &module, None, &[], (output, false)).map(|_| ())
 }
 
-fn link(plan: &Plan, model: Model, args: &ModelArgs, output: Option<&Path>) -> anyhow::Result<(Report, Module)> {
+/// Compiles a module for all machines of a plan, and writes the executable.
+fn link(
+    plan: &Plan,
+    module: &Module,
+    source: Option<&dyn WeightSource>,
+    assets: &[(String, Vec<u8>)],
+    (output, embed_weights): (&Path, bool),
+) -> anyhow::Result<(Report, Module)> {
     let mut compiled = Vec::new();
     for target in std::iter::once(&plan.target).chain(&plan.others) {
-        let target = with_model(target, &model);
-        let fused = fuse(model.module.clone(), &target)?;
+        let target = with_model(target, module);
+        let fused = fuse(module.clone(), &target)?;
         let kernels = lower_to_kernels(&fused, &target)?;
         let objects = emit(&kernels, plan, &target)?;
         compiled.push((target, fused, kernels, objects));
@@ -199,16 +208,14 @@ fn link(plan: &Plan, model: Model, args: &ModelArgs, output: Option<&Path>) -> a
         .iter()
         .map(|(target, graph, module, objects)| nextc_link::Version { objects, module, graph: Some(graph), target })
         .collect();
-    let default_output = PathBuf::from(&model.module.info.name);
-    let assets: Vec<_> = model.assets.into_iter().map(|asset| (asset.name, asset.bytes)).collect();
     let report = nextc_link::link(&LinkInputs {
         versions: &versions,
         backend: plan.backend_name(),
         compiler: env!("CARGO_PKG_VERSION"),
-        source: model.source.as_ref().map(|source| source as &dyn nextc_ir::WeightSource),
-        assets: &assets,
-        output: output.unwrap_or(&default_output),
-        embed_weights: args.embed_weights,
+        source,
+        assets,
+        output,
+        embed_weights,
         progress: true,
     })?;
     let (_, fused, ..) = compiled.swap_remove(0);

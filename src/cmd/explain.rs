@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use anyhow::Context;
-use nextc_frontend::Model;
 use nextc_ir::Module;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::types::StateKind;
@@ -25,10 +24,10 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let mut plan = Plan::new(&args.model, None)?;
     let model = compile::load(&args.model, plan.kv)?;
     plan.target = compile::target_of(&plan, &model);
-    let fused = compile::fuse(model.module.clone(), &plan.target)?;
-    let kernels = compile::lower_to_kernels(&fused, &plan.target)?;
     let step = Step { tokens: args.tokens, context: args.context };
-    let measured = if args.measure { measure(args, model, step)? } else { Measured::default() };
+    let measured = if args.measure { measure(&plan, model.module.clone(), step)? } else { Measured::default() };
+    let fused = compile::fuse(model.module, &plan.target)?;
+    let kernels = compile::lower_to_kernels(&fused, &plan.target)?;
     let mut text = heading(&fused, &plan, step);
     let mut described = BTreeSet::new();
     for (entry, title) in [("step", "a step"), ("draft", "a draft of the MTP module")] {
@@ -44,11 +43,11 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
 }
 
 /// Builds the model without weights in a folder that goes, and measures it.
-fn measure(args: &ExplainArgs, model: Model, step: Step) -> anyhow::Result<Measured> {
+fn measure(plan: &Plan, module: Module, step: Step) -> anyhow::Result<Measured> {
     let dir = tempfile::tempdir().context("a folder for the executable")?;
     let executable = dir.path().join("model");
-    let mtp = model.module.info.mtp;
-    compile::build_without_weights(&args.model, model, &executable)?;
+    let mtp = module.info.mtp;
+    compile::build_without_weights(plan, module, &executable)?;
     show::progress("measuring");
     Measured::of(&executable, step, mtp)
 }

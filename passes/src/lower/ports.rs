@@ -173,7 +173,7 @@ impl Ports {
     /// The builder of one kernel of several; `part` ends its name.
     pub fn builder_of(&self, site: &Site<'_>, part: &str, grid: Extent) -> KernelBuilder {
         let number = site.function.node(site.node).kernel.unwrap_or(0);
-        let name = format!("{}.{number}.{}{part}", site.function.name, site.op());
+        let name = format!("{}{}{part}", kernel_prefix(site.function, number), site.op());
         let names: Vec<(&str, bool)> = self.names.iter().map(|(n, w)| (n.as_str(), *w)).collect();
         let mut k = KernelBuilder::new(&name, &names, grid);
         k.doc(site.op().def().doc.trim());
@@ -184,6 +184,11 @@ impl Ports {
     pub fn finish(self, kernel: Kernel) -> Lowered {
         Lowered { parts: vec![Part { kernel, binds: self.binds }] }
     }
+}
+
+/// What the names of the kernels begin with that do kernel `number` of a function; an op follows.
+pub fn kernel_prefix(function: &Function, number: u32) -> String {
+    format!("{}.{number}.", function.name)
 }
 
 /// The type of a value as text, for errors.
