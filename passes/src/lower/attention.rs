@@ -77,25 +77,64 @@ fn norm_head(k: &mut KernelBuilder, (x, w, out): (Val, Val, Val), width: u64, ep
     });
 }
 
+/// What `norm_rope_append` is connected to.
+#[derive(Clone, Copy)]
+pub(super) struct NormRope {
+    pub pages: Pages,
+    pub q: Port,
+    pub k: Port,
+    pub v: Port,
+    pub q_norm: Port,
+    pub k_norm: Port,
+    pub inv_freq: Port,
+    pub out: Port,
+    /// Query heads.
+    pub heads: u64,
+    pub frequencies: u64,
+    pub factor: f32,
+    pub eps: f32,
+}
+
+impl NormRope {
+    pub fn ports(site: &Site<'_>, ports: &mut Ports) -> Self {
+        let [q, k, v, q_norm, k_norm, inv_freq] =
+            ["q", "k", "v", "q_norm", "k_norm", "inv_freq"].map(|n| ports.read(n, site.named(n)));
+        Self {
+            pages: Pages::ports(site, ports, true),
+            q,
+            k,
+            v,
+            q_norm,
+            k_norm,
+            inv_freq,
+            out: ports.write("q_out", site.result(0)),
+            heads: site.inner(site.named("q"))[0],
+            frequencies: site.weight(site.named("inv_freq")).shape[0],
+            factor: site.float("factor"),
+            eps: site.float("eps"),
+        }
+    }
+
+    /// Elements of a head, as stored.
+    pub const fn elems(&self) -> u64 {
+        pad(self.pages.row.width)
+    }
+}
+
 /// `norm_rope_append`.
 pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::NormRopeAppend);
     let mut ports = Ports::default();
-    let heads = site.inner(site.named("q"))[0];
-    let [q, key, v, q_norm, k_norm, inv_freq] =
-        ["q", "k", "v", "q_norm", "k_norm", "inv_freq"].map(|n| ports.read(n, site.named(n)));
-    let pages = Pages::ports(site, &mut ports, true);
-    let out = ports.write("q_out", site.result(0));
-    let frequencies = site.weight(site.named("inv_freq")).shape[0];
-    let (eps, factor, width) = (site.float("eps"), site.float("factor"), pages.row.width);
-    let head_elems = pad(width);
+    let bound = NormRope::ports(site, &mut ports);
+    let (pages, heads, head_elems) = (bound.pages, bound.heads, bound.elems());
+    let (width, eps) = (pages.row.width, bound.eps);
     let mut k = ports.builder(site, Extent::Sym(Sym::T));
     let t = k.task();
     let position = pages.position(&mut k, t);
-    let inv_freq = k.param(inv_freq);
-    let rotation = Rotation::compute(&mut k, inv_freq, frequencies, factor, position);
+    let inv_freq = k.param(bound.inv_freq);
+    let rotation = Rotation::compute(&mut k, inv_freq, bound.frequencies, bound.factor, position);
     let rotated = k.alloc(DType::F32, head_elems);
-    let (q, q_norm, out) = (k.param(q), k.param(q_norm), k.param(out));
+    let (q, q_norm, out) = (k.param(bound.q), k.param(bound.q_norm), k.param(bound.out));
     let (q_row, out_row) = (row_ptr(&mut k, q, t, heads * head_elems), row_ptr(&mut k, out, t, heads * head_elems));
     let b = pages.sequence(&mut k, t);
     let slot = pages.slot(&mut k, b);
@@ -108,7 +147,7 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
             rotation.apply(k, y);
         });
         let (page, place) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
-        let (key, v, k_norm) = (k.param(key), k.param(v), k.param(k_norm));
+        let (key, v, k_norm) = (k.param(bound.k), k.param(bound.v), k.param(bound.k_norm));
         let key_row = row_ptr(k, key, t, pages.heads * head_elems);
         let v_row = row_ptr(k, v, t, pages.heads * head_elems);
         k.for_range(pages.heads, 1, |k, h| {
@@ -156,30 +195,55 @@ struct Group {
 /// What is done with a line: its number, the vectors of it that hold elements, and the sums before give the sums after.
 type LineBody<'a> = dyn FnMut(&mut KernelBuilder, Val, u64, &[Val]) -> Vec<Val> + 'a;
 
+/// What `gated_attention` is connected to.
+#[derive(Clone, Copy)]
+pub(super) struct Attention {
+    pub pages: Pages,
+    pub q: Port,
+    pub gate: Port,
+    pub out: Port,
+    /// Query heads.
+    pub heads: u64,
+    /// Query heads of a kv head.
+    pub shared: u64,
+    pub scale: f32,
+}
+
+impl Attention {
+    pub fn ports(site: &Site<'_>, ports: &mut Ports) -> Self {
+        let heads = site.inner(site.named("q"))[0];
+        let (q, gate) = (ports.read("q", site.named("q")), ports.read("output_gate", site.named("output_gate")));
+        let pages = Pages::ports(site, ports, false);
+        let out = ports.write("out", site.result(0));
+        Self { pages, q, gate, out, heads, shared: heads / pages.heads, scale: site.float("scale") }
+    }
+
+    /// Elements of a head of q and of the output, as stored.
+    pub const fn elems(&self) -> u64 {
+        pad(self.pages.row.width)
+    }
+}
+
 /// `gated_attention`.
 pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedAttention);
     let mut ports = Ports::default();
-    let heads = site.inner(site.named("q"))[0];
-    let (q, gate) = (ports.read("q", site.named("q")), ports.read("output_gate", site.named("output_gate")));
-    let pages = Pages::ports(site, &mut ports, false);
-    let out = ports.write("out", site.result(0));
-    let shared = heads / pages.heads;
-    let elems = pad(pages.row.width);
+    let bound = Attention::ports(site, &mut ports);
+    let (pages, shared, elems) = (bound.pages, bound.shared, bound.elems());
     let mut k = ports.builder(site, Extent::from(Sym::T) * pages.heads.into());
     let task = k.task();
     let (t, kv_head) = (k.div_const(task, pages.heads), k.rem_const(task, pages.heads));
     let row = |k: &mut KernelBuilder, port: Port| {
         let base = k.param(port);
-        let row = row_ptr(k, base, t, heads * elems);
+        let row = row_ptr(k, base, t, bound.heads * elems);
         row_ptr(k, row, kv_head, shared * elems)
     };
     let group = Group {
         heads: shared,
         elems,
         pages,
-        scale: site.float("scale"),
-        q: row(&mut k, q),
+        scale: bound.scale,
+        q: row(&mut k, bound.q),
         scores: k.alloc(DType::F32, shared * pages.page_tokens),
         o: k.alloc(DType::F32, shared * elems),
         max: k.alloc(DType::F32, shared),
@@ -190,7 +254,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let slot = pages.slot(&mut k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, slot, zero);
-    let (gate, out) = (row(&mut k, gate), row(&mut k, out));
+    let (gate, out) = (row(&mut k, bound.gate), row(&mut k, bound.out));
     k.if_else(
         live,
         |k| {

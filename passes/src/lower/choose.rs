@@ -18,7 +18,11 @@ use nextc_ir::DType;
 use nextc_ir::kernel::random::{below, token_bits};
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::ops::sample::{Choice, Factor, TOP_P_BITS, WEIGHT_BITS};
+use nextc_ir::schedule::Extent;
 
+use super::LowerError;
+use super::matmul::row_ptr;
+use super::ports::{Lowered, Ports, Site};
 use super::sample::{Blocks, Settings, is_finite, weight};
 
 /// Bits of each half of a weight.
@@ -155,6 +159,57 @@ impl Kept {
     }
 }
 
+/// A row of logits as bound; its largest logit is to be found.
+#[derive(Clone, Copy)]
+pub struct Given {
+    /// Its blocks.
+    pub blocks: Blocks,
+    /// The peak of each block.
+    pub peaks: Val,
+    x: Val,
+    weights: Val,
+    settings: Settings,
+}
+
+impl Given {
+    /// The token that is chosen; the peaks may lie elsewhere by now.
+    pub fn choose(self, k: &mut KernelBuilder, (peaks, largest): (Val, Val), scan: impl Scan) -> Val {
+        let Self { blocks, x, weights, settings, .. } = self;
+        let temperature = settings.factor(k, Factor::Temperature);
+        Row { blocks, x, weights, peaks, largest, temperature }.choose(k, settings, scan)
+    }
+}
+
+/// `choose` where a task begins with `begin`, `choose` gives the token of a row that is sampled, and `store` puts `(out, row, token)` there.
+pub fn lower<T: Copy>(
+    site: &Site<'_>,
+    begin: impl FnOnce(&mut KernelBuilder, Blocks) -> T,
+    choose: impl FnOnce(&mut KernelBuilder, T, Given) -> Val,
+    store: impl FnOnce(&mut KernelBuilder, T, (Val, Val, Val)),
+) -> Result<Lowered, LowerError> {
+    let mut ports = Ports::default();
+    let blocks = Blocks::of(site, site.named("x"));
+    let names = ["x", "peaks", "weights", "best", "factors", "choices"];
+    let reads = names.map(|name| ports.read(name, site.named(name)));
+    let out = ports.write("tokens", site.result(0));
+    let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
+    let begun = begin(&mut k, blocks);
+    let row = k.task();
+    let [x, peaks, weights, best, factors, choices] = reads.map(|port| k.param(port));
+    let (x, weights) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, weights, row, blocks.stride()));
+    let peaks = row_ptr(&mut k, peaks, row, blocks.peaks_stride());
+    let settings = Settings::of(&mut k, factors, choices, row);
+    let best = k.load(DType::I32, 1, best, row);
+    let (out, none) = (k.param(out), k.const_i32(0));
+    let bad = k.cmp(Pred::Lt, best, none);
+    let plain = settings.is_plain(&mut k);
+    let known = k.or(bad, plain);
+    let given = Given { blocks, peaks, x, weights, settings };
+    let token = k.if_else(known, |_| vec![best], |k| vec![choose(k, begun, given)])[0];
+    store(&mut k, begun, (out, row, token));
+    Ok(ports.finish(k.finish()))
+}
+
 /// How the logits of a row are gone through.
 pub trait Scan: Copy {
     /// Index of the first token whose logit is the largest; an i32.
@@ -187,7 +242,7 @@ pub struct Row {
 
 impl Row {
     /// The token that is chosen, -1 if the largest logit is infinite; an i32.
-    pub fn choose(self, k: &mut KernelBuilder, settings: Settings, scan: impl Scan) -> Val {
+    fn choose(self, k: &mut KernelBuilder, settings: Settings, scan: impl Scan) -> Val {
         let finite = is_finite(k, self.largest);
         k.if_else(finite, |k| vec![self.token(k, settings, scan)], |k| vec![k.const_i32(-1)])[0]
     }

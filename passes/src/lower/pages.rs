@@ -2,11 +2,11 @@
 //!
 //! `[page][kv head][k, v][page tokens]` rows of [`KvRow`], whose lines of 64 bytes are read as one vector of 16 elements for each part of a word.
 
-use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Input;
 use nextc_ir::shape::{LANES, Sym};
 use nextc_ir::types::KvRow;
+use nextc_ir::{DType, Format};
 
 use super::gpu::Element;
 use super::matmul::row_ptr;
@@ -100,14 +100,9 @@ impl Pages {
             return vec![k.load_f32x16(row, at)];
         }
         let words = k.load(DType::I32, LANES as u32, row, at);
-        let sixteen = k.i32_like(words, 16);
-        let low = k.shl(words, sixteen);
-        let upper = k.i32_like(words, UPPER);
-        let mut halves = vec![low];
-        if parts > 1 {
-            halves.push(k.and(words, upper));
-        }
-        halves.into_iter().map(|bits| k.bitcast(bits, DType::F32)).collect()
+        let mut halves = (Format::Bf16.def().unpack)(k, &[words]);
+        halves.truncate(parts as usize);
+        halves
     }
 
     /// Stores the head at `from`, as f32, as a row.
@@ -130,9 +125,7 @@ impl Pages {
             k.store(row, at, words);
         }
     }
-}
 
-impl Pages {
     /// Stores 32 elements of a row from `first` on, of which each thread of a warp has one, if it exists.
     pub(super) fn store_32(&self, k: &mut KernelBuilder, (row, first): (Val, u64), element: &Element, x: Val) {
         if self.row.dtype == DType::F32 {

@@ -63,7 +63,7 @@ impl Blocks {
     }
 
     /// Row and blocks of a task: `(row, first block, block behind the last)`.
-    pub fn task(self, k: &mut KernelBuilder) -> (Val, Val, Val) {
+    fn task(self, k: &mut KernelBuilder) -> (Val, Val, Val) {
         let task = k.task();
         let (row, chunk) = (k.div_const(task, self.chunks()), k.rem_const(task, self.chunks()));
         let first = k.mul_const(chunk, CHUNK_BLOCKS);
@@ -160,7 +160,7 @@ pub fn is_finite(k: &mut KernelBuilder, x: Val) -> Val {
 }
 
 /// A task for each chunk of each row.
-pub fn chunk_tasks(site: &Site<'_>, blocks: Blocks) -> Result<Extent, LowerError> {
+fn chunk_tasks(site: &Site<'_>, blocks: Blocks) -> Result<Extent, LowerError> {
     Ok(Extent::from(site.rows(site.result(0))?) * blocks.chunks().into())
 }
 
@@ -247,18 +247,6 @@ impl Settings {
     }
 }
 
-/// What a row's logits are edited with, as bound.
-#[derive(Clone, Copy, Debug)]
-pub struct Edits([usize; 6]);
-
-/// The edits of one row.
-#[derive(Clone, Copy)]
-pub struct RowEdits {
-    /// How the row is sampled.
-    pub settings: Settings,
-    lists: Lists,
-}
-
 /// Lists that edits come from.
 #[derive(Clone, Copy)]
 struct Lists {
@@ -268,23 +256,6 @@ struct Lists {
     edit_biases: Val,
     edits: (Val, Val),
     drafts: (Val, Val),
-}
-
-impl Edits {
-    /// Binds them.
-    pub fn read(site: &Site<'_>, ports: &mut Ports) -> Self {
-        let names = ["tokens", "factors", "choices", "edit_tokens", "edit_counts", "edit_biases"];
-        Self(names.map(|name| ports.read(name, site.named(name))))
-    }
-
-    /// Those of row `row`.
-    pub fn of_row(self, k: &mut KernelBuilder, row: Val) -> RowEdits {
-        let [tokens, factors, choices, edit_tokens, edit_counts, edit_biases] = self.0.map(|port| k.param(port));
-        let settings = Settings::of(k, factors, choices, row);
-        let edits = (settings.choice(k, Choice::FirstEdit), settings.choice(k, Choice::EndEdit));
-        let drafts = (settings.choice(k, Choice::FirstDraft), settings.choice(k, Choice::EndDraft));
-        RowEdits { settings, lists: Lists { tokens, edit_tokens, edit_counts, edit_biases, edits, drafts } }
-    }
 }
 
 impl Lists {
@@ -302,26 +273,46 @@ impl Lists {
 
 /// `edit_logits`.
 pub fn lower_edit_logits(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    edit_logits(
+        site,
+        |_| (),
+        |k, (), e| {
+            copy(k, e.blocks, e.logits, e.x, (e.lo, e.hi));
+            let all = k.const_i64(0);
+            e.edit_listed(k, (all, 1));
+            e.edit_drafts(k, (all, 1));
+            e.blocks.store_peaks(k, e.x, e.peaks, (e.first, e.behind), false);
+        },
+    )
+}
+
+/// `edit_logits` where a task begins with `begin`, and `edit` does a chunk of a row that is edited.
+pub fn edit_logits<T>(
+    site: &Site<'_>,
+    begin: impl FnOnce(&mut KernelBuilder) -> T,
+    edit: impl FnOnce(&mut KernelBuilder, T, Editing),
+) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let blocks = Blocks::of(site, site.named("logits"));
-    let edits = Edits::read(site, &mut ports);
-    let logits = ports.read("logits", site.named("logits"));
+    let names = ["logits", "tokens", "factors", "choices", "edit_tokens", "edit_counts", "edit_biases"];
+    let reads = names.map(|name| ports.read(name, site.named(name)));
     let (x, peaks) = (ports.write("x", site.result(0)), ports.write("peaks", site.result(1)));
     let mut k = ports.builder(site, chunk_tasks(site, blocks)?);
+    let begun = begin(&mut k);
     let (row, first, behind) = blocks.task(&mut k);
-    let (logits, x, peaks) = (k.param(logits), k.param(x), k.param(peaks));
+    let [logits, tokens, factors, choices, edit_tokens, edit_counts, edit_biases] = reads.map(|port| k.param(port));
+    let (x, peaks) = (k.param(x), k.param(peaks));
     let logits = row_ptr(&mut k, logits, row, blocks.stride());
     let (x, peaks) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, peaks, row, blocks.peaks_stride()));
-    let edits = edits.of_row(&mut k, row);
-    let plain = edits.settings.is_plain(&mut k);
+    let settings = Settings::of(&mut k, factors, choices, row);
+    let plain = settings.is_plain(&mut k);
     let wanted = k.not(plain);
     k.if_then(wanted, |k| {
         let (lo, hi) = (k.mul_const(first, BLOCK), k.mul_const(behind, BLOCK));
-        copy(k, blocks, logits, x, (lo, hi));
-        let (chunk, all) = (edits.chunk(x, (lo, hi), blocks.vocab), k.const_i64(0));
-        edits.edit_listed(k, chunk, (all, 1));
-        edits.edit_drafts(k, chunk, (all, 1));
-        blocks.store_peaks(k, x, peaks, (first, behind), false);
+        let edits = (settings.choice(k, Choice::FirstEdit), settings.choice(k, Choice::EndEdit));
+        let drafts = (settings.choice(k, Choice::FirstDraft), settings.choice(k, Choice::EndDraft));
+        let lists = Lists { tokens, edit_tokens, edit_counts, edit_biases, edits, drafts };
+        edit(k, begun, Editing { blocks, logits, x, peaks, first, behind, lo, hi, settings, lists });
     });
     Ok(ports.finish(k.finish()))
 }
@@ -346,19 +337,33 @@ fn copy(k: &mut KernelBuilder, blocks: Blocks, from: Val, to: Val, (lo, hi): (Va
     }
 }
 
-/// The logits that a task edits.
+/// A chunk of a row that is edited.
 #[derive(Clone, Copy)]
-pub struct Chunk {
-    x: Val,
-    lo: Val,
-    hi: Val,
-    vocab: u64,
+pub struct Editing {
+    /// The blocks of the row.
+    pub blocks: Blocks,
+    /// The row's logits, and where they go.
+    pub logits: Val,
+    /// See `logits`.
+    pub x: Val,
+    /// Where the peaks of blocks go.
+    pub peaks: Val,
+    /// The chunk's first block, and the one behind its last.
+    pub first: Val,
+    /// See `first`.
+    pub behind: Val,
+    /// The same as logits.
+    pub lo: Val,
+    /// See `lo`.
+    pub hi: Val,
+    settings: Settings,
+    lists: Lists,
 }
 
-impl Chunk {
+impl Editing {
     /// Runs `body` with the token as an index if it is one of the chunk's.
     fn if_has(self, k: &mut KernelBuilder, token: Val, body: impl FnOnce(&mut KernelBuilder, Val)) {
-        let (at, vocab) = (k.widen(token), k.index(self.vocab));
+        let (at, vocab) = (k.widen(token), k.index(self.blocks.vocab));
         let above = k.cmp(Pred::Ge, at, self.lo);
         let below = k.cmp(Pred::Lt, at, self.hi);
         let known = k.cmp(Pred::Lt, at, vocab);
@@ -368,7 +373,8 @@ impl Chunk {
     }
 
     /// Bias and penalties for a token that the output has `count` times.
-    fn edit(self, k: &mut KernelBuilder, settings: Settings, (at, bias, count): (Val, Val, Val)) {
+    fn edit(self, k: &mut KernelBuilder, (at, bias, count): (Val, Val, Val)) {
+        let settings = self.settings;
         let x = k.load_f32(self.x, at);
         let x = k.fadd(x, bias);
         let (zero, none) = (k.const_f32(0.0), k.const_i32(0));
@@ -388,21 +394,14 @@ impl Chunk {
         let x = k.select(has, present, x);
         k.store(self.x, at, x);
     }
-}
-
-impl RowEdits {
-    /// The logits `lo .. hi` of a row, to be edited.
-    pub fn chunk(self, x: Val, (lo, hi): (Val, Val), vocab: u64) -> Chunk {
-        Chunk { x, lo, hi, vocab }
-    }
 
     /// The edits of the row's list: number `first` of it, and every `step`th after that.
-    pub fn edit_listed(self, k: &mut KernelBuilder, chunk: Chunk, (first, step): (Val, u64)) {
+    pub fn edit_listed(self, k: &mut KernelBuilder, (first, step): (Val, u64)) {
         let lists = self.lists;
         let first = k.add(lists.edits.0, first);
         k.for_each((first, lists.edits.1, step), |k, i| {
             let token = k.load(DType::I32, 1, lists.edit_tokens, i);
-            chunk.if_has(k, token, |k, at| {
+            self.if_has(k, token, |k, at| {
                 let bias = k.load_f32(lists.edit_biases, i);
                 let count = k.load(DType::I32, 1, lists.edit_counts, i);
                 let drafted = Lists::occurrences(k, lists.tokens, lists.drafts, token);
@@ -412,18 +411,18 @@ impl RowEdits {
                 let sum = k.add(listed, drafted);
                 let any = k.cmp(Pred::Gt, drafted, zero);
                 let count = k.select(any, sum, count);
-                chunk.edit(k, self.settings, (at, bias, count));
+                self.edit(k, (at, bias, count));
             });
         });
     }
 
     /// Penalties of the row's drafts that the list does not have, each once: number `first` of them, and every `step`th after that.
-    pub fn edit_drafts(self, k: &mut KernelBuilder, chunk: Chunk, (first, step): (Val, u64)) {
+    pub fn edit_drafts(self, k: &mut KernelBuilder, (first, step): (Val, u64)) {
         let lists = self.lists;
         let first = k.add(lists.drafts.0, first);
         k.for_each((first, lists.drafts.1, step), |k, i| {
             let token = k.load(DType::I32, 1, lists.tokens, i);
-            chunk.if_has(k, token, |k, at| {
+            self.if_has(k, token, |k, at| {
                 let listed = Lists::occurrences(k, lists.edit_tokens, lists.edits, token);
                 let earlier = Lists::occurrences(k, lists.tokens, (lists.drafts.0, i), token);
                 let (done, zero) = (k.add(listed, earlier), k.const_i32(0));
@@ -431,7 +430,7 @@ impl RowEdits {
                 k.if_then(first, |k| {
                     let bias = k.const_f32(0.0);
                     let count = Lists::occurrences(k, lists.tokens, lists.drafts, token);
-                    chunk.edit(k, self.settings, (at, bias, count));
+                    self.edit(k, (at, bias, count));
                 });
             });
         });
@@ -449,11 +448,54 @@ pub fn weight(k: &mut KernelBuilder, x: Val, largest: Val, temperature: Val) -> 
 
 /// `token_weights`.
 pub fn lower_token_weights(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    token_weights(
+        site,
+        |_| (),
+        |k, (), w| {
+            let largest = w.blocks.largest(k, w.peaks);
+            let (lo, hi, stride) =
+                (k.mul_const(w.first, BLOCK), k.mul_const(w.behind, BLOCK), k.index(w.blocks.stride()));
+            let hi = k.min_i64(hi, stride);
+            k.for_each((lo, hi, LANES), |k, i| {
+                let v = k.load_f32x16(w.x, i);
+                let v = weight(k, v, largest, w.temperature);
+                k.store(w.weights, i, v);
+            });
+        },
+    )
+}
+
+/// A chunk of a row whose weights are wanted.
+#[derive(Clone, Copy)]
+pub struct Weighing {
+    /// The blocks of the row.
+    pub blocks: Blocks,
+    /// The row's logits.
+    pub x: Val,
+    /// Where weights go.
+    pub weights: Val,
+    /// The peaks of blocks.
+    pub peaks: Val,
+    /// What logits are divided by.
+    pub temperature: Val,
+    /// The chunk's first block, and the one behind its last.
+    pub first: Val,
+    /// See `first`.
+    pub behind: Val,
+}
+
+/// `token_weights` where a task begins with `begin`, and `weigh` does a chunk of a row that is drawn from.
+pub fn token_weights<T>(
+    site: &Site<'_>,
+    begin: impl FnOnce(&mut KernelBuilder) -> T,
+    weigh: impl FnOnce(&mut KernelBuilder, T, Weighing),
+) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let blocks = Blocks::of(site, site.named("x"));
     let reads = ["x", "peaks", "factors"].map(|name| ports.read(name, site.named(name)));
     let weights = ports.write("weights", site.result(0));
     let mut k = ports.builder(site, chunk_tasks(site, blocks)?);
+    let begun = begin(&mut k);
     let (row, first, behind) = blocks.task(&mut k);
     let [x, peaks, factors] = reads.map(|port| k.param(port));
     let weights = k.param(weights);
@@ -464,14 +506,7 @@ pub fn lower_token_weights(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let drawn = k.cmp(Pred::Gt, temperature, zero);
     k.if_then(drawn, |k| {
         let peaks = row_ptr(k, peaks, row, blocks.peaks_stride());
-        let largest = blocks.largest(k, peaks);
-        let (lo, hi, stride) = (k.mul_const(first, BLOCK), k.mul_const(behind, BLOCK), k.index(blocks.stride()));
-        let hi = k.min_i64(hi, stride);
-        k.for_each((lo, hi, LANES), |k, i| {
-            let v = k.load_f32x16(x, i);
-            let v = weight(k, v, largest, temperature);
-            k.store(weights, i, v);
-        });
+        weigh(k, begun, Weighing { blocks, x, weights, peaks, temperature, first, behind });
     });
     Ok(ports.finish(k.finish()))
 }

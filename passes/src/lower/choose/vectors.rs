@@ -7,14 +7,11 @@
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::ops::sample::Factor;
-use nextc_ir::schedule::Extent;
 use nextc_ir::shape::LANES;
 
 use super::super::LowerError;
-use super::super::matmul::row_ptr;
-use super::super::ports::{Lowered, Ports, Site};
-use super::super::sample::{Blocks, CHUNK_BLOCKS, Settings};
+use super::super::ports::{Lowered, Site};
+use super::super::sample::CHUNK_BLOCKS;
 use super::{Goal, Kept, Row, Scan, Sum, joined, narrowed, scalar_units, units};
 
 /// Elements whose weights lanes of i32 can sum.
@@ -22,35 +19,15 @@ const SUMMED: u64 = 1024 * LANES;
 
 /// `choose`.
 pub fn lower_choose(site: &Site<'_>) -> Result<Lowered, LowerError> {
-    let mut ports = Ports::default();
-    let blocks = Blocks::of(site, site.named("x"));
-    let names = ["x", "peaks", "weights", "best", "factors", "choices"];
-    let reads = names.map(|name| ports.read(name, site.named(name)));
-    let out = ports.write("tokens", site.result(0));
-    let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
-    let work = [(); 2].map(|()| k.alloc(DType::F32, blocks.stride() + LANES));
-    let row = k.task();
-    let [x, peaks, weights, best, factors, choices] = reads.map(|port| k.param(port));
-    let (x, weights) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, weights, row, blocks.stride()));
-    let peaks = row_ptr(&mut k, peaks, row, blocks.peaks_stride());
-    let settings = Settings::of(&mut k, factors, choices, row);
-    let best = k.load(DType::I32, 1, best, row);
-    let (out, none) = (k.param(out), k.const_i32(0));
-    let bad = k.cmp(Pred::Lt, best, none);
-    let plain = settings.is_plain(&mut k);
-    let known = k.or(bad, plain);
-    let token = k.if_else(
-        known,
-        |_| vec![best],
-        |k| {
-            let largest = blocks.largest(k, peaks);
-            let temperature = settings.factor(k, Factor::Temperature);
-            let r = Row { blocks, x, weights, peaks, largest, temperature };
-            vec![r.choose(k, settings, Vectors { work })]
+    super::lower(
+        site,
+        |k, blocks| Vectors { work: [(); 2].map(|()| k.alloc(DType::F32, blocks.stride() + LANES)) },
+        |k, vectors, given| {
+            let largest = given.blocks.largest(k, given.peaks);
+            given.choose(k, (given.peaks, largest), vectors)
         },
-    );
-    k.store(out, row, token[0]);
-    Ok(ports.finish(k.finish()))
+        |k, _, (out, row, token)| k.store(out, row, token),
+    )
 }
 
 /// Lane by lane: count, and the two halves of weights.

@@ -9,14 +9,12 @@
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::ops::sample::{BLOCK, Factor};
-use nextc_ir::schedule::Extent;
+use nextc_ir::ops::sample::BLOCK;
 
 use super::super::LowerError;
-use super::super::choose::{Goal, Kept, Row, Scan, Sum, narrowed, scalar_units};
-use super::super::matmul::row_ptr;
-use super::super::ports::{Lowered, Ports, Site};
-use super::super::sample::{Blocks, Settings};
+use super::super::choose::{self, Goal, Kept, Row, Scan, Sum, narrowed, scalar_units};
+use super::super::ports::{Lowered, Site};
+use super::super::sample::Blocks;
 use super::rows::{THREADS, begin_row, first_of_largest, largest_of};
 use super::{Place, WARP};
 
@@ -29,52 +27,35 @@ const MOST_BLOCKS: u64 = 2560;
 
 /// `choose`, if the sums of all blocks fit.
 pub fn lower_choose(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
-    let blocks = Blocks::of(site, site.named("x"));
-    (blocks.count() <= MOST_BLOCKS).then(|| lower(site, blocks))
+    (Blocks::of(site, site.named("x")).count() <= MOST_BLOCKS).then(|| lower(site))
 }
 
-fn lower(site: &Site<'_>, blocks: Blocks) -> Result<Lowered, LowerError> {
-    let mut ports = Ports::default();
-    let names = ["x", "peaks", "weights", "best", "factors", "choices"];
-    let reads = names.map(|name| ports.read(name, site.named(name)));
-    let out = ports.write("tokens", site.result(0));
-    let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
-    let entries = blocks.count().max(BLOCK);
-    let parts = k.shared(DType::F32, WARPS);
-    let near = k.shared(DType::F32, blocks.count());
-    let threads = Threads {
-        held: &[],
-        firsts: k.shared(DType::I32, WARPS),
-        sums: [(); 2].map(|()| k.shared(DType::I64, WARPS)),
-        entries: Entries::shared(&mut k, entries),
-        groups: Entries::shared(&mut k, entries.div_ceil(GROUP)),
-        place: Place::here(&mut k),
+fn lower(site: &Site<'_>) -> Result<Lowered, LowerError> {
+    let begin = |k: &mut KernelBuilder, blocks: Blocks| {
+        let entries = blocks.count().max(BLOCK);
+        let parts = k.shared(DType::F32, WARPS);
+        let near = k.shared(DType::F32, blocks.count());
+        let threads = Threads {
+            held: &[],
+            firsts: k.shared(DType::I32, WARPS),
+            sums: [(); 2].map(|()| k.shared(DType::I64, WARPS)),
+            entries: Entries::shared(k, entries),
+            groups: Entries::shared(k, entries.div_ceil(GROUP)),
+            place: Place::here(k),
+        };
+        begin_row(k);
+        (threads, parts, near)
     };
-    begin_row(&mut k);
-    let row = k.task();
-    let [x, peaks, weights, best, factors, choices] = reads.map(|port| k.param(port));
-    let (x, weights) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, weights, row, blocks.stride()));
-    let peaks = row_ptr(&mut k, peaks, row, blocks.peaks_stride());
-    let settings = Settings::of(&mut k, factors, choices, row);
-    let best = k.load(DType::I32, 1, best, row);
-    let (out, none, first) = (k.param(out), k.const_i32(0), k.const_i64(0));
-    let bad = k.cmp(Pred::Lt, best, none);
-    let plain = settings.is_plain(&mut k);
-    let known = k.or(bad, plain);
-    let token = k.if_else(
-        known,
-        |_| vec![best],
-        |k| {
-            let held = hold_peaks(k, threads.place, blocks, (peaks, near));
-            let largest = largest_of(k, threads.place, parts, (blocks, near));
-            let temperature = settings.factor(k, Factor::Temperature);
-            let row = Row { blocks, x, weights, peaks: near, largest, temperature };
-            vec![row.choose(k, settings, Threads { held: &held, ..threads })]
+    choose::lower(
+        site,
+        begin,
+        |k, (threads, parts, near), given| {
+            let held = hold_peaks(k, threads.place, given.blocks, (given.peaks, near));
+            let largest = largest_of(k, threads.place, parts, (given.blocks, near));
+            given.choose(k, (near, largest), Threads { held: &held, ..threads })
         },
-    );
-    let leads = k.cmp(Pred::Eq, threads.place.thread, first);
-    k.if_then(leads, |k| k.store(out, row, token[0]));
-    Ok(ports.finish(k.finish()))
+        |k, (threads, ..), (out, row, token)| threads.place.once(k, |k| k.store(out, row, token)),
+    )
 }
 
 /// Copies the peaks of a row to shared memory. Gives those of this thread, of one block in each [`THREADS`]: NaN where there is none.
@@ -162,10 +143,9 @@ impl Threads<'_> {
     /// Sums of two i64 over all threads.
     fn total(self, k: &mut KernelBuilder, own: [Val; 2]) -> [Val; 2] {
         let own = own.map(|x| warp_total(k, x));
-        let zero = k.const_i64(0);
-        let leads = k.cmp(Pred::Eq, self.place.lane, zero);
-        k.if_then(leads, |k| self.sums.iter().zip(own).for_each(|(&to, x)| k.store(to, self.place.warp, x)));
+        self.place.once_a_warp(k, |k| self.sums.iter().zip(own).for_each(|(&to, x)| k.store(to, self.place.warp, x)));
         k.barrier();
+        let zero = k.const_i64(0);
         let sums = self.sums.map(|from| {
             (0..WARPS).fold(zero, |sum, warp| {
                 let warp = k.index(warp);
@@ -314,8 +294,7 @@ impl Scan for Threads<'_> {
             let own =
                 k.if_else(reached, |k| self.each_of_block(k, row, block, [zero, zero], of_logit), |_| vec![zero, zero]);
             let (above, equal) = (warp_total(k, own[0]), warp_total(k, own[1]));
-            let leads = k.cmp(Pred::Eq, self.place.lane, zero);
-            k.if_then(leads, |k| self.entries.store(k, block, (above, equal)));
+            self.place.once_a_warp(k, |k| self.entries.store(k, block, (above, equal)));
         });
         let [block, sum, ties] = self.pick(k, row.blocks.count(), search, [zero, kept.ties]);
         let missing = k.cmp(Pred::Lt, block, zero);

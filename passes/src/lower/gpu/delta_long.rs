@@ -209,8 +209,7 @@ impl Token<'_> {
         let gates = k.offset(self.mine, bytes);
         let gates = row_ptr(k, gates, row, long.gate_elems());
         let (first, heads) = (k.const_i64(0), k.index(mixer.shared_heads()));
-        let leads = k.cmp(Pred::Eq, self.place.lane, first);
-        k.if_then(leads, |k| k.store(gates, first, kq));
+        self.place.once_a_warp(k, |k| k.store(gates, first, kq));
         k.for_each((self.place.lane, heads, 32), |k, i| {
             let head = mixer.value_head(k, self.head, i);
             let (alpha, beta) = mixer.gate(k, self.t, head);

@@ -8,7 +8,7 @@ use nextc_ir::shape::pad;
 
 use super::super::matmul::row_ptr;
 use super::delta_rule::{Block, Turn};
-use super::{across, lanes_of};
+use super::{across, lanes_of, tree_sum};
 
 /// The columns of a thread: they follow one another in one value head.
 pub struct Columns {
@@ -143,12 +143,9 @@ impl Block<'_> {
                 let at = k.add_const(item, part * 2 * columns);
                 k.load_f32(short.parts, at)
             };
-            let mut parts: Vec<Val> = (0..tile.parts).map(load).collect();
-            while parts.len() > 1 {
-                let (low, high) = parts.split_at(parts.len() / 2);
-                parts = low.iter().zip(high).map(|(&a, &b)| k.fadd(a, b)).collect();
-            }
-            k.store(short.sums, item, parts[0]);
+            let parts = (0..tile.parts).map(load).collect();
+            let sum = tree_sum(k, parts);
+            k.store(short.sums, item, sum);
         });
         k.barrier();
         [0, 1].map(|which| {

@@ -26,6 +26,7 @@ use super::{Place, begin};
 const DOWN_WARPS: u64 = 12;
 /// Tokens whose products lie in shared memory at once, where a step has more than few.
 const SOME_TOKENS: u64 = 64;
+
 /// `experts_down` and what it is connected to.
 pub struct Down {
     /// The routed experts' matrices, and the shared one's.
@@ -101,11 +102,9 @@ impl Down {
         let place = Place::here(&mut k);
         let (tile, base) = (k.task(), k.param(self.s_down));
         let dense = self.dense.own_tile(&mut k, base, tile);
-        let zero = k.const_i64(0);
-        let leads = k.cmp(Pred::Eq, place.thread, zero);
-        k.if_then(leads, |k| self.dense.prefetch(k, dense));
+        place.once(&mut k, |k| self.dense.prefetch(k, dense));
         begin(&mut k);
-        let count = k.dim(sym);
+        let (zero, count) = (k.const_i64(0), k.dim(sym));
         let work = |k: &mut KernelBuilder, first: Val, tokens: Val| {
             let part = Part { first, tokens, at_once, sums, near };
             self.products(k, place, dense, &part);

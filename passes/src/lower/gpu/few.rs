@@ -145,9 +145,8 @@ impl<'a> Few<'a> {
     pub fn ask(&self, k: &mut KernelBuilder) -> Asked {
         let codes = self.product.ahead(k);
         if !self.product.asks_for_all() {
-            let zero = k.const_i64(0);
-            let leads = k.cmp(Pred::Eq, self.product.thread(), zero);
-            k.if_then(leads, |k| self.product.tiles.iter().for_each(|&tile| self.product.fragments.prefetch(k, tile)));
+            let (place, product) = (self.product.place(), &self.product);
+            place.once(k, |k| product.tiles.iter().for_each(|&tile| product.fragments.prefetch(k, tile)));
         }
         Asked { codes, gain: self.ask_gain(k) }
     }

@@ -87,6 +87,20 @@ impl Place {
         let thread = k.thread();
         Self { thread, warp: k.div_const(thread, 32), lane: k.rem_const(thread, 32) }
     }
+
+    /// Runs `body` in the first thread of the block.
+    pub fn once(&self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder)) {
+        let first = k.const_i64(0);
+        let leads = k.cmp(Pred::Eq, self.thread, first);
+        k.if_then(leads, body);
+    }
+
+    /// Runs `body` in the first thread of each warp.
+    pub fn once_a_warp(&self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder)) {
+        let first = k.const_i64(0);
+        let leads = k.cmp(Pred::Eq, self.lane, first);
+        k.if_then(leads, body);
+    }
 }
 
 /// One of some elements that a warp shares out: number `lane`, `lane + 32`, ..
@@ -153,6 +167,15 @@ pub fn begin(k: &mut KernelBuilder) {
 const WARP: [u32; 5] = [16, 8, 4, 2, 1];
 /// The same of half a warp.
 const HALF_WARP: [u32; 4] = [8, 4, 2, 1];
+
+/// Sum of some numbers, a power of two, as a fixed tree: those of the first half with those of the second, and so on.
+pub fn tree_sum(k: &mut KernelBuilder, mut x: Vec<Val>) -> Val {
+    while x.len() > 1 {
+        let (low, high) = x.split_at(x.len() / 2);
+        x = low.iter().zip(high).map(|(&a, &b)| k.fadd(a, b)).collect();
+    }
+    x[0]
+}
 
 /// Joins the numbers of neighbouring threads, in all of them, as a fixed tree: in each turn those of `lane` and `lane ^ mask`.
 fn across(k: &mut KernelBuilder, masks: &[u32], x: Val, join: impl Fn(&mut KernelBuilder, Val, Val) -> Val) -> Val {

@@ -142,19 +142,7 @@ pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
         (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, peaks, row, blocks.peaks_stride()));
     let block = k.mul_const(group, THREADS / 32);
     let block = k.add(block, place.warp);
-    let first = k.mul_const(block, BLOCK);
-    let lowest = k.const_f32(f32::NEG_INFINITY);
-    let end = k.index(blocks.vocab);
-    let mut peak = lowest;
-    for i in 0..BLOCK / 32 {
-        let at = k.add_const(first, 32 * i);
-        let at = k.add(at, place.lane);
-        let exists = k.cmp(Pred::Lt, at, end);
-        let x = k.if_else(exists, |k| vec![k.load_f32(own_x, at)], |_| vec![lowest])[0];
-        let x = bounded(&mut k, x);
-        peak = k.fmax(peak, x);
-    }
-    let peak = warp_max(&mut k, peak);
+    let peak = peak_of_block(&mut k, place, own_x, block, blocks.vocab);
     let (zero, count) = (k.const_i64(0), k.index(blocks.peaks_stride()));
     let leads = k.cmp(Pred::Eq, place.lane, zero);
     let exists = k.cmp(Pred::Lt, block, count);
@@ -169,11 +157,26 @@ pub fn lower_argmax(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let at = first_of_largest(k, place, firsts, (blocks, x, peaks), largest);
         let (finite, no) = (is_finite(k, largest), k.const_i32(-1));
         let found = k.select(finite, at, no);
-        let zero = k.const_i64(0);
-        let leads = k.cmp(Pred::Eq, place.thread, zero);
-        k.if_then(leads, |k| k.store(best, row, found));
+        place.once(k, |k| k.store(best, row, found));
     });
     Ok(ports.finish(kernel))
+}
+
+/// The peak of block `block` of the logits `..end`, by a warp, in all its threads; -infinity of none.
+pub fn peak_of_block(k: &mut KernelBuilder, place: Place, x: Val, block: Val, end: u64) -> Val {
+    let first = k.mul_const(block, BLOCK);
+    let lowest = k.const_f32(f32::NEG_INFINITY);
+    let end = k.index(end);
+    let mut peak = lowest;
+    for i in 0..BLOCK / 32 {
+        let at = k.add_const(first, 32 * i);
+        let at = k.add(at, place.lane);
+        let exists = k.cmp(Pred::Lt, at, end);
+        let x = k.if_else(exists, |k| vec![k.load_f32(x, at)], |_| vec![lowest])[0];
+        let x = bounded(k, x);
+        peak = k.fmax(peak, x);
+    }
+    warp_max(k, peak)
 }
 
 /// The largest peak of a row, in all threads of a block of [`THREADS`]; `parts` holds a number a warp.
@@ -242,10 +245,9 @@ fn each_warp(
     own: Val,
     (dtype, join): (DType, impl Fn(&mut KernelBuilder, Val, Val) -> Val),
 ) -> Val {
-    let zero = k.const_i64(0);
-    let leads = k.cmp(Pred::Eq, place.lane, zero);
-    k.if_then(leads, |k| k.store(parts, place.warp, own));
+    place.once_a_warp(k, |k| k.store(parts, place.warp, own));
     k.barrier();
+    let zero = k.const_i64(0);
     let first = k.load(dtype, 1, parts, zero);
     (1..THREADS / 32).fold(first, |joined, i| {
         let i = k.index(i);

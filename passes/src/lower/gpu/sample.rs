@@ -7,15 +7,13 @@
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::ops::sample::{BLOCK, Factor};
-use nextc_ir::shape::pad;
+use nextc_ir::ops::sample::BLOCK;
 
 use super::super::LowerError;
-use super::super::matmul::row_ptr;
-use super::super::ports::{Lowered, Ports, Site};
-use super::super::sample::{Blocks, CHUNK_BLOCKS, Edits, bounded, chunk_tasks, weight};
-use super::rows::{THREADS, begin_row, largest_of};
-use super::{Place, warp_max};
+use super::super::ports::{Lowered, Site};
+use super::super::sample::{self, Blocks, CHUNK_BLOCKS, weight};
+use super::Place;
+use super::rows::{THREADS, begin_row, largest_of, peak_of_block};
 
 /// Logits of a task.
 const CHUNK: u64 = CHUNK_BLOCKS * BLOCK;
@@ -32,34 +30,19 @@ fn each_four_of_chunk(k: &mut KernelBuilder, blocks: Blocks, lo: Val, mut body: 
 
 /// `edit_logits`.
 pub fn lower_edit_logits(site: &Site<'_>) -> Result<Lowered, LowerError> {
-    let mut ports = Ports::default();
-    let blocks = Blocks::of(site, site.named("logits"));
-    let edits = Edits::read(site, &mut ports);
-    let logits = ports.read("logits", site.named("logits"));
-    let (x, peaks) = (ports.write("x", site.result(0)), ports.write("peaks", site.result(1)));
-    let mut k = ports.builder(site, chunk_tasks(site, blocks)?);
-    begin_row(&mut k);
-    let place = Place::here(&mut k);
-    let (row, first, behind) = blocks.task(&mut k);
-    let (logits, x, peaks) = (k.param(logits), k.param(x), k.param(peaks));
-    let logits = row_ptr(&mut k, logits, row, blocks.stride());
-    let (x, peaks) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, peaks, row, blocks.peaks_stride()));
-    let edits = edits.of_row(&mut k, row);
-    let plain = edits.settings.is_plain(&mut k);
-    let wanted = k.not(plain);
-    k.if_then(wanted, |k| {
-        let lo = k.mul_const(first, BLOCK);
-        each_four_of_chunk(k, blocks, lo, |k, at| copy_four(k, blocks, (logits, x), at));
-        let hi = k.mul_const(behind, BLOCK);
-        let chunk = edits.chunk(x, (lo, hi), blocks.vocab);
+    let begin = |k: &mut KernelBuilder| {
+        begin_row(k);
+        Place::here(k)
+    };
+    sample::edit_logits(site, begin, |k, place, e| {
+        each_four_of_chunk(k, e.blocks, e.lo, |k, at| copy_four(k, e.blocks, (e.logits, e.x), at));
         k.barrier();
-        edits.edit_listed(k, chunk, (place.thread, THREADS));
+        e.edit_listed(k, (place.thread, THREADS));
         k.barrier();
-        edits.edit_drafts(k, chunk, (place.thread, THREADS));
+        e.edit_drafts(k, (place.thread, THREADS));
         k.barrier();
-        store_peaks(k, place, blocks, (x, peaks), (first, behind));
-    });
-    Ok(ports.finish(k.finish()))
+        store_peaks(k, place, e.blocks, (e.x, e.peaks), (e.first, e.behind));
+    })
 }
 
 /// Copies four logits, with -infinity behind the vocabulary.
@@ -87,55 +70,29 @@ fn store_peaks(
     (x, peaks): (Val, Val),
     (first, behind): (Val, Val),
 ) {
-    let (zero, lowest) = (k.const_i64(0), k.const_f32(f32::NEG_INFINITY));
-    let own = k.add(first, place.warp);
-    k.for_each((own, behind, THREADS / 32), |k, block| {
-        let (lo, hi) = blocks.range(k, block, blocks.stride());
-        let own = k.add(lo, place.lane);
-        let peak = k.for_carry((own, hi, 32), &[lowest], |k, i, acc| {
-            let x = k.load_f32(x, i);
-            let x = bounded(k, x);
-            vec![k.fmax(acc[0], x)]
-        })[0];
-        let peak = warp_max(k, peak);
-        let leads = k.cmp(Pred::Eq, place.lane, zero);
-        k.if_then(leads, |k| k.store(peaks, block, peak));
-    });
     let (count, padded) = (k.index(blocks.count()), k.index(blocks.peaks_stride()));
     let is_last = k.cmp(Pred::Eq, behind, count);
-    k.if_then(is_last, |k| {
-        let own = k.add(count, place.thread);
-        k.for_each((own, padded, THREADS), |k, i| k.store(peaks, i, lowest));
+    let (own, end) = (k.add(first, place.warp), k.select(is_last, padded, behind));
+    k.for_each((own, end, THREADS / 32), |k, block| {
+        let peak = peak_of_block(k, place, x, block, blocks.stride());
+        place.once_a_warp(k, |k| k.store(peaks, block, peak));
     });
 }
 
 /// `token_weights`.
 pub fn lower_token_weights(site: &Site<'_>) -> Result<Lowered, LowerError> {
-    let mut ports = Ports::default();
-    let blocks = Blocks::of(site, site.named("x"));
-    let reads = ["x", "peaks", "factors"].map(|name| ports.read(name, site.named(name)));
-    let weights = ports.write("weights", site.result(0));
-    let mut k = ports.builder(site, chunk_tasks(site, blocks)?);
-    let parts = k.shared(DType::F32, THREADS / 32);
-    begin_row(&mut k);
-    let place = Place::here(&mut k);
-    let (row, first, _) = blocks.task(&mut k);
-    let [x, peaks, factors] = reads.map(|port| k.param(port));
-    let weights = k.param(weights);
-    let (x, weights) = (row_ptr(&mut k, x, row, blocks.stride()), row_ptr(&mut k, weights, row, blocks.stride()));
-    let factors = row_ptr(&mut k, factors, row, pad(Factor::COUNT));
-    let at = k.index(Factor::Temperature.at());
-    let (temperature, zero) = (k.load_f32(factors, at), k.const_f32(0.0));
-    let drawn = k.cmp(Pred::Gt, temperature, zero);
-    k.if_then(drawn, |k| {
-        let peaks = row_ptr(k, peaks, row, blocks.peaks_stride());
-        let largest = largest_of(k, place, parts, (blocks, peaks));
-        let lo = k.mul_const(first, BLOCK);
-        each_four_of_chunk(k, blocks, lo, |k, at| {
-            let v = k.load(DType::F32, 4, x, at);
-            let v = weight(k, v, largest, temperature);
-            k.store(weights, at, v);
+    let begin = |k: &mut KernelBuilder| {
+        let parts = k.shared(DType::F32, THREADS / 32);
+        begin_row(k);
+        (Place::here(k), parts)
+    };
+    sample::token_weights(site, begin, |k, (place, parts), w| {
+        let largest = largest_of(k, place, parts, (w.blocks, w.peaks));
+        let lo = k.mul_const(w.first, BLOCK);
+        each_four_of_chunk(k, w.blocks, lo, |k, at| {
+            let v = k.load(DType::F32, 4, w.x, at);
+            let v = weight(k, v, largest, w.temperature);
+            k.store(w.weights, at, v);
         });
-    });
-    Ok(ports.finish(k.finish()))
+    })
 }

@@ -14,7 +14,7 @@ use nextc_ir::{DType, Target};
 use super::super::matmul::{Normed, Rows, mean_rsqrt, row_ptr};
 use super::fragments::Numbers;
 use super::tile::{Operand, Product, TOKENS};
-use super::{Place, warp_sum};
+use super::{Place, tree_sum, warp_sum};
 
 /// Columns of a thread and turn of [`Stage::fill`].
 const EIGHT: u64 = 8;
@@ -277,9 +277,6 @@ pub fn quad_ssq(k: &mut KernelBuilder, n: &Normed, (row, q): (Val, Val)) -> Val 
         })
         .collect();
     sums.resize(8, nothing);
-    while sums.len() > 1 {
-        let (low, high) = sums.split_at(sums.len() / 2);
-        sums = low.iter().zip(high).map(|(&a, &b)| k.fadd(a, b)).collect();
-    }
-    super::across(k, &[2, 1], sums[0], |k, a, b| k.fadd(a, b))
+    let sum = tree_sum(k, sums);
+    super::across(k, &[2, 1], sum, |k, a, b| k.fadd(a, b))
 }

@@ -20,11 +20,10 @@ mod words;
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::shape::pad;
 
 use super::super::LowerError;
+use super::super::attention::Attention;
 use super::super::matmul::row_ptr;
-use super::super::pages::Pages;
 use super::super::ports::{Lowered, Port, Ports, Site};
 use runs::Tokens;
 use words::BLOCK_ELEMS;
@@ -40,40 +39,17 @@ const LOWEST: f32 = f32::MIN;
 /// `gated_attention`.
 pub fn lower_gated_attention(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
     let mut ports = Ports::default();
-    let heads = site.inner(site.named("q"))[0];
-    let (q, gate) = (ports.read("q", site.named("q")), ports.read("output_gate", site.named("output_gate")));
-    let pages = Pages::ports(site, &mut ports, false);
-    let out = ports.write("out", site.result(0));
-    let shared = heads / pages.heads;
-    let attention = Attention { pages, q, gate, out, heads, shared, scale: site.float("scale") };
+    let attention = Attention::ports(site, &mut ports);
+    let pages = attention.pages;
     let fits = attention.elems() <= MOST_ELEMS
-        && shared <= bulk::ROWS
+        && attention.shared <= bulk::ROWS
         && pages.page_tokens.is_multiple_of(decode::CHUNK)
         && pages.page_tokens.is_multiple_of(bulk::POSITIONS);
     let decoded = || decode::lower(site, ports.clone(), attention);
     fits.then(|| Ok(decoded().then(bulk::lower(site, ports.clone(), attention))))
 }
 
-/// What the kernels are connected to.
-#[derive(Clone, Copy)]
-struct Attention {
-    pages: Pages,
-    q: Port,
-    gate: Port,
-    out: Port,
-    /// Query heads.
-    heads: u64,
-    /// Query heads of a kv head.
-    shared: u64,
-    scale: f32,
-}
-
 impl Attention {
-    /// Elements of a head of q and of the output.
-    const fn elems(&self) -> u64 {
-        pad(self.pages.row.width)
-    }
-
     /// Blocks of [`BLOCK_ELEMS`] elements of a head, of which the last may not be full.
     const fn blocks(&self) -> u64 {
         self.elems().div_ceil(BLOCK_ELEMS)

@@ -3,11 +3,11 @@
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
-use nextc_ir::shape::{Sym, pad};
+use nextc_ir::shape::Sym;
 
 use super::super::super::LowerError;
+use super::super::super::attention::NormRope;
 use super::super::super::matmul::{mean_rsqrt, row_ptr};
-use super::super::super::pages::Pages;
 use super::super::super::ports::{Lowered, Port, Ports, Site};
 use super::super::{Element, Place, begin, warp_sum};
 use super::runs::sequence_of;
@@ -15,23 +15,14 @@ use super::runs::sequence_of;
 /// Heads that a block norms: a warp each.
 const NORM_WARPS: u64 = 4;
 
-/// What norms and rotates heads.
-struct Rotation {
-    inv_freq: Port,
-    frequencies: u64,
-    factor: f32,
-    eps: f32,
-    width: u64,
-}
-
-impl Rotation {
+impl NormRope {
     /// `x * rsqrt(mean(x²) + eps) * (1 + w)` of one head, by a warp, to shared memory.
     fn norm(&self, k: &mut KernelBuilder, elements: &[Element], (x, w, to): (Val, Val, Val)) {
         let zero = k.const_f32(0.0);
         let [x, w] = [x, w].map(|p| elements.iter().map(|e| e.load(k, p)).collect::<Vec<_>>());
         let sum = x.iter().fold(zero, |sum, &x| k.fma(x, x, sum));
         let sum = warp_sum(k, sum);
-        let scale = mean_rsqrt(k, sum, self.width, self.eps);
+        let scale = mean_rsqrt(k, sum, self.pages.row.width, self.eps);
         let one = k.const_f32(1.0);
         for ((element, x), w) in elements.iter().zip(x).zip(w) {
             let gain = k.fadd(w, one);
@@ -73,19 +64,8 @@ impl Rotation {
 /// `norm_rope_append`.
 pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
-    let heads = site.inner(site.named("q"))[0];
-    let [q, key, v, q_norm, k_norm, inv_freq] =
-        ["q", "k", "v", "q_norm", "k_norm", "inv_freq"].map(|n| ports.read(n, site.named(n)));
-    let pages = Pages::ports(site, &mut ports, true);
-    let out = ports.write("q_out", site.result(0));
-    let rotation = Rotation {
-        inv_freq,
-        frequencies: site.weight(site.named("inv_freq")).shape[0],
-        factor: site.float("factor"),
-        eps: site.float("eps"),
-        width: pages.row.width,
-    };
-    let elems = pad(pages.row.width);
+    let bound = NormRope::ports(site, &mut ports);
+    let (pages, heads, elems) = (bound.pages, bound.heads, bound.elems());
     let all_heads = heads + pages.heads;
     let groups = all_heads.div_ceil(NORM_WARPS);
     let mut k = ports.builder(site, Extent::Sym(Sym::T) * groups.into());
@@ -115,15 +95,17 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let row = row_ptr(k, base, t, heads * elems);
         row_ptr(k, row, head, elems)
     };
-    let (x, w, out) = (row(&mut k, q, heads, q_head), k.param(q_norm), row(&mut k, out, heads, q_head));
-    let (kx, kw, v) = (row(&mut k, key, pages.heads, kv_head), k.param(k_norm), row(&mut k, v, pages.heads, kv_head));
+    let (x, w, out) =
+        (row(&mut k, bound.q, heads, q_head), k.param(bound.q_norm), row(&mut k, bound.out, heads, q_head));
+    let (kx, kw, v) =
+        (row(&mut k, bound.k, pages.heads, kv_head), k.param(bound.k_norm), row(&mut k, bound.v, pages.heads, kv_head));
     let (x, w) = (k.select(is_query, x, kx), k.select(is_query, w, kw));
-    rotation.norm(&mut k, &elements, (x, w, normed));
+    bound.norm(&mut k, &elements, (x, w, normed));
     k.barrier();
     let queries = |k: &mut KernelBuilder| {
         for (element, first) in elements.iter().zip((0..).step_by(32)) {
             let nothing = k.const_f32(0.0);
-            let value = rotation.rotated(k, normed, element, first, position);
+            let value = bound.rotated(k, normed, element, first, position);
             let value = k.select(live, value, nothing);
             element.store(k, out, value);
         }
@@ -136,7 +118,7 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
             let (keys, values) = pages.block(k, b, page, kv_head);
             let (key_out, v_out) = (pages.row(k, keys, at), pages.row(k, values, at));
             for (element, first) in elements.iter().zip((0..).step_by(32)) {
-                let value = rotation.rotated(k, normed, element, first, position);
+                let value = bound.rotated(k, normed, element, first, position);
                 pages.store_32(k, (key_out, first), element, value);
                 let value = element.load(k, v);
                 pages.store_32(k, (v_out, first), element, value);

@@ -3,9 +3,9 @@
 //! A word holds elements `j` and `j + 16` of a block of 32: the order in which KV in bf16 lies ([`KvRow`](nextc_ir::types::KvRow)), and in which everything that is
 //! multiplied with it is put.
 
-use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, pad};
+use nextc_ir::{DType, Format};
 
 use super::super::super::pages::{Pages, UPPER};
 
@@ -32,21 +32,14 @@ pub enum Parts {
     Sum,
 }
 
-/// The two numbers of a word.
-fn numbers(k: &mut KernelBuilder, word: Val) -> [Val; 2] {
-    let (sixteen, upper) = (k.const_i32(16), k.const_i32(UPPER));
-    let (low, high) = (k.shl(word, sixteen), k.and(word, upper));
-    [low, high].map(|bits| k.bitcast(bits, DType::F32))
-}
-
 /// Two numbers as words: rounded, and where a sum is wanted what that left over.
 pub fn pack(k: &mut KernelBuilder, [low, high]: [Val; 2], parts: Parts) -> Vec<Val> {
     let word = k.pack(DType::BF16, low, high);
     if parts == Parts::One {
         return vec![word];
     }
-    let [a, b] = numbers(k, word);
-    let (low, high) = (k.fsub(low, a), k.fsub(high, b));
+    let rounded = (Format::Bf16.def().unpack)(k, &[word]);
+    let (low, high) = (k.fsub(low, rounded[0]), k.fsub(high, rounded[1]));
     vec![word, k.pack(DType::BF16, low, high)]
 }
 
