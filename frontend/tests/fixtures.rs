@@ -54,7 +54,7 @@ fn entry_functions_only_call() {
     use Op::{Call, Param, Sequences, Weight};
     for path in LOADING {
         let model = load_fixture(path);
-        for name in ["step", "draft", "sample", "verify"] {
+        for name in ["step", "draft", "follow", "sample", "verify"] {
             let entry = model.module.function(name).expect(name);
             assert!(entry.graph.node_weights().all(|n| [Call, Param, Sequences, Weight].contains(&n.op)), "{path}");
         }

@@ -111,14 +111,19 @@ fn check_mtp(fixture: &str) {
     golden.check("mtp_short_logits", &draft.logits, prompt.len());
 }
 
-/// Three drafts after the prompt and its greedy token: each is fed the one before it, and MTP's own hidden row.
+/// Three drafts after the prompt and its greedy token: each is fed the one before it, and MTP's own hidden row. Before them MTP has
+/// only followed the prompt.
 fn check_drafts(fixture: &str) {
     let (model, golden) = (model(fixture), Golden::open(fixture));
     let mut session = session(&model);
     let prompt = golden.ints("input_ids");
     let main = session.step("step", &StepInputs::sequence(&prompt, 0, PAGES)).expect("a step");
-    let next: Vec<i32> = prompt[1..].iter().copied().chain([golden.ints("greedy_ids")[0]]).collect();
-    let mut inputs = StepInputs { hidden: Some(main.hidden), ..StepInputs::sequence(&next, 0, PAGES) };
+    let mut hidden = main.hidden;
+    let last = hidden.split_off(hidden.len() - model.config.hidden_size as usize);
+    let inputs = StepInputs { hidden: Some(hidden), ..StepInputs::sequence(&prompt[1..], 0, PAGES) };
+    session.step("follow", &inputs).expect("a step");
+    let first = StepInputs::sequence(&[golden.ints("greedy_ids")[0]], prompt.len() as i32 - 1, PAGES);
+    let mut inputs = StepInputs { hidden: Some(last), ..first };
     let mut logits = Vec::new();
     let drafts = golden.ints("mtp_draft_ids");
     for (token, position) in drafts.iter().zip(prompt.len() as i32..) {

@@ -208,6 +208,8 @@ ops! {
     GatedAttention = "gated_attention" ("q", "output_gate", "kv", "seqs"; "scale") Kernel => attention::shape_gated_attention, cost::attention, attention::eval_gated_attention;
     /// `rope(rms_norm_plus_one(x, w))`.
     NormRope = "norm_rope" ("x", "w", "inv_freq", "seqs"; "eps", "factor") Kernel => attention::shape_norm_rope, cost::elementwise, attention::eval_norm_rope;
+    /// `append_kv(norm_rope(k), v)`: what later tokens need of one that nobody attends from.
+    NormAppend = "norm_append" ("k", "v", "k_norm", "inv_freq", "kv", "seqs"; "eps", "factor") Kernel => attention::shape_norm_append, cost::streaming, attention::eval_norm_append;
     /// `(norm_rope(q), append_kv(norm_rope(k), v))`: everything between the projections and the attention.
     NormRopeAppend = "norm_rope_append" ("q", "k", "v", "q_norm", "k_norm", "inv_freq", "kv", "seqs"; "eps", "factor") Kernel => attention::shape_norm_rope_append, cost::streaming, attention::eval_norm_rope_append;
 

@@ -233,10 +233,11 @@ pub struct Entry {
 }
 
 /// Every entry point that a module can have.
-pub const ENTRIES: [Entry; 5] = [
+pub const ENTRIES: [Entry; 6] = [
     Entry { name: "step", results: &["logits", "hidden", "best"], after: None },
     Entry { name: "draft", results: &["logits", "hidden", "best"], after: None },
     Entry { name: "guess", results: &["logits", "hidden", "best"], after: None },
+    Entry { name: "follow", results: &[], after: None },
     Entry { name: "sample", results: &["tokens"], after: Some("step") },
     Entry { name: "verify", results: &["tokens", "accepted"], after: Some("step") },
 ];

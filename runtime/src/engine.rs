@@ -81,6 +81,7 @@ pub struct Engine {
     sample: usize,
     verify: Option<usize>,
     guess: Option<usize>,
+    follow: Option<usize>,
     step_tokens: usize,
     /// Pages and slots that the device's states have room for.
     reach: (u32, u32),
@@ -106,14 +107,14 @@ impl Engine {
         let metadata = artifact.metadata();
         let entry = |name: &str| metadata.programs.iter().position(|p| p.name == name);
         let step = entry("step").ok_or(Error::Step("the executable has no entry point `step`"))?;
-        let (draft, guess, verify) = (entry("draft"), entry("guess"), entry("verify"));
+        let [draft, guess, follow, verify] = ["draft", "guess", "follow", "verify"].map(entry);
         let sample = entry("sample").ok_or(Error::Step("the executable has no entry point `sample`"))?;
         check_outputs(metadata)?;
         let states = States::new(metadata, options.sequences)?;
         let device = device::open(&artifact, options, &states)?;
         let (step_tokens, last, ran) = (options.step_tokens.max(1), StepInputs::default(), (step, [0; 4]));
         let reach = (0, 0);
-        Ok(Self { states, device, step, draft, guess, sample, verify, step_tokens, reach, last, ran, artifact })
+        Ok(Self { states, device, step, draft, guess, follow, sample, verify, step_tokens, reach, last, ran, artifact })
     }
 
     /// The executable.
@@ -256,9 +257,20 @@ impl Engine {
     /// # Errors
     /// As [`Engine::forward`], and [`Error::NoMtp`].
     pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<(), Error> {
-        let program =
-            self.draft.ok_or_else(|| Error::NoMtp { model: self.metadata().model.name.clone(), option: "--mtp" })?;
+        let program = self.draft.ok_or_else(|| self.no_mtp())?;
         self.run_draft(program, batch, rows, &[])
+    }
+
+    /// As [`Engine::draft`], of tokens after which nothing is drafted: it gives nothing.
+    /// # Errors
+    /// As [`Engine::draft`].
+    pub fn follow(&mut self, batch: &[DraftInput<'_>]) -> Result<(), Error> {
+        let program = self.follow.ok_or_else(|| self.no_mtp())?;
+        self.run_draft(program, batch, LogitRows::None, &[])
+    }
+
+    fn no_mtp(&self) -> Error {
+        Error::NoMtp { model: self.metadata().model.name.clone(), option: "--mtp" }
     }
 
     /// As [`Engine::draft`], for drafts that are only to be checked: with the logits after the last token of each sequence, and where the

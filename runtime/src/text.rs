@@ -64,7 +64,7 @@ impl Model {
         if self.drafts_wanted {
             runs.iter().for_each(|run| self.shortlist.feed(run.tokens));
             extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
-            let most = |tokens: usize| if tokens > 1 { PROMPT_LAG } else { MOST_LAG };
+            let most = |tokens: usize| if tokens > 1 { FEW_ROWS } else { MOST_LAG };
             self.catch_up(runs.iter().map(|run| (run.sequence, most(run.tokens.len()))))?;
         }
         Ok(tokens)
@@ -86,7 +86,7 @@ impl Model {
             let Some(lag) = self.lags.get_mut(&sequence) else { continue };
             while lag.next.len() > most {
                 let count = (lag.next.len() - most).min(CATCH_UP_STEP);
-                self.engine.draft(&[lag.input(sequence, count, width)], LogitRows::None)?;
+                self.engine.follow(&[lag.input(sequence, count, width)])?;
                 lag.forget(count, width);
             }
         }
@@ -96,10 +96,10 @@ impl Model {
 
 /// Tokens that a draft is fed at once to catch up, at most.
 const CATCH_UP_STEP: usize = 512;
-/// Rows of a prompt that a draft may lag behind before it is fed them.
-const PROMPT_LAG: usize = 64;
+/// Rows that it may lag behind when it drafts, and after a step of a prompt: of those it computes more than what later tokens need.
+const FEW_ROWS: usize = 8;
 /// Rows that it may lag behind in all before it is fed them without being asked for drafts: where drafts do not pay, that comes seldom.
-const MOST_LAG: usize = 2048;
+const MOST_LAG: usize = 256;
 
 /// What the draft of a sequence has not been fed yet: it is fed the hidden row of a position with the token after it, so it
 /// lags behind the model by one token at least.
@@ -203,7 +203,7 @@ impl Drafter for Model {
             lag.next.push(*next);
             self.shortlist.feed(&[*next]);
         }
-        self.catch_up(runs.iter().map(|&(s, _)| (s, PROMPT_LAG)))?;
+        self.catch_up(runs.iter().map(|&(s, _)| (s, FEW_ROWS)))?;
         let mut drafts = vec![Vec::with_capacity(count); runs.len()];
         let mut position: Vec<u64> = Vec::new();
         let inputs: Vec<DraftInput<'_>> = runs

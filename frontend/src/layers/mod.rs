@@ -6,6 +6,7 @@
 //! - `@step(tokens, positions, cu_seqlens, slot, replay, tentative, page_table, logit_rows, states...) -> (logits, hidden, best, states...)`
 //! - `@draft(the same eight, hidden, mtp.kv) -> (logits, hidden, best, mtp.kv)`, where there is an MTP module
 //! - `@guess(the same, wanted, mtp.kv)`, which is `@draft` with the logits of the tokens that are wanted, where the vocabulary is large
+//! - `@follow(the same eight, hidden, mtp.kv) -> (mtp.kv)`: what later drafts need of tokens after which nothing is drafted
 //! - `@sample(logits, best, tokens, factors, choices, edit_tokens, edit_counts, edit_biases) -> (tokens)` after `@step`, whose `logits` and `best`
 //!   it takes
 //! - `@verify(the same, logit_rows, cu_seqlens) -> (tokens, accepted)`, where there is an MTP module
@@ -56,6 +57,9 @@ pub fn build_module(
         let front = draft_parts.clone();
         draft_parts.push(ends::head(weights, config, ("head.mtp", "mtp.norm", head), false)?);
         functions.push(draft("draft", &draft_parts, config, false)?);
+        let keys = attention::keys((weights, config, kv), "keys.mtp", "mtp.")?;
+        functions.push(follow(&front[0], &keys, config)?);
+        parts.push(keys);
         if config.vocab_size >= LARGE_VOCABULARY {
             let head = ends::head(weights, config, ("head.guess", "mtp.norm", head), true)?;
             functions.push(draft("guess", &[front, vec![head.clone()]].concat(), config, true)?);
@@ -148,6 +152,11 @@ impl Entry {
         Self { f: FunctionBuilder::new(name), weights: IndexMap::new(), states: IndexMap::new() }
     }
 
+    /// The main model's hidden rows, which a draft is fed.
+    fn hidden(&mut self, config: &ModelConfig) -> Value {
+        self.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[config.hidden_size])))
+    }
+
     /// Adds the states of `parts` as parameters.
     fn add_states(&mut self, parts: &[Part]) {
         for (name, ty) in parts.iter().flat_map(|p| &p.states) {
@@ -211,9 +220,22 @@ fn draft(name: &str, parts: &[Part], config: &ModelConfig, some: bool) -> Result
     let [fuse, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
     let mut entry = Entry::empty(name);
     let mut inputs = StepInputs::of(&mut entry.f);
-    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[config.hidden_size])));
+    let hidden = entry.hidden(config);
     inputs.wanted = some.then(|| entry.f.param("wanted", ends::wanted_type(config)));
     entry.add_states(parts);
     let stream = entry.call(fuse, &[inputs.tokens, hidden]);
     entry.finish(&inputs, layers, head, stream)
+}
+
+/// `@follow`: the fusion of embedding and hidden row, and the keys and values of the layer.
+fn follow(fuse: &Part, keys: &Part, config: &ModelConfig) -> Result<Function, BuildError> {
+    let mut entry = Entry::empty("follow");
+    let inputs = StepInputs::of(&mut entry.f);
+    let hidden = entry.hidden(config);
+    entry.add_states(std::slice::from_ref(keys));
+    let mut args = entry.call(fuse, &[inputs.tokens, hidden]);
+    args.push(entry.f.op(Op::Sequences, &inputs.seqs)?);
+    entry.call(keys, &args);
+    let results = entry.states.values().copied().collect();
+    Ok(entry.f.finish(results))
 }

@@ -58,8 +58,8 @@ impl<F> StepInputs<F> {
     }
 }
 
-/// The results of a step.
-#[derive(Clone, Debug, PartialEq)]
+/// The results of a step: all empty where it gives none.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs<F> {
     /// `[R, vocab_size]`.
     pub logits: Vec<F>,
@@ -125,11 +125,15 @@ impl<'m, F: Real> Session<'m, F> {
             });
         }
         let results = run(self.module, entry, args, &self.weights, &self.cx)?;
-        let [logits, hidden, best, new @ ..] = results.as_slice() else {
-            return Err(EvalError::Operands { found: results.len(), expected: states.len() + 3 });
-        };
         let rows = |d: &Datum<F>| Ok::<_, EvalError>(d.float()?.data().to_vec());
-        let outputs = Outputs { logits: rows(logits)?, hidden: rows(hidden)?, best: best.int()?.data().to_vec() };
+        let (own, new) = results.split_at(results.len().saturating_sub(states.len()));
+        let outputs = match own {
+            [] => Outputs::default(),
+            [logits, hidden, best] => {
+                Outputs { logits: rows(logits)?, hidden: rows(hidden)?, best: best.int()?.data().to_vec() }
+            }
+            _ => return Err(EvalError::Operands { found: results.len(), expected: states.len() + 3 }),
+        };
         self.states.extend(states.into_iter().zip(new.iter().cloned()));
         Ok(outputs)
     }

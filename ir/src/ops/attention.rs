@@ -94,16 +94,29 @@ pub fn shape_norm_rope(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>, Shap
 pub fn shape_norm_rope_append(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>, ShapeError> {
     let [q, k, v, q_norm, k_norm, inv_freq, kv, seqs] =
         operands(["q", "k", "v", "q_norm", "k_norm", "inv_freq", "kv", "seqs"], types)?;
-    float(attrs, "eps")?;
-    float(attrs, "factor")?;
     let (first, [num_heads, head_dim]) = q.rows()?;
     let (_, [num_kv_heads, _]) = k.rows()?;
     k.is_f32(first, &[num_kv_heads, head_dim])?;
     q_norm.is_vector(head_dim)?;
-    k_norm.is_vector(head_dim)?;
-    frequencies(inv_freq, head_dim)?;
-    let kv = appended(v, kv, first, [num_kv_heads, head_dim], seqs)?;
+    let kv = normed_and_appended([k, v, k_norm, inv_freq, kv, seqs], attrs)?;
     Ok(vec![Type::f32(Shape::rows(first, &[num_heads, head_dim])), kv])
+}
+
+/// `k`, `v` `[T, num_kv_heads, head_dim]` and a state of the same: the new state.
+/// # Errors
+/// [`ShapeError`] naming the operand that does not fit.
+pub fn shape_norm_append(types: &[&Type], attrs: &Attrs) -> Result<Vec<Type>, ShapeError> {
+    normed_and_appended(operands(["k", "v", "k_norm", "inv_freq", "kv", "seqs"], types)?, attrs).map(|kv| vec![kv])
+}
+
+/// The new KV state of keys that are normed and rotated before.
+fn normed_and_appended([k, v, k_norm, inv_freq, kv, seqs]: [Operand; 6], attrs: &Attrs) -> Result<Type, ShapeError> {
+    float(attrs, "eps")?;
+    float(attrs, "factor")?;
+    let (first, heads) = k.rows::<2>()?;
+    k_norm.is_vector(heads[1])?;
+    frequencies(inv_freq, heads[1])?;
+    appended(v, kv, first, heads, seqs)
 }
 
 /// Rotates the pairs (`j`, `j + n`) of every head of the rows that belong to a sequence; other rows become zero.
@@ -309,7 +322,23 @@ pub fn eval_norm_rope_append<F: Real>(
 ) -> Result<Vec<Datum<F>>, EvalError> {
     let [q, k, v, q_norm, k_norm, inv_freq, kv, seqs] = eval::operands(args)?;
     let q = norm_rope(q, q_norm, inv_freq, seqs, attrs)?;
+    let kv = norm_append(cx, [k, v, k_norm, inv_freq, kv, seqs], attrs)?;
+    Ok(vec![q.into(), kv])
+}
+
+/// `append_kv(norm_rope(k), v)`.
+/// # Errors
+/// [`EvalError`].
+pub fn eval_norm_append<F: Real>(cx: &Cx<F>, args: &[Datum<F>], attrs: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
+    let [k, v, k_norm, inv_freq, kv, seqs] = eval::operands(args)?;
+    Ok(vec![norm_append(cx, [k, v, k_norm, inv_freq, kv, seqs], attrs)?])
+}
+
+fn norm_append<F: Real>(
+    cx: &Cx<F>,
+    [k, v, k_norm, inv_freq, kv, seqs]: [&Datum<F>; 6],
+    attrs: &Attrs,
+) -> Result<Datum<F>, EvalError> {
     let k = norm_rope(k, k_norm, inv_freq, seqs, attrs)?;
-    let kv = append_kv(cx, &k, v.float()?, kv.state(StateKind::Kv)?, seqs.sequences()?)?;
-    Ok(vec![q.into(), Datum::State(kv)])
+    append_kv(cx, &k, v.float()?, kv.state(StateKind::Kv)?, seqs.sequences()?).map(Datum::State)
 }

@@ -77,19 +77,25 @@ fn norm_head(k: &mut KernelBuilder, (x, w, out): (Val, Val, Val), width: u64, ep
     });
 }
 
-/// What `norm_rope_append` is connected to.
+/// The queries of `norm_rope_append`.
+#[derive(Clone, Copy)]
+pub(super) struct Queries {
+    pub q: Port,
+    pub q_norm: Port,
+    pub out: Port,
+    pub heads: u64,
+}
+
+/// What `norm_rope_append` and `norm_append` are connected to.
 #[derive(Clone, Copy)]
 pub(super) struct NormRope {
     pub pages: Pages,
-    pub q: Port,
+    /// None of `norm_append`.
+    pub queries: Option<Queries>,
     pub k: Port,
     pub v: Port,
-    pub q_norm: Port,
     pub k_norm: Port,
     pub inv_freq: Port,
-    pub out: Port,
-    /// Query heads.
-    pub heads: u64,
     pub frequencies: u64,
     pub factor: f32,
     pub eps: f32,
@@ -97,18 +103,20 @@ pub(super) struct NormRope {
 
 impl NormRope {
     pub fn ports(site: &Site<'_>, ports: &mut Ports) -> Self {
-        let [q, k, v, q_norm, k_norm, inv_freq] =
-            ["q", "k", "v", "q_norm", "k_norm", "inv_freq"].map(|n| ports.read(n, site.named(n)));
-        Self {
-            pages: Pages::ports(site, ports, true),
-            q,
-            k,
-            v,
-            q_norm,
-            k_norm,
-            inv_freq,
+        let queries = (site.op() == Op::NormRopeAppend).then(|| Queries {
+            q: ports.read("q", site.named("q")),
+            q_norm: ports.read("q_norm", site.named("q_norm")),
             out: ports.write("q_out", site.result(0)),
             heads: site.inner(site.named("q"))[0],
+        });
+        let [k, v, k_norm, inv_freq] = ["k", "v", "k_norm", "inv_freq"].map(|n| ports.read(n, site.named(n)));
+        Self {
+            pages: Pages::ports(site, ports, true),
+            queries,
+            k,
+            v,
+            k_norm,
+            inv_freq,
             frequencies: site.weight(site.named("inv_freq")).shape[0],
             factor: site.float("factor"),
             eps: site.float("eps"),
@@ -121,12 +129,11 @@ impl NormRope {
     }
 }
 
-/// `norm_rope_append`.
-pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
-    debug_assert_eq!(site.op(), Op::NormRopeAppend);
+/// `norm_rope_append` and `norm_append`.
+pub fn lower_norm_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let bound = NormRope::ports(site, &mut ports);
-    let (pages, heads, head_elems) = (bound.pages, bound.heads, bound.elems());
+    let (pages, head_elems) = (bound.pages, bound.elems());
     let (width, eps) = (pages.row.width, bound.eps);
     let mut k = ports.builder(site, Extent::Sym(Sym::T));
     let t = k.task();
@@ -134,18 +141,23 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let inv_freq = k.param(bound.inv_freq);
     let rotation = Rotation::compute(&mut k, inv_freq, bound.frequencies, bound.factor, position);
     let rotated = k.alloc(DType::F32, head_elems);
-    let (q, q_norm, out) = (k.param(bound.q), k.param(bound.q_norm), k.param(bound.out));
-    let (q_row, out_row) = (row_ptr(&mut k, q, t, heads * head_elems), row_ptr(&mut k, out, t, heads * head_elems));
     let b = pages.sequence(&mut k, t);
     let slot = pages.slot(&mut k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, slot, zero);
     let append = |k: &mut KernelBuilder| {
-        k.for_range(heads, 1, |k, h| {
-            let (x, y) = (row_ptr(k, q_row, h, head_elems), row_ptr(k, out_row, h, head_elems));
-            norm_head(k, (x, q_norm, y), width, eps);
-            rotation.apply(k, y);
-        });
+        if let Some(Queries { q, q_norm, out, heads }) = bound.queries {
+            let [q_row, out_row] = [q, out].map(|port| {
+                let base = k.param(port);
+                row_ptr(k, base, t, heads * head_elems)
+            });
+            let q_norm = k.param(q_norm);
+            k.for_range(heads, 1, |k, h| {
+                let (x, y) = (row_ptr(k, q_row, h, head_elems), row_ptr(k, out_row, h, head_elems));
+                norm_head(k, (x, q_norm, y), width, eps);
+                rotation.apply(k, y);
+            });
+        }
         let (page, place) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
         let (key, v, k_norm) = (k.param(bound.k), k.param(bound.v), k.param(bound.k_norm));
         let key_row = row_ptr(k, key, t, pages.heads * head_elems);
@@ -162,8 +174,12 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         Vec::new()
     };
     k.if_else(live, append, |k| {
-        let nothing = k.splat_f32(16, 0.0);
-        k.for_range(heads * head_elems, LANES, |k, c| k.store(out_row, c, nothing));
+        if let Some(Queries { out, heads, .. }) = bound.queries {
+            let out = k.param(out);
+            let out_row = row_ptr(k, out, t, heads * head_elems);
+            let nothing = k.splat_f32(16, 0.0);
+            k.for_range(heads * head_elems, LANES, |k, c| k.store(out_row, c, nothing));
+        }
         Vec::new()
     });
     Ok(ports.finish(k.finish()))

@@ -182,7 +182,7 @@ pub fn lower_group(function: &Function, group: &[NodeId], target: &Target) -> Re
         Op::LinearWanted => matmul::lower_linear_wanted(&site),
         Op::LinearResidual => matmul::lower_linear_residual(&site),
         Op::NormSwiglu => matmul::lower_norm_swiglu(&site),
-        Op::NormRopeAppend => attention::lower_norm_rope_append(&site),
+        Op::NormRopeAppend | Op::NormAppend => attention::lower_norm_append(&site),
         Op::GatedAttention => attention::lower_gated_attention(&site),
         Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(&site),
         Op::NormRouter => experts::lower_norm_router(&site),

@@ -4,6 +4,9 @@
 //! of drafts number `i` that are right after all before it were. [`Planner`] measures both and takes the `k` of the most tokens a second.
 //! Costs are only compared where one number follows another, so a machine that becomes slower or faster does not matter. What a number
 //! that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
+//!
+//! What drafts cost more than they gave is paid from an [`Allowance`], a small share of all tokens. Where it is used up, nothing is
+//! drafted until it has grown enough for another trial: so drafting never costs more than it, whatever was measured.
 
 use std::collections::VecDeque;
 use std::str::FromStr;
@@ -53,6 +56,8 @@ const AUTO_MOST: usize = 4;
 const STRETCH: usize = 3;
 /// Newest costs of a stretch, of which the least counts: what a machine does beside only adds.
 const NEWEST: usize = 5;
+/// First steps of all, which are compared with nothing: what they use is touched for the first time.
+const FIRST_STEPS: usize = 5;
 /// Least steps between two trials of another number of drafts.
 const TRIAL_STEPS: usize = 48;
 /// Most times that trials that change nothing double the steps between them.
@@ -74,6 +79,16 @@ const PRIOR: (f64, f64) = (1.0, 2.0);
 const PRIOR_COST: f64 = 0.25;
 /// How much better than no draft another number must be.
 const MARGIN: f64 = 1.03;
+/// Tokens that drafts may cost before they have given any.
+const FIRST_ALLOWED: f64 = 1.5;
+/// Share of all tokens that drafts may cost.
+const ALLOWED_SHARE: f64 = 0.01;
+/// What drafts gave before that they may cost later.
+const MOST_SAVED: f64 = 8.0;
+/// What a trial may cost beside what the last one did until the allowance was used up.
+const ANOTHER_STEP: f64 = 0.5;
+/// A step with drafts is counted as at most so many steps without: what takes longer does so for another reason.
+const MOST_STEPS: f64 = 4.0;
 
 /// Decides how many tokens to draft in each step.
 #[derive(Clone, Debug)]
@@ -85,6 +100,8 @@ pub struct Planner {
     /// Of the first, second, ... draft, where those before it were right: how many were right, and how many there were; older ones
     /// count less.
     drafts: Vec<(f64, f64)>,
+    /// Steps that are compared with nothing yet.
+    first_steps: usize,
     /// The steps since the number of drafts or of sequences changed.
     stretch: Stretch,
     /// Drafts and cost of a step of the stretch before, until this one is compared with it.
@@ -99,30 +116,77 @@ pub struct Planner {
     idle_trials: u32,
     /// The next trial is of more drafts, not of fewer.
     upwards: bool,
+    allowance: Allowance,
+}
+
+/// What drafts may cost, in tokens that steps without drafts would give in the same time.
+#[derive(Clone, Debug)]
+struct Allowance {
+    left: f64,
+    /// It is not used up, or has become enough for another trial.
+    open: bool,
+    /// What was left when drafts were begun.
+    begun_with: f64,
+    /// Enough for a trial.
+    enough: f64,
+}
+
+impl Allowance {
+    const FULL: Self = Self { left: FIRST_ALLOWED, open: true, begun_with: FIRST_ALLOWED, enough: FIRST_ALLOWED };
+
+    /// Drafts begin.
+    fn begin(&mut self) {
+        self.begun_with = self.left;
+    }
+
+    /// A step gave `tokens` tokens a sequence, in the time of `steps` steps without drafts.
+    fn note(&mut self, tokens: f64, steps: f64) {
+        let growth = (ALLOWED_SHARE * tokens).min((self.enough - self.left).max(0.0));
+        self.left = (self.left + growth + tokens - steps).min(MOST_SAVED.max(self.enough));
+        if self.open && self.left < 0.0 {
+            self.open = false;
+            // the first step may have used it up, of which feeding the draft what it missed is a part
+            self.enough = (self.begun_with - self.left + ANOTHER_STEP).max(FIRST_ALLOWED);
+        } else if self.left >= self.enough {
+            self.open = true;
+        }
+    }
 }
 
 /// What steps with some number of drafts cost, as a multiple of those without.
 #[derive(Clone, Debug, Default)]
-struct Cost(VecDeque<f64>);
+struct Cost {
+    /// What was thought before the first comparison.
+    expected: f64,
+    /// The newest comparisons.
+    seen: VecDeque<f64>,
+}
 
 impl Cost {
-    /// Learns from a comparison; `expected`, what was thought before the first one, counts as one.
-    fn learn(&mut self, multiple: f64, expected: f64) {
-        if self.0.is_empty() {
-            self.0.push_back(expected);
-        }
-        push_newest(&mut self.0, multiple, COMPARISONS);
+    /// Of steps without drafts.
+    fn of_none() -> Self {
+        Self { expected: 1.0, seen: [1.0].into() }
     }
 
-    /// The median of the comparisons, if there were any.
+    /// Learns from a comparison; `expected`, what was thought before the first one, counts as much as that one.
+    fn learn(&mut self, multiple: f64, expected: f64) {
+        if self.seen.is_empty() {
+            self.expected = expected;
+        }
+        push_newest(&mut self.seen, multiple, COMPARISONS);
+    }
+
+    /// The median of the comparisons, if there were any. What becomes faster by itself, as the first steps do, makes every other one too
+    /// large and those between too small.
     fn multiple(&self) -> Option<f64> {
-        let mut sorted: Vec<f64> = self.0.iter().copied().collect();
+        let mut sorted: Vec<f64> = self.seen.iter().copied().collect();
+        sorted.extend((sorted.len() == 1).then_some(self.expected));
         sorted.sort_by(f64::total_cmp);
         (!sorted.is_empty()).then(|| median(&sorted))
     }
 
     fn comparisons(&self) -> usize {
-        self.0.len().saturating_sub(1)
+        self.seen.len()
     }
 }
 
@@ -163,18 +227,20 @@ impl Planner {
     /// As many as pay, at most `most`.
     pub fn auto(most: usize) -> Self {
         let mut costs = vec![Cost::default(); most + 1];
-        costs[0].0.push_back(1.0);
+        costs[0] = Cost::of_none();
         Self {
             fixed: None,
             costs,
             drafts: vec![PRIOR; most],
-            stretch: Stretch { drafts: 1.min(most), ..Stretch::default() },
+            first_steps: FIRST_STEPS,
+            stretch: Stretch::default(),
             before: None,
             caught_up: false,
             since_trial: 0,
             tried_from: None,
             idle_trials: 0,
             upwards: true,
+            allowance: Allowance::FULL,
         }
     }
 
@@ -189,10 +255,18 @@ impl Planner {
             return fixed;
         }
         let now = self.stretch.drafts;
-        let Some(cost) = self.stretch.least() else { return now };
-        let next = if self.begins() { usize::from(now == 0) } else { self.best_or_trial() };
+        let least = self.stretch.least();
+        let next = match least {
+            _ if !self.allowance.open => 0,
+            None => now,
+            Some(_) if self.begins() => usize::from(now == 0),
+            Some(_) => self.best_or_trial(),
+        };
         if next != now {
-            self.before = Some((now, cost));
+            if now == 0 {
+                self.allowance.begin();
+            }
+            self.before = least.map(|cost| (now, cost)).or(self.before).filter(|&(before, _)| before != next);
             self.caught_up = false;
             self.stretch = Stretch { drafts: next, seconds: VecDeque::new(), ..self.stretch };
         }
@@ -223,7 +297,8 @@ impl Planner {
         let other = if up { best + 1 } else { best - 1 };
         let extra = (STRETCH + 1) as f64 * (self.speed(best) / self.speed(other) - 1.0);
         let rest = (TRIAL_STEPS << self.idle_trials).max((extra / TRIAL_SHARE) as usize);
-        if best != self.stretch.drafts || self.since_trial < rest {
+        let affordable = best > 0 || self.allowance.left >= self.allowance.enough;
+        if best != self.stretch.drafts || self.since_trial < rest || !affordable {
             return best;
         }
         self.since_trial = 0;
@@ -237,7 +312,8 @@ impl Planner {
         if self.fixed.is_some() || drafts >= self.costs.len() {
             return;
         }
-        self.observe_cost(drafts, gained.len(), time.as_secs_f64());
+        let steps = self.observe_cost(drafts, gained.len(), time.as_secs_f64());
+        self.allowance.note(gained.iter().sum::<usize>() as f64 / gained.len().max(1) as f64, steps);
         for &tokens in gained {
             for (i, (right, seen)) in self.drafts[..drafts].iter_mut().enumerate().take(tokens) {
                 *right = OLDER * *right + f64::from(i + 1 < tokens);
@@ -246,27 +322,36 @@ impl Planner {
         }
     }
 
-    fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) {
+    /// Learns from what a step took. Gives it as a multiple of a step without drafts.
+    fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) -> f64 {
         if (drafts, sequences) != (self.stretch.drafts, self.stretch.sequences) {
             // another batch, or sequences that want fewer: nothing to compare with
             self.before =
                 self.before.filter(|_| self.stretch.sequences == sequences && self.stretch.seconds.is_empty());
             self.stretch = Stretch { drafts, sequences, seconds: VecDeque::new() };
         }
-        if drafts > 0 && self.before.is_some_and(|(before, _)| before == 0) && !self.caught_up {
+        let plain = self.before.filter(|&(before, _)| before == 0 && drafts > 0).map(|(_, plain)| plain);
+        let steps = plain.map_or_else(|| self.cost(drafts), |plain| (seconds / plain.max(1e-9)).clamp(1.0, MOST_STEPS));
+        if plain.is_some() && !self.caught_up {
             // the draft was fed all that it missed, which it will not be in the next step
             self.caught_up = true;
-            return;
+            return steps;
+        }
+        if self.first_steps > 0 {
+            self.first_steps -= 1;
+            return steps;
         }
         self.stretch.push(seconds);
-        let Some(((before, old), new)) = self.before.zip(self.stretch.least()) else { return };
-        self.before = None;
-        self.compare((before, old), (drafts, new));
+        if let Some((before, new)) = self.before.zip(self.stretch.least()) {
+            self.before = None;
+            self.compare(before, (drafts, new));
+        }
+        steps
     }
 
     /// Learns from two stretches what steps of the number of drafts that is known less cost.
     fn compare(&mut self, a: (usize, f64), b: (usize, f64)) {
-        let known = |&(drafts, _): &(usize, f64)| (drafts == 0, self.costs[drafts].0.len());
+        let known = |&(drafts, _): &(usize, f64)| (drafts == 0, self.costs[drafts].comparisons());
         let (known, other) = if known(&a) >= known(&b) { (a, b) } else { (b, a) };
         let multiple = self.cost(known.0) * other.1 / known.1.max(1e-9);
         let expected = self.cost(other.0);
@@ -276,6 +361,9 @@ impl Planner {
 
     /// The number with the most tokens a second, no more than one above those that were measured; none unless it is better by a margin.
     fn best(&self) -> usize {
+        if !self.allowance.open {
+            return 0;
+        }
         let measured = self.costs.iter().rposition(|cost| cost.multiple().is_some()).unwrap_or(0);
         let mut best = (0, MARGIN * self.speed(0));
         for drafts in 1..self.costs.len().min(measured + 2) {
@@ -384,7 +472,13 @@ mod tests {
     #[test]
     fn auto_loses_little_where_drafts_do_not_pay_and_finds_what_pays() {
         // (tokens, how busy, least share of the speed without drafts, least share of the best number's)
-        let cases = [(256, 1.0, 0.96, 0.85), (2048, 1.0, 0.98, 0.94), (256, 1.8, 0.91, 0.8), (2048, 1.8, 0.95, 0.92)];
+        let cases = [
+            (128, 1.0, 0.97, 0.7),
+            (256, 1.0, 0.975, 0.85),
+            (2048, 1.0, 0.99, 0.94),
+            (256, 1.8, 0.96, 0.8),
+            (2048, 1.8, 0.95, 0.92),
+        ];
         for (tokens, busy, of_none, of_best) in cases {
             for draft in [0.15, 0.3, 0.6, 1.35] {
                 for right in [0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95] {

@@ -53,7 +53,7 @@ pub fn lower(site: &Site<'_>) -> Option<Result<Lowered, LowerError>> {
         Op::NormRouter => Some(router::lower_norm_router(site)),
         Op::ExpertsGateUp => Some(experts_gate_up::lower_experts_gate_up(site)),
         Op::ExpertsDown => Some(experts_down::lower_experts_down(site)),
-        Op::NormRopeAppend => Some(attention::lower_norm_rope_append(site)),
+        Op::NormRopeAppend | Op::NormAppend => Some(attention::lower_norm_append(site)),
         Op::GatedAttention => attention::lower_gated_attention(site),
         Op::GatedDeltaNet => delta_rule::lower_gated_delta_net(site),
         _ => None,

@@ -1,6 +1,6 @@
 //! What stands between the projections of a gated-attention layer and its output projection, by blocks of threads.
 //!
-//! norm_rope_append  a warp a head (`norm_rope`)
+//! norm_rope_append, norm_append  a warp a head (`norm_rope`)
 //! gated_attention   two classes of tokens, in products of fragments with sums in f32:
 //!   runs that are decoded  a block a split of positions (`splits`, `decode`, `warp`); what the splits found is put together by the tail (`merge`)
 //!   long runs              a block some tokens, over all their positions (`bulk`)
@@ -28,7 +28,7 @@ use super::super::ports::{Lowered, Port, Ports, Site};
 use runs::Tokens;
 use words::BLOCK_ELEMS;
 
-pub use norm_rope::lower_norm_rope_append;
+pub use norm_rope::lower_norm_append;
 pub use runs::sequence_of;
 
 /// Widest head: each thread of a warp holds sums of an eighth of its elements for a few rows.

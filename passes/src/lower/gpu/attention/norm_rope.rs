@@ -1,4 +1,4 @@
-//! `norm_rope_append` by blocks of threads: a warp a head of q, or a kv head with its v, of one token.
+//! `norm_rope_append` and `norm_append` by blocks of threads: a warp a head of q, or a kv head with its v, of one token.
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -6,7 +6,7 @@ use nextc_ir::schedule::Extent;
 use nextc_ir::shape::Sym;
 
 use super::super::super::LowerError;
-use super::super::super::attention::NormRope;
+use super::super::super::attention::{NormRope, Queries};
 use super::super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::super::ports::{Lowered, Port, Ports, Site};
 use super::super::{Element, Place, begin, warp_sum};
@@ -61,11 +61,11 @@ impl NormRope {
     }
 }
 
-/// `norm_rope_append`.
-pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
+/// `norm_rope_append` and `norm_append`.
+pub fn lower_norm_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut ports = Ports::default();
     let bound = NormRope::ports(site, &mut ports);
-    let (pages, heads, elems) = (bound.pages, bound.heads, bound.elems());
+    let (pages, heads, elems) = (bound.pages, bound.queries.map_or(0, |q| q.heads), bound.elems());
     let all_heads = heads + pages.heads;
     let groups = all_heads.div_ceil(NORM_WARPS);
     let mut k = ports.builder(site, Extent::Sym(Sym::T) * groups.into());
@@ -89,20 +89,21 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let head = k.min_i64(head, last);
     let kv_head = k.sub(head, q_heads);
     let kv_head = k.select(is_query, zero, kv_head);
-    let q_head = k.select(is_query, head, zero);
     let row = |k: &mut KernelBuilder, port: Port, heads: u64, head: Val| {
         let base = k.param(port);
         let row = row_ptr(k, base, t, heads * elems);
         row_ptr(k, row, head, elems)
     };
-    let (x, w, out) =
-        (row(&mut k, bound.q, heads, q_head), k.param(bound.q_norm), row(&mut k, bound.out, heads, q_head));
-    let (kx, kw, v) =
+    let (x, w, v) =
         (row(&mut k, bound.k, pages.heads, kv_head), k.param(bound.k_norm), row(&mut k, bound.v, pages.heads, kv_head));
-    let (x, w) = (k.select(is_query, x, kx), k.select(is_query, w, kw));
+    let query = bound.queries.map(|Queries { q, q_norm, out, .. }| {
+        let q_head = k.select(is_query, head, zero);
+        (row(&mut k, q, heads, q_head), k.param(q_norm), row(&mut k, out, heads, q_head))
+    });
+    let (x, w) = query.map_or((x, w), |(q, q_norm, _)| (k.select(is_query, q, x), k.select(is_query, q_norm, w)));
     bound.norm(&mut k, &elements, (x, w, normed));
     k.barrier();
-    let queries = |k: &mut KernelBuilder| {
+    let queries = |k: &mut KernelBuilder, out: Val| {
         for (element, first) in elements.iter().zip((0..).step_by(32)) {
             let nothing = k.const_f32(0.0);
             let value = bound.rotated(k, normed, element, first, position);
@@ -126,6 +127,9 @@ pub fn lower_norm_rope_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
         Vec::new()
     };
-    k.if_else(is_query, queries, keys);
+    match query {
+        Some((_, _, out)) => k.if_else(is_query, |k| queries(k, out), keys),
+        None => keys(&mut k),
+    };
     Ok(ports.finish(k.finish()))
 }
