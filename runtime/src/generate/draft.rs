@@ -5,15 +5,18 @@
 //! Costs are only compared where one number follows another, so a machine that becomes slower or faster does not matter. What a number
 //! that was not tried costs is taken from its neighbours; now and then one is tried, so seldom that trying costs little.
 //!
-//! What drafts cost more than they gave is paid from an [`Allowance`], a small share of all tokens. Where it is used up, nothing is
+//! What drafts cost more than they gave is paid from an allowance, a small share of all tokens. Where it is used up, nothing is
 //! drafted until it has grown enough for another trial: so drafting never costs more than it, whatever was measured.
 
-use std::collections::VecDeque;
+mod allowance;
+mod cost;
+
 use std::str::FromStr;
 use std::time::Duration;
 
+use self::allowance::Allowance;
+use self::cost::{Cost, STRETCH, Stretch};
 use super::{Forward, GenerateError};
-use crate::stats::median;
 
 /// What `--draft-tokens` may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,10 +55,6 @@ impl DraftTokens {
 
 /// Most drafts that `auto` makes.
 const AUTO_MOST: usize = 4;
-/// Steps of a stretch before its cost is compared with that of the one before it; no number of drafts is left sooner.
-const STRETCH: usize = 3;
-/// Newest costs of a stretch, of which the least counts: what a machine does beside only adds.
-const NEWEST: usize = 5;
 /// First steps of all, which are compared with nothing: what they use is touched for the first time.
 const FIRST_STEPS: usize = 5;
 /// Least steps between two trials of another number of drafts.
@@ -64,8 +63,6 @@ const TRIAL_STEPS: usize = 48;
 const MOST_DOUBLINGS: u32 = 4;
 /// Share of the time that trials may cost.
 const TRIAL_SHARE: f64 = 0.01;
-/// Newest comparisons of two costs, of which the median counts.
-const COMPARISONS: usize = 9;
 /// Comparisons of one draft with none to begin with, as long as drafts are right, and one more if they seem to pay: on a machine that
 /// does other things too, or touches weights for the first time, a single one says little.
 const FIRST_COMPARISONS: usize = 2;
@@ -79,14 +76,6 @@ const PRIOR: (f64, f64) = (1.0, 2.0);
 const PRIOR_COST: f64 = 0.25;
 /// How much better than no draft another number must be.
 const MARGIN: f64 = 1.03;
-/// Tokens that drafts may cost before they have given any.
-const FIRST_ALLOWED: f64 = 1.5;
-/// Share of all tokens that drafts may cost.
-const ALLOWED_SHARE: f64 = 0.01;
-/// What drafts gave before that they may cost later.
-const MOST_SAVED: f64 = 8.0;
-/// What a trial may cost beside what the last one did until the allowance was used up.
-const ANOTHER_STEP: f64 = 0.5;
 /// A step with drafts is counted as at most so many steps without: what takes longer does so for another reason.
 const MOST_STEPS: f64 = 4.0;
 
@@ -117,105 +106,6 @@ pub struct Planner {
     /// The next trial is of more drafts, not of fewer.
     upwards: bool,
     allowance: Allowance,
-}
-
-/// What drafts may cost, in tokens that steps without drafts would give in the same time.
-#[derive(Clone, Debug)]
-struct Allowance {
-    left: f64,
-    /// It is not used up, or has become enough for another trial.
-    open: bool,
-    /// What was left when drafts were begun.
-    begun_with: f64,
-    /// Enough for a trial.
-    enough: f64,
-}
-
-impl Allowance {
-    const FULL: Self = Self { left: FIRST_ALLOWED, open: true, begun_with: FIRST_ALLOWED, enough: FIRST_ALLOWED };
-
-    /// Drafts begin.
-    fn begin(&mut self) {
-        self.begun_with = self.left;
-    }
-
-    /// A step gave `tokens` tokens a sequence, in the time of `steps` steps without drafts.
-    fn note(&mut self, tokens: f64, steps: f64) {
-        let growth = (ALLOWED_SHARE * tokens).min((self.enough - self.left).max(0.0));
-        self.left = (self.left + growth + tokens - steps).min(MOST_SAVED.max(self.enough));
-        if self.open && self.left < 0.0 {
-            self.open = false;
-            // the first step may have used it up, of which feeding the draft what it missed is a part
-            self.enough = (self.begun_with - self.left + ANOTHER_STEP).max(FIRST_ALLOWED);
-        } else if self.left >= self.enough {
-            self.open = true;
-        }
-    }
-}
-
-/// What steps with some number of drafts cost, as a multiple of those without.
-#[derive(Clone, Debug, Default)]
-struct Cost {
-    /// What was thought before the first comparison.
-    expected: f64,
-    /// The newest comparisons.
-    seen: VecDeque<f64>,
-}
-
-impl Cost {
-    /// Of steps without drafts.
-    fn of_none() -> Self {
-        Self { expected: 1.0, seen: [1.0].into() }
-    }
-
-    /// Learns from a comparison; `expected`, what was thought before the first one, counts as much as that one.
-    fn learn(&mut self, multiple: f64, expected: f64) {
-        if self.seen.is_empty() {
-            self.expected = expected;
-        }
-        push_newest(&mut self.seen, multiple, COMPARISONS);
-    }
-
-    /// The median of the comparisons, if there were any. What becomes faster by itself, as the first steps do, makes every other one too
-    /// large and those between too small.
-    fn multiple(&self) -> Option<f64> {
-        let mut sorted: Vec<f64> = self.seen.iter().copied().collect();
-        sorted.extend((sorted.len() == 1).then_some(self.expected));
-        sorted.sort_by(f64::total_cmp);
-        (!sorted.is_empty()).then(|| median(&sorted))
-    }
-
-    fn comparisons(&self) -> usize {
-        self.seen.len()
-    }
-}
-
-/// Appends to the newest `most` values.
-fn push_newest(values: &mut VecDeque<f64>, value: f64, most: usize) {
-    if values.len() == most {
-        values.pop_front();
-    }
-    values.push_back(value);
-}
-
-/// Steps in a row with as many drafts for as many sequences.
-#[derive(Clone, Debug, Default)]
-struct Stretch {
-    drafts: usize,
-    sequences: usize,
-    /// The newest costs, in seconds.
-    seconds: VecDeque<f64>,
-}
-
-impl Stretch {
-    fn push(&mut self, seconds: f64) {
-        push_newest(&mut self.seconds, seconds, NEWEST);
-    }
-
-    /// The least cost; none while there are too few.
-    fn least(&self) -> Option<f64> {
-        self.seconds.iter().copied().reduce(f64::min).filter(|_| self.seconds.len() >= STRETCH)
-    }
 }
 
 impl Planner {
@@ -257,7 +147,7 @@ impl Planner {
         let now = self.stretch.drafts;
         let least = self.stretch.least();
         let next = match least {
-            _ if !self.allowance.open => 0,
+            _ if !self.allowance.is_open() => 0,
             None => now,
             Some(_) if self.begins() => usize::from(now == 0),
             Some(_) => self.best_or_trial(),
@@ -268,7 +158,7 @@ impl Planner {
             }
             self.before = least.map(|cost| (now, cost)).or(self.before).filter(|&(before, _)| before != next);
             self.caught_up = false;
-            self.stretch = Stretch { drafts: next, seconds: VecDeque::new(), ..self.stretch };
+            self.stretch = Stretch::new(next, self.stretch.sequences);
         }
         next
     }
@@ -297,7 +187,7 @@ impl Planner {
         let other = if up { best + 1 } else { best - 1 };
         let extra = (STRETCH + 1) as f64 * (self.speed(best) / self.speed(other) - 1.0);
         let rest = (TRIAL_STEPS << self.idle_trials).max((extra / TRIAL_SHARE) as usize);
-        let affordable = best > 0 || self.allowance.left >= self.allowance.enough;
+        let affordable = best > 0 || self.allowance.is_enough();
         if best != self.stretch.drafts || self.since_trial < rest || !affordable {
             return best;
         }
@@ -326,9 +216,8 @@ impl Planner {
     fn observe_cost(&mut self, drafts: usize, sequences: usize, seconds: f64) -> f64 {
         if (drafts, sequences) != (self.stretch.drafts, self.stretch.sequences) {
             // another batch, or sequences that want fewer: nothing to compare with
-            self.before =
-                self.before.filter(|_| self.stretch.sequences == sequences && self.stretch.seconds.is_empty());
-            self.stretch = Stretch { drafts, sequences, seconds: VecDeque::new() };
+            self.before = self.before.filter(|_| self.stretch.sequences == sequences && self.stretch.is_empty());
+            self.stretch = Stretch::new(drafts, sequences);
         }
         let plain = self.before.filter(|&(before, _)| before == 0 && drafts > 0).map(|(_, plain)| plain);
         let steps = plain.map_or_else(|| self.cost(drafts), |plain| (seconds / plain.max(1e-9)).clamp(1.0, MOST_STEPS));
@@ -361,7 +250,7 @@ impl Planner {
 
     /// The number with the most tokens a second, no more than one above those that were measured; none unless it is better by a margin.
     fn best(&self) -> usize {
-        if !self.allowance.open {
+        if !self.allowance.is_open() {
             return 0;
         }
         let measured = self.costs.iter().rposition(|cost| cost.multiple().is_some()).unwrap_or(0);
@@ -437,7 +326,7 @@ mod tests {
     impl Machine {
         /// Tokens in the time of a step without drafts that nothing slows down, over `tokens` tokens, the mean of several runs.
         fn speed(&self, planner: &Planner, tokens: usize) -> f64 {
-            let runs = (4096 / tokens).max(3) as u64;
+            let runs = (4096 / tokens).max(16) as u64;
             (1..=runs).map(|run| self.run(planner.clone(), tokens, run)).sum::<f64>() / runs as f64
         }
 
