@@ -79,13 +79,16 @@ impl Model {
         Ok(())
     }
 
-    /// Feeds the draft of each sequence what it lags behind more than so many rows, in steps of few tokens.
+    /// Feeds the draft of each sequence that lags behind more than so many rows all of them but one, in steps of few tokens.
     fn catch_up(&mut self, sequences: impl Iterator<Item = (Sequence, usize)>) -> Result<(), ModelError> {
         let width = self.engine.metadata().model.hidden_size as usize;
         for (sequence, most) in sequences {
             let Some(lag) = self.lags.get_mut(&sequence) else { continue };
-            while lag.next.len() > most {
-                let count = (lag.next.len() - most).min(CATCH_UP_STEP);
+            if lag.next.len() <= most {
+                continue;
+            }
+            while lag.next.len() > 1 {
+                let count = (lag.next.len() - 1).min(CATCH_UP_STEP);
                 self.engine.follow(&[lag.input(sequence, count, width)])?;
                 lag.forget(count, width);
             }
@@ -96,7 +99,8 @@ impl Model {
 
 /// Tokens that a draft is fed at once to catch up, at most.
 const CATCH_UP_STEP: usize = 512;
-/// Rows that it may lag behind when it drafts, and after a step of a prompt: of those it computes more than what later tokens need.
+/// Rows that it may lag behind when it drafts, and after a step of a prompt: of those it computes more than what later tokens need, which is
+/// less work than a step of its own.
 const FEW_ROWS: usize = 8;
 /// Rows that it may lag behind in all before it is fed them without being asked for drafts: where drafts do not pay, that comes seldom.
 const MOST_LAG: usize = 256;

@@ -1,9 +1,9 @@
 //! What drafts may cost where they do not pay.
 
 /// Tokens that drafts may cost before they have given any.
-const FIRST_ALLOWED: f64 = 1.5;
+const FIRST_ALLOWED: f64 = 3.0;
 /// Share of all tokens that drafts may cost.
-const ALLOWED_SHARE: f64 = 0.01;
+const ALLOWED_SHARE: f64 = 0.0075;
 /// What drafts gave before that they may cost later.
 const MOST_SAVED: f64 = 8.0;
 /// What a trial may cost beside what the last one did until the allowance was used up.
