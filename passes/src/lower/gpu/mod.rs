@@ -19,6 +19,7 @@ pub mod matmul;
 pub mod router;
 pub mod rows;
 pub mod sample;
+pub mod some;
 pub mod stage;
 pub mod tile;
 
