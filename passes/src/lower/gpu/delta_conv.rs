@@ -7,7 +7,7 @@ use nextc_ir::shape::pad;
 
 use super::super::delta_rule::Stream;
 use super::super::matmul::row_ptr;
-use super::delta_rule::{Block, Tokens, Turn};
+use super::delta_rule::{Block, Tokens};
 
 /// A channel of a convolution that a thread owns.
 pub struct Channel {
@@ -21,8 +21,6 @@ pub struct Channel {
     out: Val,
     /// Whether the thread has it alone; else it only computes what another does too.
     owned: Val,
-    /// Whether its window is to be moved on this turn.
-    moves: Val,
 }
 
 /// Where a channel would lie if it were one of a stream's.
@@ -39,9 +37,10 @@ impl Block<'_> {
         self.mixer.q.taps as usize - 1
     }
 
-    /// The channels of this thread: q, then k, then v of the turn's heads.
-    pub(super) fn channels(&self, k: &mut KernelBuilder, first_head: Val, last_turn: Val) -> Vec<Channel> {
-        let (mixer, keys) = (self.mixer, self.key_elems());
+    /// The channels of this thread: q, then k, then v of the block's heads.
+    pub(super) fn channels(&self, k: &mut KernelBuilder) -> Vec<Channel> {
+        let (mixer, keys, zero) = (self.mixer, self.key_elems(), k.const_i64(0));
+        let first_head = mixer.value_head(k, self.head, zero);
         let streams = [(&mixer.q, self.head, 0), (&mixer.k, self.head, keys), (&mixer.v, first_head, 2 * keys)];
         (0..self.row_elems())
             .step_by(self.tile.threads() as usize)
@@ -62,15 +61,8 @@ impl Block<'_> {
                     k.select(ends[0], q, rest)
                 };
                 let (x, row, w, window) = (choose(|p| p.x), choose(|p| p.row), choose(|p| p.w), choose(|p| p.window));
-                let not_key = k.not(ends[1]);
-                Channel {
-                    x: (x, row),
-                    taps: w,
-                    window: (window, row),
-                    out: row_ptr(k, self.smem.tokens, channel, 1),
-                    owned,
-                    moves: k.or(last_turn, not_key),
-                }
+                let out = row_ptr(k, self.smem.tokens, channel, 1);
+                Channel { x: (x, row), taps: w, window: (window, row), out, owned }
             })
             .collect()
     }
@@ -111,8 +103,7 @@ impl Block<'_> {
 
     pub(super) fn store_window(&self, k: &mut KernelBuilder, channel: &Channel, values: &[Val]) {
         let (window, row) = channel.window;
-        let stores = k.and(channel.owned, channel.moves);
-        k.if_then(stores, |k| {
+        k.if_then(channel.owned, |k| {
             for (i, &x) in (0..).zip(values) {
                 let i = k.index(i);
                 let at = k.mul(i, row);
@@ -122,7 +113,7 @@ impl Block<'_> {
     }
 
     /// Each channel's input of token `t`; of one beyond the run, the last one's.
-    pub(super) fn inputs(&self, k: &mut KernelBuilder, turn: &Turn, t: Val) -> Vec<Val> {
+    pub(super) fn inputs(&self, k: &mut KernelBuilder, channels: &[Channel], t: Val) -> Vec<Val> {
         let one = k.const_i64(1);
         let last = k.sub(self.run.end, one);
         let t = k.min_i64(t, last);
@@ -131,7 +122,7 @@ impl Block<'_> {
             let at = k.mul(t, row);
             k.load_f32(x, at)
         };
-        turn.channels.iter().map(load).collect()
+        channels.iter().map(load).collect()
     }
 
     /// `silu(conv1d(x))` of the channels, token by token; tentative inputs go behind the window. Gives the windows after the block: its tokens further,
@@ -139,7 +130,7 @@ impl Block<'_> {
     pub(super) fn convolve(
         &self,
         k: &mut KernelBuilder,
-        turn: &Turn,
+        channels: &[Channel],
         tokens: &Tokens,
         (windows, taps): (&[Val], &[Val]),
         inputs: Vec<Val>,
@@ -150,9 +141,9 @@ impl Block<'_> {
             let (windows, inputs) = carried.split_at(windows.len());
             let following = k.add(tokens.first, i);
             let following = k.add_const(following, 1);
-            let following = self.inputs(k, turn, following);
+            let following = self.inputs(k, channels, following);
             let mut moved = Vec::with_capacity(carried.len());
-            for (c, (channel, &x)) in turn.channels.iter().zip(inputs).enumerate() {
+            for (c, (channel, &x)) in channels.iter().zip(inputs).enumerate() {
                 let seen = [&windows[c * per..(c + 1) * per], &[x]].concat();
                 self.convolve_one(k, channel, i, (&seen, &taps[c * (per + 1)..(c + 1) * (per + 1)]));
                 moved.extend(&seen[1..]);
@@ -175,8 +166,7 @@ impl Block<'_> {
         let value = k.silu(sum);
         let at = k.mul_const(i, self.row_elems());
         k.if_then(channel.owned, |k| k.store(channel.out, at, value));
-        let keeps = k.and(self.run.tentative, channel.moves);
-        let keeps = k.and(keeps, channel.owned);
+        let keeps = k.and(self.run.tentative, channel.owned);
         k.if_then(keeps, |k| {
             let (window, row) = channel.window;
             let place = k.add_const(i, seen.len() as u64 - 1);

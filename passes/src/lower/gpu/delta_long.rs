@@ -288,7 +288,7 @@ impl Sweep<'_> {
         let turn = block.turn_of(k, value_head);
         let remembers = k.not(fresh);
         let state = block.load_state(k, &turn, remembers);
-        let state = block.replay(k, &turn, &state, fresh);
+        let state = block.replay(k, &turn, &state, (run.replay, fresh));
         let first = k.div_const(run.begin, BLOCK);
         let first = k.mul_const(first, BLOCK);
         let staged = self.load(k, first);

@@ -3,12 +3,13 @@
 //! Of short runs; long ones are for [`super::delta_long`]:
 //!
 //! block    one key head of one sequence, with the value heads that share it, so a convolution's window has one owner; tokens in blocks of 8
-//! thread   some rows of a few columns of S, in registers for the whole run; a warp reads whole lines of a state
+//! thread   some rows of a few columns of S, in registers for its turn; a warp reads whole lines of a state
+//! ahead    where all heads of a block are one turn, its state into registers, else the states of all turns towards L2
 //! replay   S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
 //! conv     a thread a channel of q, k and v; its window in registers; SiLU; to shared memory
 //! norm     a warp a token: q ← scale · q / |q|,  k ← k / |k|,  k·q
 //! sweep    token by token: y = Sᵀk,  w = Sᵀq  summed over the parts of a column, d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
-//! epilogue a warp a token and value head: out = rms_norm(o, norm) · silu(z)
+//! epilogue after the turns, a warp a token and value head: out = rms_norm(o, norm) · silu(z)
 //! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head and sequence: bound by memory
 //!
 //! What is kept of tentative tokens is as in [`super::super::delta_rule`].
@@ -45,11 +46,11 @@ pub const SHORT: u64 = TENTATIVE_TOKENS;
 /// How the states of a block lie in the registers of its threads.
 #[derive(Clone, Copy)]
 pub struct Tile {
-    /// Value heads that are done together; those that share a key head are done in so many turns.
+    /// Value heads that are done together; those of a block are done in so many turns.
     pub heads: u64,
     /// In how many turns.
     pub turns: u64,
-    /// Columns of these heads, padding of a head included; of long runs, those of one slice of a head.
+    /// Columns of the heads of a turn, padding of a head included; of long runs, those of one slice of a head.
     pub columns: u64,
     /// Columns of a thread.
     pub own: u64,
@@ -77,7 +78,7 @@ impl Tile {
             neighbours: false,
         };
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
-        heads.map(tile).find(|t| t.threads() <= most_threads && t.threads() >= BLOCK * t.heads)
+        heads.map(tile).find(|t| t.threads() <= most_threads)
     }
 
     /// The tile of `columns` columns of a head in a long run.
@@ -91,6 +92,16 @@ impl Tile {
         let dk = mixer.k.width;
         let parts = [MOST_PARTS, 4, 2].into_iter().find(|p| dk.is_multiple_of(4 * p)).unwrap_or(1);
         (parts, dk / parts)
+    }
+
+    /// Value heads of a block.
+    pub fn all_heads(&self) -> u64 {
+        self.heads * self.turns
+    }
+
+    /// Columns of all turns.
+    pub fn all_columns(&self) -> u64 {
+        self.columns * self.turns
     }
 
     /// Columns of a warp, and of the warps that share them.
@@ -160,14 +171,14 @@ fn short_runs(k: &mut KernelBuilder, (mixer, sequences): (&Mixer, &SequencePorts
     let fresh = k.if_else(some, |k| vec![run.is_fresh(k)], |_| vec![some])[0];
     let begun = k.not(fresh);
     let remembers = k.and(works, begun);
-    let turn = block.turn(k, zero);
-    let asked = block.ask(k, &turn, remembers);
+    let channels = block.channels(k);
+    let asked = block.ask(k, &channels, remembers);
     begin(k);
     k.if_then(is_mine, |k| {
         k.if_else(
             live,
             |k| {
-                block.run(k, asked, (fresh, remembers));
+                block.run(k, &channels, &asked, (fresh, remembers), long_elsewhere);
                 Vec::new()
             },
             |k| {
@@ -219,10 +230,10 @@ impl Smem {
     pub fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
         let mut array = |elems: u64| k.shared(DType::F32, elems);
         Self {
-            tokens: array(BLOCK * (2 * pad(mixer.k.width) + tile.columns)),
+            tokens: array(BLOCK * (2 * pad(mixer.k.width) + tile.all_columns())),
             kq: array(BLOCK),
-            alpha: array(BLOCK * tile.heads),
-            beta: array(BLOCK * tile.heads),
+            alpha: array(BLOCK * tile.all_heads()),
+            beta: array(BLOCK * tile.all_heads()),
             short: None,
         }
     }
@@ -232,10 +243,10 @@ impl Smem {
         let columns = tile.padded_columns();
         let mut array = |elems: u64| k.shared(DType::F32, elems);
         let short = Short {
-            o: array(BLOCK * tile.columns),
+            o: array(BLOCK * tile.all_columns()),
             parts: array(2 * tile.parts * columns),
             sums: array(2 * columns),
-            z: array(BLOCK * tile.columns),
+            z: array(BLOCK * tile.all_columns()),
             norm: array(pad(mixer.v.width)),
         };
         Self { short: Some(short), ..all }
@@ -244,14 +255,14 @@ impl Smem {
 
 /// Some value heads that share a key head: what one turn is about.
 pub struct Turn {
-    /// The first value head.
+    /// The first value head, and its number among those of the block.
     pub first_head: Val,
+    /// See `first_head`.
+    pub before: Val,
     /// The columns of this thread.
     pub own: Columns,
     /// Its part of each.
     pub part: Val,
-    /// Its channels of the convolutions, in short runs.
-    pub channels: Vec<Channel>,
 }
 
 /// A block of tokens.
@@ -290,7 +301,7 @@ impl Block<'_> {
 
     /// Elements of one token in shared memory.
     pub fn row_elems(&self) -> u64 {
-        2 * self.key_elems() + self.tile.columns
+        2 * self.key_elems() + self.tile.all_columns()
     }
 
     fn zero_out(&self, k: &mut KernelBuilder) {
@@ -303,43 +314,55 @@ impl Block<'_> {
         });
     }
 
-    /// All tokens of the sequence. `asked` is what was asked for of the first turn; whether the sequence begins here, and whether it has a past.
-    fn run(&self, k: &mut KernelBuilder, asked: Vec<Val>, (fresh, remembers): (Val, Val)) {
-        let (zero, turns) = (k.const_i64(0), k.index(self.tile.turns));
-        k.for_carry((zero, turns, 1), &asked, |k, number, asked| {
-            let turn = self.turn(k, number);
-            let (conv, state) = asked.split_at(asked.len() - self.held());
-            let (windows, taps) = conv.split_at(turn.channels.len() * self.window());
-            let state = self.replay(k, &turn, state, fresh);
-            let carried = [windows, &state].concat();
-            k.for_carry((self.run.begin, self.run.end, BLOCK), &carried, |k, first, carried| {
-                let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
-                let tokens = Tokens { first, count: k.min_i64(left, most), are_last: k.cmp(Pred::Le, left, most) };
-                let (windows, state) = carried.split_at(windows.len());
-                self.tokens(k, &turn, &tokens, (windows, taps), state)
-            });
-            if self.tile.turns == 1 {
-                return asked.to_vec();
-            }
-            // before the next turn uses the same shared memory
+    /// All tokens of the sequence, a block of them after the other, unless they are one block. `asked` is what was asked for; whether the sequence begins
+    /// here, and whether it has a past.
+    fn run(
+        &self,
+        k: &mut KernelBuilder,
+        channels: &[Channel],
+        asked: &[Val],
+        (fresh, remembers): (Val, Val),
+        is_one_block: bool,
+    ) {
+        let (windows, rest) = asked.split_at(channels.len() * self.window());
+        let (taps, state) = rest.split_at(channels.len() * (self.window() + 1));
+        let carried = [windows, state].concat();
+        let block = |k: &mut KernelBuilder, first: Val, carried: &[Val]| {
+            let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
+            let tokens = Tokens { first, count: k.min_i64(left, most), are_last: k.cmp(Pred::Le, left, most) };
+            let (windows, state) = carried.split_at(windows.len());
+            let windows = self.prepare(k, channels, &tokens, (windows, taps));
+            let state = self.turns(k, &tokens, state, (fresh, remembers));
             k.barrier();
-            let next = k.add_const(number, 1);
-            let more = k.cmp(Pred::Lt, next, turns);
-            let next = |k: &mut KernelBuilder| {
-                let turn = self.turn(k, next);
-                self.ask(k, &turn, remembers)
-            };
-            let nothing = k.const_f32(0.0);
-            k.if_else(more, next, |_| vec![nothing; asked.len()])
+            self.epilogue(k, &tokens);
+            [windows, state].concat()
+        };
+        if is_one_block {
+            block(k, self.run.begin, &carried);
+            return;
+        }
+        k.for_carry((self.run.begin, self.run.end, BLOCK), &carried, |k, first, carried| {
+            let left = block(k, first, carried);
+            // before the next tokens use the same shared memory
+            k.barrier();
+            left
         });
     }
 
-    /// Asks for what no launch of the step writes: the channels' windows, where the sequence has a past, and taps; then the state. And keeps the
-    /// gain of the output's norm.
-    fn ask(&self, k: &mut KernelBuilder, turn: &Turn, remembers: Val) -> Vec<Val> {
-        let windows: Vec<Val> = turn.channels.iter().flat_map(|c| self.load_window(k, c, remembers)).collect();
-        let taps: Vec<Val> = turn.channels.iter().flat_map(|c| self.load_taps(k, c)).collect();
-        let state = self.load_state(k, turn, remembers);
+    /// Asks for what no launch of the step writes: the channels' windows, where the sequence has a past, and taps; then the state, where there is
+    /// one turn, or towards L2. And keeps the gain of the output's norm.
+    fn ask(&self, k: &mut KernelBuilder, channels: &[Channel], remembers: Val) -> Vec<Val> {
+        if self.tile.turns > 1 {
+            self.bring_near(k, remembers);
+        }
+        let windows: Vec<Val> = channels.iter().flat_map(|c| self.load_window(k, c, remembers)).collect();
+        let taps: Vec<Val> = channels.iter().flat_map(|c| self.load_taps(k, c)).collect();
+        let mut state = Vec::new();
+        if self.tile.turns == 1 {
+            let zero = k.const_i64(0);
+            let turn = self.turn(k, zero);
+            state = self.load_state(k, &turn, remembers);
+        }
         if let Some(short) = self.smem.short {
             let (norm, width) = (k.param(self.mixer.norm), k.index(pad(self.mixer.v.width)));
             k.for_each((self.place.thread, width, self.tile.threads()), |k, c| {
@@ -350,16 +373,47 @@ impl Block<'_> {
         [windows, taps, state].concat()
     }
 
-    fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
-        let skipped = k.mul_const(turn, self.tile.heads);
-        let first_head = self.mixer.value_head(k, self.head, skipped);
-        let last_turn = k.index(self.tile.turns - 1);
-        let last_turn = k.cmp(Pred::Eq, turn, last_turn);
-        let channels = self.channels(k, first_head, last_turn);
-        Turn { channels, ..self.turn_of(k, first_head) }
+    /// The states of all value heads towards L2, where the sequence has a past: a warp a part of each.
+    fn bring_near(&self, k: &mut KernelBuilder, remembers: Val) {
+        let warps = self.tile.threads() / 32;
+        let elems = (self.mixer.k.width * pad(self.mixer.v.width)).div_ceil(warps).next_multiple_of(4);
+        k.if_then(remembers, |k| {
+            self.place.once_a_warp(k, |k| {
+                for head in 0..self.tile.all_heads() {
+                    let head = k.index(head);
+                    let head = self.mixer.value_head(k, self.head, head);
+                    let state = self.mixer.state(k, self.run.slot, head);
+                    let (at, bytes) = (k.mul_const(self.place.warp, elems), k.index(elems * 4));
+                    k.prefetch(state, at, bytes);
+                }
+            });
+        });
     }
 
-    /// What is about the value heads from `first_head` on, without channels.
+    fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
+        let before = k.mul_const(turn, self.tile.heads);
+        let first_head = self.mixer.value_head(k, self.head, before);
+        Turn { before, ..self.turn_of(k, first_head) }
+    }
+
+    /// The value heads of the block in turn. `held` is the state where there is one turn; else it lies in memory. Gives what is held then.
+    fn turns(&self, k: &mut KernelBuilder, tokens: &Tokens, held: &[Val], (fresh, remembers): (Val, Val)) -> Vec<Val> {
+        let (zero, turns) = (k.const_i64(0), k.index(self.tile.turns));
+        if self.tile.turns == 1 {
+            let turn = self.turn(k, zero);
+            return self.recur(k, &turn, tokens, held, fresh);
+        }
+        let follows = k.cmp(Pred::Gt, tokens.first, self.run.begin);
+        let remembers = k.or(remembers, follows);
+        k.for_each((zero, turns, 1), |k, number| {
+            let turn = self.turn(k, number);
+            let state = self.load_state(k, &turn, remembers);
+            self.recur(k, &turn, tokens, &state, fresh);
+        });
+        Vec::new()
+    }
+
+    /// What is about the value heads from `first_head` on, the first of the block.
     pub fn turn_of(&self, k: &mut KernelBuilder, first_head: Val) -> Turn {
         let (mixer, tile) = (self.mixer, &self.tile);
         let width = pad(mixer.v.width);
@@ -380,60 +434,62 @@ impl Block<'_> {
         let column = k.add(column, skipped);
         let state = mixer.state(k, self.run.slot, value_head);
         let own = Columns { place, lane, column, head, live, state };
-        Turn { first_head, own, part, channels: Vec::new() }
+        Turn { first_head, before: k.const_i64(0), own, part }
     }
 
-    /// A block of tokens; gives the windows and the state after it, and stores them if it is the last.
-    fn tokens(
+    /// What all value heads need of a block of tokens; gives the windows after it, and stores them if it is the last.
+    fn prepare(
         &self,
         k: &mut KernelBuilder,
-        turn: &Turn,
+        channels: &[Channel],
         tokens: &Tokens,
         (windows, taps): (&[Val], &[Val]),
-        state: &[Val],
     ) -> Vec<Val> {
-        let inputs = self.inputs(k, turn, tokens.first);
-        self.gates(k, turn, tokens);
-        let mut next = self.convolve(k, turn, tokens, (windows, taps), inputs);
-        for (channel, window) in turn.channels.iter().zip(next.chunks(self.window().max(1))) {
+        let inputs = self.inputs(k, channels, tokens.first);
+        self.gates(k, tokens);
+        let next = self.convolve(k, channels, tokens, (windows, taps), inputs);
+        for (channel, window) in channels.iter().zip(next.chunks(self.window().max(1))) {
             k.if_then(tokens.are_last, |k| self.store_window(k, channel, window));
         }
         k.barrier();
         self.norms(k, tokens);
         k.barrier();
-        let zero = k.const_i64(0);
-        let state = k.for_carry((zero, tokens.count, 1), state, |k, i, state| self.sweep(k, turn, (tokens, i), state));
-        let settled = k.not(self.run.tentative);
-        let stores = k.and(settled, tokens.are_last);
-        k.if_then(stores, |k| self.store_state(k, turn, &state));
-        k.barrier();
-        self.epilogue(k, turn, tokens);
-        next.extend(state);
         next
     }
 
-    /// α and β of the block: a thread a token and value head; there are threads enough. And the gates of the output.
-    fn gates(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
+    /// A block of tokens through the recurrence of a turn's heads; gives the state after it, and stores it where nobody holds it longer.
+    fn recur(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens, state: &[Val], fresh: Val) -> Vec<Val> {
+        let zero = k.const_i64(0);
+        let are_first = k.cmp(Pred::Eq, tokens.first, self.run.begin);
+        let accepted = k.select(are_first, self.run.replay, zero);
+        let state = self.replay(k, turn, state, (accepted, fresh));
+        let state = k.for_carry((zero, tokens.count, 1), &state, |k, i, state| self.sweep(k, turn, (tokens, i), state));
+        let settled = k.not(self.run.tentative);
+        let stores = if self.tile.turns == 1 { k.and(settled, tokens.are_last) } else { settled };
+        k.if_then(stores, |k| self.store_state(k, turn, &state));
+        state
+    }
+
+    /// α and β of the block: a thread a token and value head. And the gates of the output.
+    fn gates(&self, k: &mut KernelBuilder, tokens: &Tokens) {
+        let (tile, zero) = (&self.tile, k.const_i64(0));
+        let first_head = self.mixer.value_head(k, self.head, zero);
         if let Some(short) = self.smem.short {
-            let elems = k.mul_const(tokens.count, self.tile.columns);
-            k.for_each((self.place.thread, elems, self.tile.threads()), |k, at| {
-                let (i, c) = (k.div_const(at, self.tile.columns), k.rem_const(at, self.tile.columns));
+            let elems = k.mul_const(tokens.count, tile.all_columns());
+            k.for_each((self.place.thread, elems, tile.threads()), |k, at| {
+                let (i, c) = (k.div_const(at, tile.all_columns()), k.rem_const(at, tile.all_columns()));
                 let t = k.add(tokens.first, i);
-                let z = self.mixer.z_row(k, t, turn.first_head);
+                let z = self.mixer.z_row(k, t, first_head);
                 let z = k.load_f32(z, c);
                 k.store(short.z, at, z);
             });
         }
         // the last threads: the first have the norms to do
-        let pairs = k.mul_const(tokens.count, self.tile.heads);
-        let skipped = k.index(self.tile.threads() - BLOCK * self.tile.heads);
-        let pair = k.sub(self.place.thread, skipped);
-        let (none, few) = (k.const_i64(0), k.cmp(Pred::Lt, pair, pairs));
-        let exists = k.cmp(Pred::Ge, pair, none);
-        let exists = k.and(exists, few);
-        k.if_then(exists, |k| {
-            let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
-            let (t, head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
+        let last = k.index(tile.threads() - 1);
+        let (pairs, own) = (k.mul_const(tokens.count, tile.all_heads()), k.sub(last, self.place.thread));
+        k.for_each((own, pairs, tile.threads()), |k, pair| {
+            let (i, head) = (k.div_const(pair, tile.all_heads()), k.rem_const(pair, tile.all_heads()));
+            let (t, head) = (k.add(tokens.first, i), k.add(first_head, head));
             let (alpha, beta) = self.mixer.gate(k, t, head);
             k.store(self.smem.alpha, pair, alpha);
             k.store(self.smem.beta, pair, beta);
@@ -487,10 +543,10 @@ impl Block<'_> {
         }
         let [y, w] = self.sum_parts(k, turn, [y, w]);
         let kq = k.load_f32(self.smem.kq, i);
-        let pair = k.mul_const(i, tile.heads);
-        let pair = k.add(pair, turn.own.head);
+        let pair = self.pair(k, turn, i, turn.own.head);
         let (alpha, beta) = (k.load_f32(self.smem.alpha, pair), k.load_f32(self.smem.beta, pair));
-        let v = self.load_own(k, v, turn.own.lane);
+        let lane = self.lane(k, turn);
+        let v = self.load_own(k, v, lane);
         let (mut d, mut out) = (Vec::with_capacity(own), Vec::with_capacity(own));
         for ((&v, &y), &w) in v.iter().zip(&y).zip(&w) {
             let decayed = k.fmul(alpha, y);
@@ -510,6 +566,19 @@ impl Block<'_> {
         self.apply(k, turn, state, key, (&d, alpha))
     }
 
+    /// The number of token `i` and a head of the turn among those of the block.
+    fn pair(&self, k: &mut KernelBuilder, turn: &Turn, i: Val, head: Val) -> Val {
+        let pair = k.mul_const(i, self.tile.all_heads());
+        let pair = k.add(pair, turn.before);
+        k.add(pair, head)
+    }
+
+    /// Where this thread's columns lie in a row of the block.
+    fn lane(&self, k: &mut KernelBuilder, turn: &Turn) -> Val {
+        let before = k.mul_const(turn.before, pad(self.mixer.v.width));
+        k.add(before, turn.own.lane)
+    }
+
     /// Stores what the thread's columns say of token `i`, and keeps their updates where they may have to be replayed.
     fn say(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), (out, update): (&[Val], &[Val])) {
         let Some(short) = self.smem.short else {
@@ -518,8 +587,8 @@ impl Block<'_> {
             store_lanes(k, row, turn.own.column, out);
             return;
         };
-        let row = row_ptr(k, short.o, i, self.tile.columns);
-        store_lanes(k, row, turn.own.lane, out);
+        let (row, lane) = (row_ptr(k, short.o, i, self.tile.all_columns()), self.lane(k, turn));
+        store_lanes(k, row, lane, out);
         k.if_then(self.run.tentative, |k| {
             let [_, kept, _] = self.mixer.update(k, turn.own.state, i);
             store_lanes(k, kept, turn.own.column, update);
@@ -540,8 +609,7 @@ impl Block<'_> {
             k.store(kept, c, x);
             let is_first = k.cmp(Pred::Eq, c, zero);
             k.if_then(is_first, |k| {
-                let pair = k.mul_const(i, self.tile.heads);
-                let pair = k.add(pair, head);
+                let pair = self.pair(k, turn, i, head);
                 let alpha = k.load_f32(self.smem.alpha, pair);
                 k.store(kept_alpha, zero, alpha);
             });
@@ -549,13 +617,13 @@ impl Block<'_> {
     }
 
     /// The norms of what the block says of its tokens: a warp a token and value head.
-    fn epilogue(&self, k: &mut KernelBuilder, turn: &Turn, tokens: &Tokens) {
+    fn epilogue(&self, k: &mut KernelBuilder, tokens: &Tokens) {
         let Some(short) = self.smem.short else { return };
-        let width = pad(self.mixer.v.width);
-        let pairs = k.mul_const(tokens.count, self.tile.heads);
+        let (width, heads) = (pad(self.mixer.v.width), self.tile.all_heads());
+        let pairs = k.mul_const(tokens.count, heads);
         k.for_each((self.place.warp, pairs, self.tile.threads() / 32), |k, pair| {
-            let (i, head) = (k.div_const(pair, self.tile.heads), k.rem_const(pair, self.tile.heads));
-            let (t, value_head) = (k.add(tokens.first, i), k.add(turn.first_head, head));
+            let (i, head) = (k.div_const(pair, heads), k.rem_const(pair, heads));
+            let (t, value_head) = (k.add(tokens.first, i), self.mixer.value_head(k, self.head, head));
             let [o, z] = [short.o, short.z].map(|rows| row_ptr(k, rows, pair, width));
             norm_out(k, self.mixer, &self.place, (t, value_head), [o, short.norm, z]);
         });

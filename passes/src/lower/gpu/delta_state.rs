@@ -71,15 +71,15 @@ impl Block<'_> {
         });
     }
 
-    /// The state after the accepted tokens; in memory too, where it is not written at the end.
-    pub fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], fresh: Val) -> Vec<Val> {
+    /// The state after `accepted` kept tokens; in memory too, where it is not written at the end. `fresh` says whether the sequence begins.
+    pub fn replay(&self, k: &mut KernelBuilder, turn: &Turn, state: &[Val], (accepted, fresh): (Val, Val)) -> Vec<Val> {
         let (zero, mixer) = (k.const_i64(0), self.mixer);
-        let state = k.for_carry((zero, self.run.replay, 1), state, |k, i, state| {
+        let state = k.for_carry((zero, accepted, 1), state, |k, i, state| {
             let [key, d, alpha] = mixer.update(k, turn.own.state, i);
             let (d, alpha) = (self.load_own(k, d, turn.own.column), k.load_f32(alpha, zero));
             self.apply(k, turn, state, key, (&d, alpha))
         });
-        let kept = k.cmp(Pred::Gt, self.run.replay, zero);
+        let kept = k.cmp(Pred::Gt, accepted, zero);
         let changed = k.or(kept, fresh);
         let stays = k.and(changed, self.run.tentative);
         k.if_then(stays, |k| self.store_state(k, turn, &state));

@@ -132,9 +132,15 @@ impl Down {
         let most = k.mul_const(k.dim(Sym::T), self.choices.each);
         let most = k.min_i64(most, experts);
         let units = k.add_const(most, groups);
-        k.for_each((place.warp, units, DOWN_WARPS), |k, unit| {
+        let first = self.expert_of(k, place.warp, groups);
+        k.for_carry((place.warp, units, DOWN_WARPS), &[first], |k, unit, carried| {
             let end = k.index(groups);
             let is_shared = k.cmp(Pred::Lt, unit, end);
+            let next = k.add_const(unit, DOWN_WARPS);
+            let next = self.expert_of(k, next, groups);
+            if part.at_once > FEW_ROWS {
+                self.bring_next(k, place, next);
+            }
             k.if_else(
                 is_shared,
                 |k| {
@@ -158,21 +164,48 @@ impl Down {
                 |k| {
                     let number = k.sub(unit, end);
                     // of a single token, the choice that lies there too
-                    let (e, own) = (self.choices.active(k, number), self.choices.at(k, number).0);
+                    let (e, own) = (carried[0], self.choices.at(k, number).0);
                     let chosen = k.cmp(Pred::Ge, e, zero);
                     k.if_then(chosen, |k| self.routed(k, place, (number, e, own), part));
                     Vec::new()
                 },
             );
+            vec![next]
         });
+    }
+
+    /// The expert that unit `unit` is about, where that is one: `groups` units come before those of experts. Asked for a turn before it is needed.
+    fn expert_of(&self, k: &mut KernelBuilder, unit: Val, groups: u64) -> Val {
+        let (zero, first, last) = (k.const_i64(0), k.index(groups), k.index(self.choices.layout.experts - 1));
+        let number = k.sub(unit, first);
+        let is_shared = k.cmp(Pred::Lt, number, zero);
+        let number = k.select(is_shared, zero, number);
+        let number = k.min_i64(number, last);
+        self.choices.active(k, number)
+    }
+
+    /// Asks for the block's tile of an expert towards L2, if it is one.
+    fn bring_next(&self, k: &mut KernelBuilder, place: Place, e: Val) {
+        let zero = k.const_i64(0);
+        let chosen = k.cmp(Pred::Ge, e, zero);
+        k.if_then(chosen, |k| {
+            place.once_a_warp(k, |k| {
+                let weight = self.own_tile(k, e);
+                self.routed.prefetch(k, weight);
+            });
+        });
+    }
+
+    /// The block's tile of an expert.
+    fn own_tile(&self, k: &mut KernelBuilder, e: Val) -> Tile {
+        let (base, first_tile) = (k.param(self.w_down), k.mul_const(e, self.tiles));
+        let tile = k.add(first_tile, k.task());
+        self.routed.own_tile(k, base, tile)
     }
 
     /// The products of expert `e`, chosen as number `number`, with those of its tokens that are in the part.
     fn routed(&self, k: &mut KernelBuilder, place: Place, (number, e, own): (Val, Val, Val), part: &Part) {
-        let (base, tile, tokens) = (k.param(self.w_down), k.task(), k.dim(Sym::T));
-        let first_tile = k.mul_const(e, self.tiles);
-        let own_tile = k.add(first_tile, tile);
-        let weight = self.routed.own_tile(k, base, own_tile);
+        let (tokens, weight) = (k.dim(Sym::T), self.own_tile(k, e));
         let product = Product::new(k, &self.routed, vec![weight], place, 1);
         let (begin, end) = self.choices.run(k, tokens, (number, e));
         let first_choice = k.mul_const(part.first, self.choices.each);
@@ -197,10 +230,17 @@ impl Down {
             eight(k, begin, end);
             return;
         }
-        let end_token = k.add(part.first, part.tokens);
-        let end_choice = k.mul_const(end_token, self.choices.each);
-        let order = k.param(self.choices.order);
-        let range = [first_choice, end_choice].map(|choice| lower_bound(k, order, (begin, end), choice));
+        let (order, most) = (k.param(self.choices.order), k.index(part.at_once));
+        let is_whole = k.cmp(Pred::Le, tokens, most);
+        let range = k.if_else(
+            is_whole,
+            |_| vec![begin, end],
+            |k| {
+                let end_token = k.add(part.first, part.tokens);
+                let end_choice = k.mul_const(end_token, self.choices.each);
+                [first_choice, end_choice].map(|choice| lower_bound(k, order, (begin, end), choice)).to_vec()
+            },
+        );
         k.for_each((range[0], range[1], TOKENS), |k, from| eight(k, from, range[1]));
     }
 

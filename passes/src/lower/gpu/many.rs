@@ -6,7 +6,8 @@
 //! epilogue a thread has rows `r` and `r + 8` of a tile, of two tokens of each group of eight
 //! traffic  each weight once for 64 tokens: bound by shared memory
 //!
-//! A node that multiplies rows by a matrix has two kernels: one for steps of few rows ([`few_rows`]), and this one for others.
+//! A node that multiplies rows by a matrix has a kernel for steps of few rows ([`few_rows`]), and this one for others; between them may be one for some
+//! ([`some`](super::some)).
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
@@ -37,7 +38,7 @@ pub const MANY_TOKENS: u64 = GROUPS * TOKENS;
 const STAGE_TURNS: u64 = 4;
 
 /// Most rows that a kernel for few is used for at all.
-const MOST_FEW_ROWS: u64 = 256;
+pub const MOST_FEW_ROWS: u64 = 256;
 
 /// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below them it would have
 /// too few blocks to keep the machine busy.

@@ -2,7 +2,9 @@
 //!
 //! norm_router      blocks as in `many.rs`
 //! .choose          a warp a token
-//! .dispatch        a block for 1024 choices: a thread an expert counts them; tail: where each begins among all, and lists them
+//! .dispatch_some   a block for at most 1024 choices: warps find which of 32 choices are alike, a thread an expert counts them and finds where they
+//!                  begin, and a thread a choice lists it
+//! .dispatch        the same of more: a block for 1024 choices, or as many as its counts have room for, counts them; tail: where each begins among all, and lists them
 //! experts_gate_up  blocks (64 tokens of the shared expert, or of the run of a chosen one; eight tiles of its width)
 //! experts_down     blocks as before, by 16 tiles of the residual stream, hand all products to the tail: a block a token adds up those of
 //!                  its choices in their order
@@ -20,11 +22,11 @@ use super::super::ports::{Lowered, Port, Ports, Site};
 use super::experts_down::Down;
 use super::few::At;
 use super::fragments::Fragments;
-use super::many::{self, FEW_ROWS, MANY_TOKENS, OwnTiles, TILES, WARPS, few_rows, many, token_blocks};
+use super::many::{self, FEW_ROWS, MANY_TOKENS, OwnTiles, TILES, WARPS, few_rows, many, some, token_blocks};
 use super::matmul::{GatePair, store_pair, store_residual};
 use super::router::Choice;
 use super::tile::{Product, Split};
-use super::{Place, begin, lanes_before, warp_count};
+use super::{Place, begin, lanes_alike, lanes_before, warp_count};
 
 /// The products of the router.
 pub struct Router<'a> {
@@ -38,8 +40,10 @@ pub struct Router<'a> {
 
 /// Tokens of a block that chooses: a warp each.
 const CHOOSING: u64 = WARPS;
-/// Choices that a block dispatches.
+/// Choices that a block dispatches, at most.
 const DISPATCHED: u64 = 1024;
+/// Counts that such a block has room for: of each expert for each 32 choices.
+const COUNTS: u64 = 1 << 14;
 
 impl Router<'_> {
     /// The kernels; `outs` are the results of the node.
@@ -47,10 +51,11 @@ impl Router<'_> {
         let kernels = [
             self.logits(site, ports, outs, (sym, choice)),
             choose(site, ports, outs, (sym, choice)),
+            dispatch_some(site, ports, outs, (sym, choice)),
             dispatch(site, ports, outs, (sym, choice)),
         ];
-        let [logits, choose, dispatch] = kernels.map(|kernel| ports.clone().finish(kernel));
-        logits.then(choose).then(dispatch)
+        let [logits, choose, dispatch_some, dispatch] = kernels.map(|kernel| ports.clone().finish(kernel));
+        logits.then(choose).then(dispatch_some).then(dispatch)
     }
 
     fn logits(&self, site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
@@ -104,51 +109,75 @@ fn choose(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &C
     k.finish()
 }
 
+/// Choices that a block dispatches.
+fn dispatched(choice: &Choice) -> u64 {
+    (COUNTS / (choice.slots() * choice.threads) * 32).clamp(32, DISPATCHED)
+}
+
+/// Most tokens of a step whose choices one block dispatches.
+fn one_block(choice: &Choice) -> u64 {
+    (dispatched(choice) / choice.k).max(FEW_ROWS)
+}
+
+/// The choice for blocks that dispatch.
+fn dispatching(choice: &Choice) -> Choice {
+    Choice { threads: choice.experts.next_multiple_of(32).clamp(64, 512), ..*choice }
+}
+
+/// Lists the choices of some tokens by expert.
+fn dispatch_some(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
+    let choice = dispatching(choice);
+    let mut k = ports.builder_of(site, ".dispatch_some", some(sym, (FEW_ROWS, one_block(&choice)), 1.into()));
+    k.threads(choice.threads as u32);
+    let chunk = Chunk::new(&mut k, &choice);
+    begin(&mut k);
+    let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
+    chunk.read(&mut k, ids);
+    let listed = chunk.group(&mut k);
+    let counts = chunk.count(&mut k);
+    let first = k.const_i64(0);
+    let enters = k.cmp(Pred::Eq, k.task(), first);
+    let starts = choice.enter_all(&mut k, chunk.place, table, (&counts, chunk.totals), enters);
+    chunk.list(&mut k, order, &listed, &starts);
+    k.finish()
+}
+
 /// Lists the choices by expert.
 fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &Choice)) -> Kernel {
-    let threads = choice.experts.next_multiple_of(32).clamp(64, 512);
-    let choice = Choice { threads, ..*choice };
-    let chunks = (Extent::from(sym) * choice.k.into()).ceil_div(DISPATCHED);
-    let mut k = ports.builder_of(site, ".dispatch", many(sym, FEW_ROWS, chunks.clone()));
-    k.threads(threads as u32);
-    let near = k.shared(DType::I32, DISPATCHED);
-    let counts = k.partials(DType::I32, choice.slots() * threads);
+    let choice = dispatching(choice);
+    let chunks = (Extent::from(sym) * choice.k.into()).ceil_div(dispatched(&choice));
+    let grid = many(sym, one_block(&choice), chunks);
+    let mut k = ports.builder_of(site, ".dispatch", grid.clone());
+    k.threads(choice.threads as u32);
+    let row = choice.slots() * choice.threads;
+    let chunk = Chunk::new(&mut k, &choice);
+    let counts = k.partials(DType::I32, row);
     begin(&mut k);
-    let thread = k.thread();
-    let chunk = Chunk { choice: &choice, ids: k.param(outs[1]), near, thread };
-    let own: Vec<Val> = (0..choice.slots()).map(|i| k.add_const(thread, i * threads)).collect();
-    let (zero, one) = (k.const_i32(0), k.const_i32(1));
-    let found = chunk.each(&mut k, &vec![zero; own.len()], |k, _, ids, counts| {
-        let of_one = |(&e, &count): (&Val, &Val)| {
-            let e = k.narrow(e);
-            ids.iter().fold(count, |count, &id| {
-                let mine = k.cmp(Pred::Eq, id, e);
-                let more = k.select(mine, one, zero);
-                k.add(count, more)
-            })
-        };
-        own.iter().zip(counts).map(of_one).collect()
-    });
+    let ids = k.param(outs[1]);
+    chunk.read(&mut k, ids);
+    chunk.group(&mut k);
+    let found = chunk.count(&mut k);
     let task = k.task();
-    let mine = row_ptr(&mut k, counts, task, choice.slots() * threads);
+    let mine = row_ptr(&mut k, counts, task, row);
+    let own = choice.own_experts(&mut k, chunk.place.thread);
     own.iter().zip(found).for_each(|(&e, count)| k.store(mine, e, count));
-    k.finish_with_tail_grid(many(sym, FEW_ROWS, chunks), |k| {
-        let scan: [Val; 4] = std::array::from_fn(|_| k.shared(DType::I32, choice.slots() * threads));
-        let near = k.shared(DType::I32, DISPATCHED);
-        let counts = k.partials(DType::I32, choice.slots() * threads);
+    k.finish_with_tail_grid(grid, |k| {
+        let chunk = Chunk::new(k, &choice);
+        let counts = k.partials(DType::I32, row);
         begin(k);
-        let thread = k.thread();
         let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
-        let chunk = Chunk { choice: &choice, ids, near, thread };
-        let own: Vec<Val> = (0..choice.slots()).map(|i| k.add_const(thread, i * threads)).collect();
+        chunk.read(k, ids);
+        let listed = chunk.group(k);
+        chunk.count(k);
+        let own = choice.own_experts(k, chunk.place.thread);
         let (none, first) = (k.const_i32(0), k.const_i64(0));
         let all = k.mul_const(choice.tokens, choice.k);
-        let all = k.add_const(all, DISPATCHED - 1);
-        let all = k.div_const(all, DISPATCHED);
+        let all = k.add_const(all, chunk.most() - 1);
+        let all = k.div_const(all, chunk.most());
         let begin = vec![none; 2 * own.len()];
         // of each expert all choices, and those of the chunks before this one
         let sums = k.for_carry((first, all, 1), &begin, |k, c, sums| {
-            let counts = row_ptr(k, counts, c, choice.slots() * threads);
+            let counts = row_ptr(k, counts, c, row);
             let (sums, before) = sums.split_at(own.len());
             let is_before = k.cmp(Pred::Lt, c, k.task());
             let found: Vec<Val> = own.iter().map(|&e| k.load(DType::I32, 1, counts, e)).collect();
@@ -162,99 +191,154 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
         });
         let (sums, before) = sums.split_at(own.len());
         let enters = k.cmp(Pred::Eq, k.task(), first);
-        let starts = choice.enter_all(k, table, (&own, sums), scan, enters);
-        let cursors: Vec<Val> = starts.iter().zip(before).map(|(&start, &before)| k.add(start, before)).collect();
-        for (&e, &cursor) in own.iter().zip(&cursors) {
-            k.store(scan[0], e, cursor);
-        }
-        chunk.list(k, (order, scan[0]));
+        let starts = choice.enter_all(k, chunk.place, table, (sums, chunk.totals), enters);
+        let starts: Vec<Val> = starts.iter().zip(before).map(|(&start, &before)| k.add(start, before)).collect();
+        chunk.list(k, order, &listed, &starts);
     })
 }
 
-/// The choices of one block of the dispatch.
+/// The choices of one block of the dispatch, and its shared memory.
 struct Chunk<'a> {
     choice: &'a Choice,
+    place: Place,
+    /// `[choices]`: the expert of each.
     ids: Val,
-    near: Val,
-    thread: Val,
+    /// `[choices / 32][experts]`: how many of the 32 choices of a warp are of an expert; then how many are in the warps before.
+    counts: Val,
+    /// `[experts]`: where the chunk's choices of each begin.
+    starts: Val,
+    /// What [`Choice::enter_all`] needs.
+    totals: Val,
 }
 
-impl Chunk<'_> {
-    /// Lists the choices of the chunk, which it reads, by expert: a thread a choice. `cursors` says where those of each expert begin; each comes
-    /// after those of its expert before it.
-    fn list(&self, k: &mut KernelBuilder, (order, cursors): (Val, Val)) {
-        self.read(k);
-        let (zero, none, one) = (k.const_i64(0), k.const_i32(0), k.const_i32(1));
-        let count = self.count(k);
-        k.for_each((self.thread, count, self.choice.threads), |k, own| {
-            let id = k.load(DType::I32, 1, self.near, own);
-            let before = k.for_carry((zero, own, 4), &[none], |k, i, before| {
-                let ids = k.load(DType::I32, 4, self.near, i);
-                let of_expert = |before: Val, lane: u64| {
-                    let (other, place) = (k.extract(ids, lane as u32), k.add_const(i, lane));
-                    let (same, earlier) = (k.cmp(Pred::Eq, other, id), k.cmp(Pred::Lt, place, own));
-                    let counts = k.and(same, earlier);
-                    let more = k.select(counts, one, none);
-                    k.add(before, more)
-                };
-                vec![(0..4).fold(before[0], of_expert)]
-            })[0];
-            let e = k.widen(id);
-            let cursor = k.load(DType::I32, 1, cursors, e);
-            let at = k.add(cursor, before);
-            let task = k.task();
-            let number = k.mul_const(task, DISPATCHED);
-            let number = k.add(number, own);
-            let (at, number) = (k.widen(at), k.narrow(number));
-            k.store(order, at, number);
-        });
+/// A choice of a thread.
+struct Listed {
+    /// Its number in the chunk, and whether there is one.
+    at: Val,
+    exists: Val,
+    /// Its expert, and how many choices of it are before this one in its warp.
+    expert: Val,
+    before: Val,
+}
+
+impl<'a> Chunk<'a> {
+    fn new(k: &mut KernelBuilder, choice: &'a Choice) -> Self {
+        let (experts, most) = (choice.slots() * choice.threads, dispatched(choice));
+        let mut array = |elems: u64| k.shared(DType::I32, elems);
+        let [ids, counts] = [most, most / 32 * experts].map(&mut array);
+        let [starts, totals] = [experts, choice.totals()].map(&mut array);
+        Self { choice, place: Place::here(k), ids, counts, starts, totals }
+    }
+
+    /// Elements from one warp's counts to the next.
+    const fn row(&self) -> u64 {
+        self.choice.slots() * self.choice.threads
+    }
+
+    /// Choices that it has at most.
+    fn most(&self) -> u64 {
+        dispatched(self.choice)
+    }
+
+    /// The number of its first choice.
+    fn first(&self, k: &mut KernelBuilder) -> Val {
+        let task = k.task();
+        k.mul_const(task, self.most())
     }
 
     /// How many choices the chunk has.
-    fn count(&self, k: &mut KernelBuilder) -> Val {
-        let first = k.mul_const(k.task(), DISPATCHED);
-        let all = k.mul_const(self.choice.tokens, self.choice.k);
-        let (left, room) = (k.sub(all, first), k.index(DISPATCHED));
+    fn len(&self, k: &mut KernelBuilder) -> Val {
+        let (first, all) = (self.first(k), k.mul_const(self.choice.tokens, self.choice.k));
+        let (left, room) = (k.sub(all, first), k.index(self.most()));
         k.min_i64(left, room)
     }
 
-    /// Brings the chunk near: experts of choices, -1 where there is none.
-    fn read(&self, k: &mut KernelBuilder) {
-        let choice = self.choice;
-        let first = k.mul_const(k.task(), DISPATCHED);
-        let all = k.mul_const(choice.tokens, choice.k);
-        let room = k.index(DISPATCHED);
-        k.for_each((self.thread, room, choice.threads), |k, i| {
+    /// Brings the experts of the chunk's choices near.
+    fn read(&self, k: &mut KernelBuilder, ids: Val) {
+        let (choice, first, len) = (self.choice, self.first(k), self.len(k));
+        k.for_each((self.place.thread, len, choice.threads), |k, i| {
             let number = k.add(first, i);
-            let exists = k.cmp(Pred::Lt, number, all);
-            let none = k.const_i32(-1);
-            let load = |k: &mut KernelBuilder| {
-                let (t, s) = (k.div_const(number, choice.k), k.rem_const(number, choice.k));
-                let row = row_ptr(k, self.ids, t, pad(choice.k));
-                vec![k.load(DType::I32, 1, row, s)]
-            };
-            let id = k.if_else(exists, load, |_| vec![none])[0];
-            k.store(self.near, i, id);
+            let (t, s) = (k.div_const(number, choice.k), k.rem_const(number, choice.k));
+            let row = row_ptr(k, ids, t, pad(choice.k));
+            let id = k.load(DType::I32, 1, row, s);
+            k.store(self.ids, i, id);
         });
-        k.barrier();
     }
 
-    /// Runs `body(number of the first, experts of four choices, carried)` over the chunk, in order, in every thread; -1 where there is none.
-    fn each(
-        &self,
-        k: &mut KernelBuilder,
-        init: &[Val],
-        body: impl FnOnce(&mut KernelBuilder, Val, &[Val], &[Val]) -> Vec<Val>,
-    ) -> Vec<Val> {
-        self.read(k);
-        let (zero, count) = (k.const_i64(0), self.count(k));
-        let first = k.mul_const(k.task(), DISPATCHED);
-        k.for_carry((zero, count, 4), init, |k, i, carried| {
-            let ids = k.load(DType::I32, 4, self.near, i);
-            let ids = [0, 1, 2, 3].map(|lane| k.extract(ids, lane));
-            let number = k.add(first, i);
-            body(k, number, &ids, carried)
+    /// Counts the choices of each expert among each 32. Gives those of this thread.
+    fn group(&self, k: &mut KernelBuilder) -> Vec<Listed> {
+        let (threads, len, none) = (self.choice.threads, self.len(k), k.const_i32(0));
+        let groups = k.add_const(len, 31);
+        let groups = k.div_const(groups, 32);
+        let cells = k.mul_const(groups, self.row() / 4);
+        let nothing = k.quad([none; 4]);
+        k.for_each((self.place.thread, cells, threads), |k, i| {
+            let at = k.mul_const(i, 4);
+            k.store(self.counts, at, nothing);
+        });
+        k.barrier();
+        let missing = k.const_i32(-1);
+        let listed: Vec<Listed> = (0..self.most())
+            .step_by(threads as usize)
+            .map(|from| {
+                let at = k.add_const(self.place.thread, from);
+                let exists = k.cmp(Pred::Lt, at, len);
+                let load = |k: &mut KernelBuilder| vec![k.load(DType::I32, 1, self.ids, at)];
+                let expert = k.if_else(exists, load, |_| vec![missing])[0];
+                let (before, is_last) = lanes_alike(k, self.place.lane, expert);
+                let counts = k.and(exists, is_last);
+                k.if_then(counts, |k| {
+                    let one = k.const_i32(1);
+                    let (count, cell) = (k.add(before, one), self.cell(k, at, expert));
+                    k.store(self.counts, cell, count);
+                });
+                Listed { at, exists, expert, before }
+            })
+            .collect();
+        k.barrier();
+        listed
+    }
+
+    /// Where the count of a choice's expert among the 32 of its warp lies.
+    fn cell(&self, k: &mut KernelBuilder, at: Val, expert: Val) -> Val {
+        let (group, expert) = (k.div_const(at, 32), k.widen(expert));
+        let row = k.mul_const(group, self.row());
+        k.add(row, expert)
+    }
+
+    /// Adds up the counts of this thread's experts; instead of each stands what comes before it.
+    fn count(&self, k: &mut KernelBuilder) -> Vec<Val> {
+        let own = self.choice.own_experts(k, self.place.thread);
+        let (zero, len, none) = (k.const_i64(0), self.len(k), k.const_i32(0));
+        k.for_carry((zero, len, 32), &vec![none; own.len()], |k, at, sums| {
+            let group = k.div_const(at, 32);
+            let row = row_ptr(k, self.counts, group, self.row());
+            let of_one = |(&e, &sum): (&Val, &Val)| {
+                let count = k.load(DType::I32, 1, row, e);
+                k.store(row, e, sum);
+                k.add(sum, count)
+            };
+            own.iter().zip(sums).map(of_one).collect()
         })
+    }
+
+    /// Lists the choices by expert: `starts` says where those of the thread's experts begin; each comes after those of its expert before it.
+    fn list(&self, k: &mut KernelBuilder, order: Val, listed: &[Listed], starts: &[Val]) {
+        let own = self.choice.own_experts(k, self.place.thread);
+        own.iter().zip(starts).for_each(|(&e, &start)| k.store(self.starts, e, start));
+        k.barrier();
+        let first = self.first(k);
+        for choice in listed {
+            k.if_then(choice.exists, |k| {
+                let (e, cell) = (k.widen(choice.expert), self.cell(k, choice.at, choice.expert));
+                let (start, warps) = (k.load(DType::I32, 1, self.starts, e), k.load(DType::I32, 1, self.counts, cell));
+                let at = k.add(start, warps);
+                let at = k.add(at, choice.before);
+                let number = k.add(first, choice.at);
+                let (at, number) = (k.widen(at), k.narrow(number));
+                k.store(order, at, number);
+            });
+        }
     }
 }
 

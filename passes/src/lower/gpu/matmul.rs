@@ -1,6 +1,6 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! Each has a kernel for few rows (`few.rs`) and one for many (`many.rs`):
+//! Each has a kernel for few rows (`few.rs`), one for some (`some.rs`), where the one for many would leave multiprocessors idle, and one for many (`many.rs`):
 //!
 //! prologue the rows as they are, or `x · rms_scale · (1 + gain)`
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
@@ -13,9 +13,10 @@ use nextc_ir::shape::{LANES, Sym};
 use super::super::LowerError;
 use super::super::matmul::{Normed, Residual, Rows, number_in_range, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
-use super::few::{At, Few, Memory, Spread, Sum};
+use super::few::{At, Few, Memory, Sum};
 use super::fragments::{Fragments, Tile};
-use super::many::{self, OwnTiles, Pair, TILES, WARPS, few, few_rows, many, token_blocks};
+use super::many::{self, FEW_ROWS, OwnTiles, Pair, TILES, WARPS, few, few_rows, many, some, token_blocks};
+use super::some::{Blocks, SomeRows, some_rows};
 use super::stage::Form;
 use super::tile::{Product, Split};
 use super::{Place, across, begin, half_warp_sum};
@@ -62,8 +63,7 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let warps = splits.iter().map(|s| s.warps).max().unwrap_or(1);
     let splits: Vec<Split> = splits.into_iter().map(|s| Split { warps, ..s }).collect();
     let tasks = |i: usize| groups[i].iter().map(|s| s.fragments.planes.tiles().div_ceil(splits[i].tiles)).sum::<u64>();
-    let most = few_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
-    let mut k = ports.builder(site, few(sym, most, (0..groups.len()).map(tasks).sum::<u64>().into()));
+    let mut k = ports.builder(site, few(sym, FEW_ROWS, (0..groups.len()).map(tasks).sum::<u64>().into()));
     k.threads(warps as u32 * 32);
     k.together(2);
     let widest = splits.iter().copied().max_by_key(|s| s.tiles).unwrap_or(Split { warps, tiles: 1 });
@@ -79,19 +79,56 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
         first_task = end_task;
     }
-    let many = ports.clone().finish(linears_of_many(site, &ports, (&groups, warps), (&rows, sym)));
-    Ok(ports.finish(k.finish()).then(many))
+    let few = ports.clone().finish(k.finish());
+    let some_most = some_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
+    let few = if some_most > FEW_ROWS {
+        let blocks = Blocks::of(site.target, warps, all);
+        few.then(ports.clone().finish(linears_of_some(site, &ports, (&groups, blocks), (&rows, sym, some_most))))
+    } else {
+        few
+    };
+    let many = linears_of_many(site, &ports, (&groups, warps), (&rows, sym, some_most));
+    Ok(few.then(ports.finish(many)))
 }
 
-/// The kernel for many rows; `warps` share the columns in the one for few.
+/// The kernel for some rows, at most `most`.
+fn linears_of_some(
+    site: &Site<'_>,
+    ports: &Ports,
+    (groups, blocks): (&[Vec<Segment>], Blocks),
+    (rows, sym, most): (&Rows, Sym, u64),
+) -> Kernel {
+    let tasks = |group: &[Segment]| group.iter().map(|s| blocks.tasks(s.fragments.planes.tiles())).sum::<u64>();
+    let all: u64 = groups.iter().map(|g| tasks(g)).sum();
+    let mut k = ports.builder_of(site, ".some", some(sym, (FEW_ROWS, most), blocks.grid(sym, all)));
+    let memory = blocks.begin(&mut k);
+    let (place, count) = (Place::here(&mut k), k.dim(sym));
+    let (first, number) = blocks.block_of(&mut k, all);
+    let mut first_task = 0;
+    for group in groups {
+        let range = (first_task, first_task + tasks(group));
+        number_in_range(&mut k, number, range, |k, number| {
+            let own = OwnSegment::of(k, group, blocks.split, number);
+            let product = Product::new(k, &group[0].fragments, own.tiles.clone(), place, blocks.split.warps);
+            let block = SomeRows { product, blocks, rows, memory };
+            block.ask(k);
+            begin(k);
+            block.products(k, (first, count), &mut |k, at, sum| own.store(k, at, sum));
+        });
+        first_task = range.1;
+    }
+    k.finish()
+}
+
+/// The kernel for more rows than `above`; `warps` share the columns in the one for few.
 fn linears_of_many(
     site: &Site<'_>,
     ports: &Ports,
     (groups, warps): (&[Vec<Segment>], u64),
-    (rows, sym): (&Rows, Sym),
+    (rows, sym, above): (&Rows, Sym, u64),
 ) -> Kernel {
     let all: u64 = groups.iter().map(|g| many_tasks(g)).sum();
-    let mut k = ports.builder_of(site, ".many", many(sym, few_rows(site.target, all), token_blocks(sym) * all.into()));
+    let mut k = ports.builder_of(site, ".many", many(sym, above, token_blocks(sym) * all.into()));
     let place = many::begin_block(&mut k);
     let operands = groups.iter().map(|g| g[0].fragments.numbers().operands()).max().unwrap_or(1);
     let stage = many::stage(&mut k, operands);
@@ -163,25 +200,41 @@ fn linears_block(
     (rows, count): (&Rows, Val),
     (place, memory): (Place, Memory),
 ) {
-    let chosen = choose(k, group, split, task);
-    let fragments = group[0].fragments;
-    let numbers: Vec<Val> = (0..split.tiles).map(|i| k.add_const(chosen.first, i)).collect();
-    let tiles: Vec<Tile> = numbers
-        .iter()
-        .map(|&n| {
-            let n = k.min_i64(n, chosen.last);
-            fragments.tile(k, chosen.weight, chosen.scales_at, n)
-        })
-        .collect();
-    let product = Product::new(k, &fragments, tiles, place, split.warps);
-    let few = Few::new(product, split, rows, memory);
+    let own = OwnSegment::of(k, group, split, task);
+    let product = Product::new(k, &group[0].fragments, own.tiles.clone(), place, split.warps);
+    let few = Few::new(product, split, rows, memory).at_most(FEW_ROWS);
     let asked = few.ask(k);
     begin(k);
-    few.products(k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
-        let row = k.mul(at.token, chosen.stride);
-        let row = row_ptr(k, chosen.out, row, 1);
-        for (&tile, &value) in numbers.iter().zip(&sum.values) {
-            let exists = k.cmp(Pred::Le, tile, chosen.last);
+    few.products(k, asked, count, &mut |_, token| token, &mut |k, at, sum| own.store(k, at, sum));
+}
+
+/// The tiles of a block in its segment.
+struct OwnSegment {
+    chosen: Chosen,
+    numbers: Vec<Val>,
+    /// Of each number that tile, or the last where there is none.
+    tiles: Vec<Tile>,
+}
+
+impl OwnSegment {
+    fn of(k: &mut KernelBuilder, group: &[Segment], split: Split, task: Val) -> Self {
+        let chosen = choose(k, group, split, task);
+        let fragments = group[0].fragments;
+        let numbers: Vec<Val> = (0..split.tiles).map(|i| k.add_const(chosen.first, i)).collect();
+        let tile = |&n: &Val| {
+            let n = k.min_i64(n, chosen.last);
+            fragments.tile(k, chosen.weight, chosen.scales_at, n)
+        };
+        let tiles = numbers.iter().map(tile).collect();
+        Self { chosen, numbers, tiles }
+    }
+
+    /// Stores a sum of each tile that exists.
+    fn store(&self, k: &mut KernelBuilder, at: &At, sum: &Sum) {
+        let row = k.mul(at.token, self.chosen.stride);
+        let row = row_ptr(k, self.chosen.out, row, 1);
+        for (&tile, &value) in self.numbers.iter().zip(&sum.values) {
+            let exists = k.cmp(Pred::Le, tile, self.chosen.last);
             let exists = k.and(exists, at.exists);
             k.if_then(exists, |k| {
                 let column = k.mul_const(tile, LANES);
@@ -189,7 +242,7 @@ fn linears_block(
                 k.store(row, column, value);
             });
         }
-    });
+    }
 }
 
 /// Finds the segment of a task.
@@ -237,17 +290,15 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let sym = site.rows(x)?;
     let tiles = fragments.planes.tiles();
     let split = Split { tiles: 1, ..Split::of(site.target, tiles, &fragments.planes) };
-    let groups = tiles.div_ceil(TILES);
-    let spread = Spread::of(site.target, tiles);
-    let mut k = ports.builder(site, few(sym, few_rows(site.target, groups), spread.grid(sym)));
+    let mut k = ports.builder(site, few(sym, FEW_ROWS, tiles.into()));
     k.threads(split.threads());
     let memory = Memory::alloc(&mut k, site.target, split, &[fragments.form()]);
     let place = Place::here(&mut k);
     let base = k.param(weight);
-    let (tile, share) = spread.block(&mut k);
+    let tile = k.task();
     let own = fragments.own_tile(&mut k, base, tile);
     let product = Product::new(&mut k, &fragments, vec![own], place, split.warps);
-    let block = Few::new(product, split, &rows, memory).of_share(share);
+    let block = Few::new(product, split, &rows, memory).at_most(FEW_ROWS);
     let asked = block.ask(&mut k);
     begin(&mut k);
     let count = k.dim(sym);
@@ -263,22 +314,86 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     block.products(&mut k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
         store_residual(k, &residual, tile, at, (sum.row, early.take()), sum.values[0]);
     });
-    let few = k.finish();
+    let few = ports.clone().finish(k.finish());
 
-    let mut k =
-        ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
-    let place = many::begin_block(&mut k);
-    let stage = many::stage(&mut k, fragments.numbers().operands());
-    let (base, task) = (k.param(weight), k.task());
-    let (first, group) = many::block_of(&mut k, task, groups);
-    let own = OwnTiles::of_group(&mut k, group, tiles, place);
-    let own_tiles = own.load(&mut k, |k, n| fragments.own_tile(k, base, n));
-    let product = Product::new(&mut k, &fragments, own_tiles, place, split.warps);
-    many::products(&mut k, (&product, stage), &rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
-        own.each(k, at, pair, |k, tile, at, values| store_residual_pair(k, &residual, tile, at, pair.row, values));
-    });
-    let many = ports.clone().finish(k.finish());
-    Ok(ports.finish(few).then(many))
+    let node = ResidualNode { rows: &rows, fragments, weight, residual: &residual, warps: split.warps };
+    let some_most = some_rows(site.target, tiles.div_ceil(TILES));
+    let few = if some_most > FEW_ROWS {
+        few.then(ports.clone().finish(node.some(site, &ports, (sym, some_most))))
+    } else {
+        few
+    };
+    let many = node.many(site, &ports, (sym, some_most));
+    Ok(few.then(ports.finish(many)))
+}
+
+/// `linear_residual` and what it is connected to.
+struct ResidualNode<'a> {
+    rows: &'a Rows,
+    fragments: Fragments,
+    weight: Port,
+    residual: &'a Residual,
+    /// Warps that share the columns.
+    warps: u64,
+}
+
+impl ResidualNode<'_> {
+    /// The kernel for some rows, at most `most`.
+    fn some(&self, site: &Site<'_>, ports: &Ports, (sym, most): (Sym, u64)) -> Kernel {
+        let tiles = self.fragments.planes.tiles();
+        let blocks = Blocks::of(site.target, self.warps, tiles);
+        let all = blocks.tasks(tiles);
+        let mut k = ports.builder_of(site, ".some", some(sym, (FEW_ROWS, most), blocks.grid(sym, all)));
+        let memory = blocks.begin(&mut k);
+        let (place, base, count) = (Place::here(&mut k), k.param(self.weight), k.dim(sym));
+        let (first, group) = blocks.block_of(&mut k, all);
+        let (group, last) = (k.mul_const(group, blocks.split.tiles), k.index(tiles - 1));
+        let numbers: Vec<Val> = (0..blocks.split.tiles).map(|i| k.add_const(group, i)).collect();
+        let own = numbers.iter().map(|&n| {
+            let n = k.min_i64(n, last);
+            self.fragments.own_tile(&mut k, base, n)
+        });
+        let own = own.collect();
+        let product = Product::new(&mut k, &self.fragments, own, place, blocks.split.warps);
+        let block = SomeRows { product, blocks, rows: self.rows, memory };
+        block.ask(&mut k);
+        begin(&mut k);
+        block.products(&mut k, (first, count), &mut |k, at, sum| {
+            for (&tile, &value) in numbers.iter().zip(&sum.values) {
+                let exists = k.cmp(Pred::Le, tile, last);
+                let at = At { exists: k.and(exists, at.exists), ..*at };
+                store_residual(k, self.residual, tile, &at, (sum.row, None), value);
+            }
+        });
+        k.finish()
+    }
+
+    /// The kernel for more rows than `above`.
+    fn many(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
+        let (fragments, tiles) = (&self.fragments, self.fragments.planes.tiles());
+        let groups = tiles.div_ceil(TILES);
+        let mut k = ports.builder_of(site, ".many", many(sym, above, token_blocks(sym) * groups.into()));
+        let place = many::begin_block(&mut k);
+        let stage = many::stage(&mut k, fragments.numbers().operands());
+        let (base, task, count) = (k.param(self.weight), k.task(), k.dim(sym));
+        let (first, group) = many::block_of(&mut k, task, groups);
+        let own = OwnTiles::of_group(&mut k, group, tiles, place);
+        let own_tiles = own.load(&mut k, |k, n| fragments.own_tile(k, base, n));
+        let product = Product::new(&mut k, fragments, own_tiles, place, self.warps);
+        many::products(
+            &mut k,
+            (&product, stage),
+            self.rows,
+            (first, count),
+            &mut |_, token| token,
+            &mut |k, at, pair| {
+                own.each(k, at, pair, |k, tile, at, values| {
+                    store_residual_pair(k, self.residual, tile, at, pair.row, values);
+                });
+            },
+        );
+        k.finish()
+    }
 }
 
 /// `linear_wanted`: minus infinity where a tile is not wanted.

@@ -19,12 +19,13 @@ pub mod matmul;
 pub mod router;
 pub mod rows;
 pub mod sample;
+pub mod some;
 pub mod stage;
 pub mod tile;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
-use nextc_ir::{Layout, Op};
+use nextc_ir::{DType, Layout, Op};
 
 use super::LowerError;
 use super::ports::{Lowered, Site};
@@ -140,6 +141,16 @@ impl Element {
         }
     }
 
+    /// The element of an array of i32; 0 if it is not this thread's.
+    pub fn load_i32(&self, k: &mut KernelBuilder, from: Val) -> Val {
+        let load = |k: &mut KernelBuilder| k.load(DType::I32, 1, from, self.at);
+        let zero = k.const_i32(0);
+        match self.exists {
+            None => load(k),
+            Some(exists) => k.if_else(exists, |k| vec![load(k)], |_| vec![zero])[0],
+        }
+    }
+
     /// Stores it, if it is this thread's.
     pub fn store(&self, k: &mut KernelBuilder, to: Val, x: Val) {
         match self.exists {
@@ -221,6 +232,27 @@ pub fn lanes_before(
         let more = join(k, before, other);
         (k.select(is_upper, more, before), join(k, all, other))
     })
+}
+
+/// How many lanes before this one have the same i32, and whether none behind it has.
+pub fn lanes_alike(k: &mut KernelBuilder, lane: Val, x: Val) -> (Val, Val) {
+    let (none, one, lane) = (k.const_i32(0), k.const_i32(1), k.narrow(lane));
+    let [mut before, mut behind] = [none; 2];
+    for top in WARP.into_iter().rev() {
+        let bit = k.const_i32(top as i32);
+        let bit = k.and(lane, bit);
+        let is_upper = k.cmp(Pred::Ne, bit, none);
+        // lanes that differ in this bit and in lower ones: all before this lane, or all behind it
+        let alike = (top..2 * top).fold(none, |sum, mask| {
+            let other = k.shuffle_xor(x, mask);
+            let same = k.cmp(Pred::Eq, other, x);
+            let more = k.select(same, one, none);
+            k.add(sum, more)
+        });
+        let [lower, upper] = [k.select(is_upper, alike, none), k.select(is_upper, none, alike)];
+        (before, behind) = (k.add(before, lower), k.add(behind, upper));
+    }
+    (before, k.cmp(Pred::Eq, behind, none))
 }
 
 /// Sums of several numbers (a power of two, at most 32) over the threads of a warp: thread `lane` gets that of number `lane / (32 / n)`. The tree of each is that of

@@ -18,7 +18,7 @@ use super::many::{FEW_ROWS, TILES, few, few_rows};
 use super::many_experts;
 use super::matmul::store_one;
 use super::tile::{Product, Split};
-use super::{Place, begin, warp_sum};
+use super::{Place, begin, lanes_before, warp_count, warp_sum};
 
 /// `norm_router`.
 pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
@@ -258,39 +258,97 @@ impl Choice {
         warp_sum(k, sum)
     }
 
-    /// Enters the thread's experts into the table, where `enters` says so; gives where each one's run begins.
+    /// Enters the thread's experts, whose choices are `counts`, into the table, where `enters` says so; gives where each one's run begins. `totals`
+    /// is shared memory for [`Self::totals`] numbers.
     pub fn enter_all(
         &self,
         k: &mut KernelBuilder,
+        place: Place,
         table: Val,
-        (own, counts): (&[Val], &[Val]),
-        scan: [Val; 4],
+        (counts, totals): (&[Val], Val),
         enters: Val,
     ) -> Vec<Val> {
         let (zero, one) = (k.const_i32(0), k.const_i32(1));
-        for (&e, &count) in own.iter().zip(counts) {
-            let some = k.cmp(Pred::Gt, count, zero);
-            let some = k.select(some, one, zero);
-            k.store(scan[0], e, count);
-            k.store(scan[1], e, some);
-        }
-        let [starts, actives] = self.prefix_sums(k, own, scan);
-        let experts = k.index(self.experts);
-        let last = k.index(self.experts - 1);
-        let active_count = k.load(DType::I32, 1, actives, last);
-        let mut cursors = Vec::new();
-        for (&e, &count) in own.iter().zip(counts) {
-            let (end, active) = (k.load(DType::I32, 1, starts, e), k.load(DType::I32, 1, actives, e));
-            let start = k.sub(end, count);
+        let numbers: Vec<[Val; 2]> = counts
+            .iter()
+            .map(|&count| {
+                let some = k.cmp(Pred::Gt, count, zero);
+                [count, k.select(some, one, zero)]
+            })
+            .collect();
+        let (before, [_, active_count]) = self.sums_before(k, place, &numbers, totals);
+        let (experts, last) = (k.index(self.experts), k.index(self.experts - 1));
+        let mut starts = Vec::new();
+        for ((e, &count), [start, active]) in self.own_experts(k, place.thread).into_iter().zip(counts).zip(before) {
+            let end = k.add(start, count);
+            let active = k.add(active, one);
             let exists = k.cmp(Pred::Lt, e, experts);
             let exists = k.and(exists, enters);
             let e32 = k.narrow(e);
             k.if_then(exists, |k| {
                 self.enter(k, table, (e, e32, last), (start, end, count), (active, active_count));
             });
-            cursors.push(start);
+            starts.push(start);
         }
-        cursors
+        starts
+    }
+
+    /// The experts of a thread, by slot.
+    pub fn own_experts(&self, k: &mut KernelBuilder, thread: Val) -> Vec<Val> {
+        (0..self.slots()).map(|slot| k.add_const(thread, slot * self.threads)).collect()
+    }
+
+    /// Warps that have experts, of all slots.
+    const fn expert_warps(&self) -> u64 {
+        self.slots() * self.threads / 32
+    }
+
+    /// Numbers that [`Self::enter_all`] keeps in shared memory.
+    pub const fn totals(&self) -> u64 {
+        2 * self.expert_warps()
+    }
+
+    /// Of two numbers of each expert, of which `numbers` has the thread's: the sums of those of all experts before it, and of all.
+    fn sums_before(
+        &self,
+        k: &mut KernelBuilder,
+        place: Place,
+        numbers: &[[Val; 2]],
+        totals: Val,
+    ) -> (Vec<[Val; 2]>, [Val; 2]) {
+        let (none, add) = (k.const_i32(0), |k: &mut KernelBuilder, a: Val, b: Val| k.add(a, b));
+        let warps: Vec<Val> = (0..self.slots()).map(|slot| k.add_const(place.warp, slot * self.threads / 32)).collect();
+        let mut before = Vec::new();
+        for (numbers, &warp) in numbers.iter().zip(&warps) {
+            let both = numbers.map(|x| lanes_before(k, place.lane, (none, x), add));
+            place.once_a_warp(k, |k| {
+                for (which, (_, all)) in (0..).zip(both) {
+                    let at = k.add_const(warp, which * self.expert_warps());
+                    k.store(totals, at, all);
+                }
+            });
+            before.push(both.map(|(before, _)| before));
+        }
+        k.barrier();
+        let places = place.places(k, self.expert_warps());
+        let mut sums = [none; 2];
+        for which in 0..2 {
+            let row = k.index(which);
+            let row = row_ptr(k, totals, row, self.expert_warps());
+            let of_warps: Vec<Val> = places.iter().map(|p| p.load_i32(k, row)).collect();
+            let sum = of_warps.iter().fold(none, |sum, &x| k.add(sum, x));
+            sums[which as usize] = warp_count(k, sum);
+            for (before, &warp) in before.iter_mut().zip(&warps) {
+                let earlier = places.iter().zip(&of_warps).fold(none, |sum, (p, &x)| {
+                    let counts = k.cmp(Pred::Lt, p.at, warp);
+                    let x = k.select(counts, x, none);
+                    k.add(sum, x)
+                });
+                let earlier = warp_count(k, earlier);
+                before[which as usize] = k.add(before[which as usize], earlier);
+            }
+        }
+        (before, sums)
     }
 
     /// Enters expert `e` into the table: where its run begins, and its place among those that anybody chose.
@@ -322,37 +380,6 @@ impl Choice {
             let at = k.index(self.experts + 1);
             k.store(table, at, active_count);
         });
-    }
-
-    /// Inclusive sums over the experts of both arrays; `scan` holds them, and room for two more.
-    fn prefix_sums(&self, k: &mut KernelBuilder, own: &[Val], scan: [Val; 4]) -> [Val; 2] {
-        let (mut from, mut to) = ([scan[0], scan[1]], [scan[2], scan[3]]);
-        let mut distance = 1;
-        k.barrier();
-        while distance < self.experts {
-            let by = k.index(distance);
-            for &e in own {
-                let far = k.cmp(Pred::Ge, e, by);
-                for (&from, &to) in from.iter().zip(&to) {
-                    let x = k.load(DType::I32, 1, from, e);
-                    let zero = k.const_i32(0);
-                    let other = k.if_else(
-                        far,
-                        |k| {
-                            let at = k.sub(e, by);
-                            vec![k.load(DType::I32, 1, from, at)]
-                        },
-                        |_| vec![zero],
-                    )[0];
-                    let sum = k.add(x, other);
-                    k.store(to, e, sum);
-                }
-            }
-            k.barrier();
-            std::mem::swap(&mut from, &mut to);
-            distance *= 2;
-        }
-        from
     }
 }
 

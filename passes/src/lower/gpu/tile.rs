@@ -21,6 +21,8 @@ use super::stage::Stage;
 pub const TOKENS: u64 = 8;
 /// Elements from one token's sums of a tile to the next in shared memory: 16 rows, and 4 that keep threads in different banks.
 const SUM_STRIDE: u64 = LANES + 4;
+/// Elements of the sums of a tile in shared memory.
+pub const SUMS: u64 = TOKENS * SUM_STRIDE;
 /// Loads of 16 bytes that a thread has in flight.
 const LOADS: u64 = 8;
 
@@ -67,7 +69,7 @@ impl Split {
 
     /// Shared memory for the sums.
     pub fn shared(&self, k: &mut KernelBuilder) -> Val {
-        k.shared(DType::F32, self.warps * self.tiles * TOKENS * SUM_STRIDE)
+        k.shared(DType::F32, self.warps * self.tiles * SUMS)
     }
 }
 
@@ -207,13 +209,7 @@ impl<'a> Product<'a> {
             lo = k.add_const(first, self.chunk());
             left -= self.chunk();
         }
-        let end = k.add_const(first, most);
-        let hi = if self.even {
-            end
-        } else {
-            let all = k.index(self.all_turns);
-            k.min_i64(end, all)
-        };
+        let (_, hi) = self.turn_range(k);
         if left == 0 {
             return self.split_sums(k, &sums);
         }
@@ -223,6 +219,17 @@ impl<'a> Product<'a> {
             self.chunk_sums(k, turn, &codes, x, sums)
         });
         self.split_sums(k, &sums)
+    }
+
+    /// The warp's turns: the first, and one past the last.
+    pub fn turn_range(&self, k: &mut KernelBuilder) -> (Val, Val) {
+        let (first, most) = self.turns;
+        let end = k.add_const(first, most);
+        if self.even {
+            return (first, end);
+        }
+        let all = k.index(self.all_turns);
+        (first, k.min_i64(end, all))
     }
 
     /// Sums of nothing, for one group of tokens.
@@ -274,18 +281,37 @@ impl<'a> Product<'a> {
         b: &dyn Fn(&mut KernelBuilder, usize) -> Operand,
         sums: &mut [Vec<Val>],
     ) {
-        let tiles: Vec<Vec<Block>> = codes
-            .iter()
-            .enumerate()
-            .map(|(tile, codes)| {
-                let scales = self.scale_words(k, self.tiles[tile], turn);
-                self.blocks(k, turn, tile, &Asked { codes: codes.clone(), scales })
-            })
-            .collect();
+        let tiles: Vec<Vec<Block>> =
+            codes.iter().enumerate().map(|(tile, codes)| self.blocks_of(k, turn, tile, codes)).collect();
         for (group, sums) in sums.iter_mut().enumerate() {
             let b = b(k, group);
             tiles.iter().flatten().for_each(|block| self.block_sums(k, block, &b, sums));
         }
+    }
+
+    /// The same of groups that all have their operands: one tile's numbers at a time are in registers.
+    pub fn turn_sums_by_tile(
+        &self,
+        k: &mut KernelBuilder,
+        turn: Val,
+        codes: &[Vec<Val>],
+        groups: &[Vec<Operand>],
+        sums: &mut [Vec<Val>],
+    ) {
+        for (tile, codes) in codes.iter().enumerate() {
+            let blocks = self.blocks_of(k, turn, tile, codes);
+            for (operands, sums) in groups.iter().zip(sums.iter_mut()) {
+                for b in operands {
+                    blocks.iter().for_each(|block| self.block_sums(k, block, b, sums));
+                }
+            }
+        }
+    }
+
+    /// The blocks of columns of a turn whose codes are `codes`.
+    fn blocks_of(&self, k: &mut KernelBuilder, turn: Val, tile: usize, codes: &[Val]) -> Vec<Block> {
+        let scales = self.scale_words(k, self.tiles[tile], turn);
+        self.blocks(k, turn, tile, &Asked { codes: codes.to_vec(), scales })
     }
 
     /// The blocks of columns of a turn that share scales, or the whole turn where nothing is scaled.
@@ -426,7 +452,7 @@ impl<'a> Product<'a> {
 
     /// Puts a warp's sums of tile number `tile` where [`sum_of`] finds them: as part `part` of `tiles` a part.
     pub fn store(&self, k: &mut KernelBuilder, shared: Val, at: Val, sums: [Val; 4]) {
-        let base = k.mul_const(at, TOKENS * SUM_STRIDE);
+        let base = k.mul_const(at, SUMS);
         let token = k.mul_const(self.q, 2 * SUM_STRIDE);
         let base = k.add(base, token);
         let base = k.add(base, self.row);
@@ -441,7 +467,7 @@ impl<'a> Product<'a> {
 pub fn sum_of(k: &mut KernelBuilder, split: Split, shared: Val, (tile, token, row): (u64, Val, Val)) -> Val {
     let token = k.mul_const(token, SUM_STRIDE);
     let base = k.add(token, row);
-    let part = |w: u64| (w * split.tiles + tile) * TOKENS * SUM_STRIDE;
+    let part = |w: u64| (w * split.tiles + tile) * SUMS;
     let first = k.add_const(base, part(0));
     let first = k.load_f32(shared, first);
     (1..split.warps).fold(first, |sum, w| {
