@@ -80,6 +80,7 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   %55 = bf16_pairs %53, %53
   %56 = nibble %55 12
   prefetch %x[%52], %52
+  tile_turn %out, %x
   tile_zero
   tile_step 2 1 %x, %x, %x
   tile_store 2 1 %out

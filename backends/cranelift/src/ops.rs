@@ -79,6 +79,7 @@ impl Emitter<'_, '_> {
             KOp::Nibble { .. }
             | KOp::Bf16Row
             | KOp::Bf16Pairs
+            | KOp::TileTurn
             | KOp::TileZero
             | KOp::TileStep { .. }
             | KOp::TileStore { .. } => Err(Error::Tile { op: stmt.op.name() }),

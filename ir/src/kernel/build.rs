@@ -477,6 +477,11 @@ impl KernelBuilder {
         self.push(KOp::TileStore { rows, columns }, &[c], Vec::new(), Vec::new());
     }
 
+    /// `to` becomes the tile `from` with lines and words exchanged.
+    pub fn tile_turn(&mut self, to: Val, from: Val) {
+        self.push(KOp::TileTurn, &[to, from], Vec::new(), Vec::new());
+    }
+
     // ---- control
     /// A loop with carried values: `body(builder, i, carried)` gives their next values.
     pub fn for_carry(

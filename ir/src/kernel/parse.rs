@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 37] = [
+const PLAIN: [KOp; 38] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -97,6 +97,7 @@ const PLAIN: [KOp; 37] = [
     KOp::Quad,
     KOp::Bf16Row,
     KOp::Bf16Pairs,
+    KOp::TileTurn,
 ];
 
 /// Reads one kernel.

@@ -1,19 +1,23 @@
 //! `attention`: what stands between the projections of a gated-attention layer and its output projection.
 //!
 //! norm_rope_append  task: one token; q and k are normed and rotated, k and v appended to their page
-//! gated_attention   task: one token and kv head with the query heads that share it; online softmax over pages
+//! gated_attention   task: one token and kv head with the query heads that share it; online softmax over pages; long runs: [`tiles`]
 //!   page    scores of up to `page_tokens` positions in scratch, `m ← max`, `p = exp(s − m)`, `l ← l·c + Σp`, `o ← o·c + p·V`
 //!   epilogue  out = o / l · sigmoid(output_gate)
 //! traffic  two rows of KV a kv head and position: bound by memory
 //!
 //! Pages are absolute positions, taken in order: a token's bits depend on neither the step's size nor its neighbours.
 
+mod tiles;
+
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym, pad};
 use nextc_ir::{DType, Op};
 
+use self::tiles::{Run, Tiles};
 use super::LowerError;
+use super::bulk::Classes;
 use super::delta_rule::dot_rows;
 use super::matmul::{mean_rsqrt, row_ptr};
 use super::pages::Pages;
@@ -238,6 +242,18 @@ impl Attention {
     pub const fn elems(&self) -> u64 {
         pad(self.pages.row.width)
     }
+
+    /// `out = o / sum · sigmoid(gate)` of a head.
+    fn emit(&self, k: &mut KernelBuilder, (o, sum, gate, out): (Val, Val, Val, Val)) {
+        let sum = k.splat(sum, 16);
+        k.for_range(self.elems(), LANES, |k, c| {
+            let (x, g) = (k.load_f32x16(o, c), k.load_f32x16(gate, c));
+            let x = k.fdiv(x, sum);
+            let g = k.sigmoid(g);
+            let x = k.fmul(x, g);
+            k.store(out, c, x);
+        });
+    }
 }
 
 /// `gated_attention`.
@@ -245,6 +261,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedAttention);
     let mut ports = Ports::default();
     let bound = Attention::ports(site, &mut ports);
+    let in_tiles = site.target.bulk_tile().is_some();
     let (pages, shared, elems) = (bound.pages, bound.shared, bound.elems());
     let mut k = ports.builder(site, Extent::from(Sym::T) * pages.heads.into());
     let task = k.task();
@@ -265,36 +282,56 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
         max: k.alloc(DType::F32, shared),
         sum: k.alloc(DType::F32, shared),
     };
-    group.begin(&mut k);
+    let tiles = in_tiles.then(|| Tiles::alloc(&mut k, bound));
     let b = pages.sequence(&mut k, t);
     let slot = pages.slot(&mut k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, slot, zero);
     let (gate, out) = (row(&mut k, bound.gate), row(&mut k, bound.out));
-    k.if_else(
-        live,
-        |k| {
-            let position = pages.position(k, t);
-            let length = k.add_const(position, 1);
-            let up = k.add_const(position, pages.page_tokens);
-            let count = k.div_const(up, pages.page_tokens);
-            k.for_each((zero, count, 1), |k, page| {
-                let (keys, values) = pages.block(k, b, page, kv_head);
-                let first = k.mul_const(page, pages.page_tokens);
-                let left = k.sub(length, first);
-                let full = k.index(pages.page_tokens);
-                let tokens = k.min_i64(left, full);
-                group.page(k, keys, values, tokens);
-            });
-            group.finish(k, gate, out);
-            Vec::new()
-        },
-        |k| {
-            let nothing = k.splat_f32(16, 0.0);
-            k.for_range(shared * elems, LANES, |k, c| k.store(out, c, nothing));
-            Vec::new()
-        },
-    );
+    let alone = |k: &mut KernelBuilder| {
+        group.begin(k);
+        let position = pages.position(k, t);
+        let length = k.add_const(position, 1);
+        let up = k.add_const(position, pages.page_tokens);
+        let count = k.div_const(up, pages.page_tokens);
+        k.for_each((zero, count, 1), |k, page| {
+            let (keys, values) = pages.block(k, b, page, kv_head);
+            let first = k.mul_const(page, pages.page_tokens);
+            let left = k.sub(length, first);
+            let full = k.index(pages.page_tokens);
+            let tokens = k.min_i64(left, full);
+            group.page(k, keys, values, tokens);
+        });
+        group.finish(k, &bound, gate, out);
+        Vec::new()
+    };
+    let attend = |k: &mut KernelBuilder| match &tiles {
+        None => alone(k),
+        Some(tiles) => {
+            let cu_seqlens = k.param(pages.cu_seqlens);
+            let next = k.add_const(b, 1);
+            let (begin, end) = (k.load_index(cu_seqlens, b), k.load_index(cu_seqlens, next));
+            let is_bulk = Classes::is_bulk_run(k, begin, end);
+            // the first token of a block does the work of all
+            let together = |k: &mut KernelBuilder| {
+                let before = k.sub(t, begin);
+                let within = k.rem_const(before, Tiles::tokens(&bound));
+                let is_first = k.cmp(Pred::Eq, within, zero);
+                k.if_then(is_first, |k| {
+                    let last = k.add_const(t, Tiles::tokens(&bound));
+                    let end = k.min_i64(last, end);
+                    tiles.run(k, Run { b, kv_head, first: t, end });
+                });
+                Vec::new()
+            };
+            k.if_else(is_bulk, together, alone)
+        }
+    };
+    k.if_else(live, attend, |k| {
+        let nothing = k.splat_f32(16, 0.0);
+        k.for_range(shared * elems, LANES, |k, c| k.store(out, c, nothing));
+        Vec::new()
+    });
     Ok(ports.finish(k.finish()))
 }
 
@@ -456,18 +493,11 @@ impl Group {
     }
 
     /// `out = o / sum · sigmoid(gate)`.
-    fn finish(&self, k: &mut KernelBuilder, gate: Val, out: Val) {
+    fn finish(&self, k: &mut KernelBuilder, bound: &Attention, gate: Val, out: Val) {
         k.for_range(self.heads, 1, |k, h| {
             let sum = k.load_f32(self.sum, h);
-            let sum = k.splat(sum, 16);
             let [o, gate, out] = [self.o, gate, out].map(|p| row_ptr(k, p, h, self.elems));
-            k.for_range(self.elems, LANES, |k, c| {
-                let (x, g) = (k.load_f32x16(o, c), k.load_f32x16(gate, c));
-                let x = k.fdiv(x, sum);
-                let g = k.sigmoid(g);
-                let x = k.fmul(x, g);
-                k.store(out, c, x);
-            });
+            bound.emit(k, (o, sum, gate, out));
         });
     }
 }

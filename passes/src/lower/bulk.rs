@@ -49,7 +49,7 @@ impl Classes {
     }
 
     /// Whether the sequence of tokens `begin..end` is `bulk`.
-    fn is_bulk_run(k: &mut KernelBuilder, begin: Val, end: Val) -> Val {
+    pub fn is_bulk_run(k: &mut KernelBuilder, begin: Val, end: Val) -> Val {
         let (tokens, most) = (k.sub(end, begin), k.index(DECODE_TOKENS));
         k.cmp(Pred::Gt, tokens, most)
     }
@@ -201,15 +201,76 @@ pub fn takes(matrix: &Matrix) -> bool {
     p.format != Format::F32 && p.layout == Layout::Tile16 && !p.format.blocks().is_some_and(|b| b.ordered)
 }
 
+/// Rows as tiles of an A in scratch: strips of 16 rows, in each the tiles of 32 columns one after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct RowTiles {
+    /// Columns of a row as stored.
+    columns: u64,
+    at: Val,
+}
+
+impl RowTiles {
+    /// Call it at the top level of the body.
+    pub fn alloc(k: &mut KernelBuilder, rows: u64, columns: u64) -> Self {
+        let words = rows.div_ceil(LANES) * columns.div_ceil(TILE_COLUMNS) * TILE_BYTES / 4;
+        Self { columns, at: k.alloc(DType::I32, words) }
+    }
+
+    /// Tiles of a strip.
+    pub const fn depth(&self) -> u64 {
+        self.columns.div_ceil(TILE_COLUMNS)
+    }
+
+    /// Pointer to row `i` in its strip's first tile; further tiles are 1 KiB apart.
+    pub fn line(&self, k: &mut KernelBuilder, i: Val) -> Val {
+        let (strip, within) = (k.div_const(i, LANES), k.rem_const(i, LANES));
+        let (strip, within) = (k.mul_const(strip, self.depth() * TILE_BYTES), k.mul_const(within, LINE_BYTES));
+        let bytes = k.add(strip, within);
+        k.offset(self.at, bytes)
+    }
+
+    /// The strip after the one at `strip`.
+    pub fn next(&self, k: &mut KernelBuilder, strip: Val) -> Val {
+        let bytes = k.index(self.depth() * TILE_BYTES);
+        k.offset(strip, bytes)
+    }
+
+    /// Rounds a row, whose 16 numbers from column `c` on `numbers(c)` gives, into row `i`.
+    pub fn pack(&self, k: &mut KernelBuilder, i: Val, mut numbers: impl FnMut(&mut KernelBuilder, Val) -> Val) {
+        let to = self.line(k, i);
+        let put = |k: &mut KernelBuilder, c: Val, first: Val, second: Val| {
+            let words = k.bf16_row(first, second);
+            let at = k.mul_const(c, TILE_BYTES / 4 / TILE_COLUMNS);
+            k.store(to, at, words);
+        };
+        let whole = self.columns / TILE_COLUMNS * TILE_COLUMNS;
+        k.for_range(whole, TILE_COLUMNS, |k, c| {
+            let next = k.add_const(c, LANES);
+            let (first, second) = (numbers(k, c), numbers(k, next));
+            put(k, c, first, second);
+        });
+        if whole < self.columns {
+            let (c, nothing) = (k.index(whole), k.splat_f32(16, 0.0));
+            let first = numbers(k, c);
+            put(k, c, first, nothing);
+        }
+    }
+
+    /// Fills rows `first..end` with zeros.
+    pub fn fill(&self, k: &mut KernelBuilder, (first, end): (Val, Val)) {
+        k.for_each((first, end, 1), |k, i| {
+            let (to, nothing) = (self.line(k, i), k.splat_i32(16, 0));
+            k.for_range(self.depth() * TILE_BYTES / 4, TILE_BYTES / 4, |k, at| k.store(to, at, nothing));
+        });
+    }
+}
+
 /// Scratch for products of a block of tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Panel {
-    /// Columns of a row as stored.
-    columns: u64,
     /// Most tokens of a block.
     tokens: u64,
-    /// The rows as strips of 16.
-    a: Val,
+    a: RowTiles,
     /// The weights.
     strips: Strips,
     /// Sums of 32 tokens by 32 weight rows, for each two strips.
@@ -220,12 +281,10 @@ impl Panel {
     /// For products with `matrices`, which have one number of columns. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, classes: Classes, matrices: &[Matrix]) -> Self {
         let columns = matrices[0].planes.columns;
-        let strip_words = columns.div_ceil(TILE_COLUMNS) * TILE_BYTES / 4;
         let tokens = classes.tile.tokens(columns);
         Self {
-            columns,
             tokens,
-            a: k.alloc(DType::I32, tokens / LANES * strip_words),
+            a: RowTiles::alloc(k, tokens, columns),
             strips: Strips::alloc(k, matrices, columns),
             c: k.alloc(DType::F32, STRIPS * 2 * LANES * LANES),
         }
@@ -234,11 +293,6 @@ impl Panel {
     /// Scratch for a number of each row. Call it at the top level of the body.
     pub fn numbers(&self, k: &mut KernelBuilder) -> Val {
         k.alloc(DType::I32, self.tokens)
-    }
-
-    /// Tiles of a strip.
-    const fn depth(&self) -> u64 {
-        self.columns.div_ceil(TILE_COLUMNS)
     }
 
     /// Runs `body(first, count)` for blocks of the rows `lo..hi`.
@@ -267,37 +321,10 @@ impl Panel {
         k.for_each((zero, count, 1), |k, i| {
             let row = row_of(k, i);
             let numbers = rows.reader(k, row);
-            let to = self.line(k, i);
-            let put = |k: &mut KernelBuilder, c: Val, first: Val, second: Val| {
-                let words = k.bf16_row(first, second);
-                let at = k.mul_const(c, TILE_BYTES / 4 / TILE_COLUMNS);
-                k.store(to, at, words);
-            };
-            let whole = self.columns / TILE_COLUMNS * TILE_COLUMNS;
-            k.for_range(whole, TILE_COLUMNS, |k, c| {
-                let next = k.add_const(c, LANES);
-                let (first, second) = (numbers.at(k, c), numbers.at(k, next));
-                put(k, c, first, second);
-            });
-            if whole < self.columns {
-                let (c, nothing) = (k.index(whole), k.splat_f32(16, 0.0));
-                let first = numbers.at(k, c);
-                put(k, c, first, nothing);
-            }
+            self.a.pack(k, i, |k, c| numbers.at(k, c));
         });
         let end = round_up(k, count, LANES);
-        k.for_each((count, end, 1), |k, i| {
-            let (to, nothing) = (self.line(k, i), k.splat_i32(16, 0));
-            k.for_range(self.depth() * TILE_BYTES / 4, TILE_BYTES / 4, |k, at| k.store(to, at, nothing));
-        });
-    }
-
-    /// Pointer to row `i` in its strip's first tile; further tiles are 1 KiB apart.
-    fn line(&self, k: &mut KernelBuilder, i: Val) -> Val {
-        let (strip, within) = (k.div_const(i, LANES), k.rem_const(i, LANES));
-        let (strip, within) = (k.mul_const(strip, self.depth() * TILE_BYTES), k.mul_const(within, LINE_BYTES));
-        let bytes = k.add(strip, within);
-        k.offset(self.a, bytes)
+        self.a.fill(k, (count, end));
     }
 
     /// Products of a group of weights with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`. The group that follows is
@@ -319,20 +346,19 @@ impl Panel {
             .collect();
         let (zero, end) = (k.const_i64(0), round_up(k, count, LANES));
         k.for_each((zero, end, 2 * LANES), |k, first| {
-            let (low, block) = (self.line(k, first), k.div_const(first, 2 * LANES));
+            let (low, block) = (self.a.line(k, first), k.div_const(first, 2 * LANES));
             let (left, one) = (k.sub(end, first), k.index(LANES));
             let two = k.cmp(Pred::Gt, left, one);
             let dots = |k: &mut KernelBuilder, a: &[Val]| {
                 for (pair, (&c, b)) in sums.iter().zip(&strips).enumerate() {
-                    k.tile_dot(c, (a, b), self.depth(), |k, i| ahead.ask(k, pair, block, i));
+                    k.tile_dot(c, (a, b), self.a.depth(), |k, i| ahead.ask(k, pair, block, i));
                 }
                 Vec::new()
             };
             k.if_else(
                 two,
                 |k| {
-                    let bytes = k.index(self.depth() * TILE_BYTES);
-                    let high = k.offset(low, bytes);
+                    let high = self.a.next(k, low);
                     dots(k, &[low, high])
                 },
                 |k| dots(k, &[low]),
@@ -407,7 +433,7 @@ impl Panel {
 }
 
 /// The least multiple of `n` that is not less than `x`.
-fn round_up(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
+pub fn round_up(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
     let up = k.add_const(x, n - 1);
     let up = k.div_const(up, n);
     k.mul_const(up, n)

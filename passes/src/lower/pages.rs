@@ -105,6 +105,15 @@ impl Pages {
         halves
     }
 
+    /// All of a row, each vector the next 16 elements.
+    pub(super) fn load_row(&self, k: &mut KernelBuilder, row: Val) -> Vec<Val> {
+        let lines = (0..self.row.lines()).map(|line| {
+            let at = k.index(line);
+            self.load_line(k, row, at, self.parts_of(line))
+        });
+        lines.collect::<Vec<_>>().concat()
+    }
+
     /// Stores the head at `from`, as f32, as a row.
     pub(super) fn store_row(&self, k: &mut KernelBuilder, row: Val, from: Val) {
         for line in 0..self.row.lines() {

@@ -90,6 +90,36 @@ impl<'c> Emitter<'_, 'c> {
         self.words(self.builder.build_shuffle_vector(halves, poison, VectorType::const_vector(&mask), "pairs")?)
     }
 
+    /// Halves of lines change places, then quarters, and so on: each exchange is two shuffles of two lines.
+    pub(super) fn tile_turn(&self, stmt: &Stmt) -> Result<()> {
+        let [to, from] = [self.pointer(stmt, 0)?, self.pointer(stmt, 1)?];
+        let (i32, i64) = (self.context.i32_type(), self.context.i64_type());
+        let line = i32.vec_type(ROWS as u32);
+        let place = |p, i: u64| self.element(line.into(), p, i64.const_int(i, false));
+        let mut lines = Vec::new();
+        for i in 0..ROWS {
+            let loaded = self.builder.build_load(line, place(from, i)?, "line")?.into_vector_value();
+            let access = loaded.as_instruction().expect("a load is an instruction");
+            access.set_alignment(4).expect("a power of two");
+            lines.push(loaded);
+        }
+        for apart in [8, 4, 2, 1] {
+            for i in (0..ROWS).filter(|i| i & apart == 0) {
+                let [low, high] = [i, i + apart].map(|i| lines[i as usize]);
+                let pick = |upper: u64| {
+                    let lane = |l: u64| if l & apart == 0 { l + upper } else { l - apart + upper + ROWS };
+                    let mask: Vec<_> = (0..ROWS).map(|l| i32.const_int(lane(l), false)).collect();
+                    self.builder.build_shuffle_vector(low, high, VectorType::const_vector(&mask), "turned")
+                };
+                (lines[i as usize], lines[(i + apart) as usize]) = (pick(0)?, pick(apart)?);
+            }
+        }
+        for (i, value) in (0..).zip(lines) {
+            self.builder.build_store(place(to, i)?, value)?.set_alignment(4).expect("a power of two");
+        }
+        Ok(())
+    }
+
     pub(super) fn tile_zero(&self) -> Result<()> {
         (0..A).try_for_each(|sum| self.call_intrinsic("llvm.x86.tilezero", &[self.register(sum)]).map(drop))
     }

@@ -125,6 +125,15 @@ fn a_product_of_tiles_is_a_product_of_matrices() {
 }
 
 #[test]
+fn a_turned_tile_has_lines_for_words() {
+    let mut k = KernelBuilder::new("turn", &[("from", false), ("to", true)], 1.into());
+    let (from, to) = (k.param(0), k.param(1));
+    k.tile_turn(to, from);
+    let got = check(&k.finish(), &[(0..256).collect(), vec![0; 256]], "a turned tile");
+    assert!(got.iter().zip(0..).all(|(&word, at)| word == at % 16 * 16 + at / 16), "{got:?}");
+}
+
+#[test]
 fn two_vectors_become_bf16_in_a_row_or_in_pairs() {
     let mut k = KernelBuilder::new("round", &[("x", false), ("out", true)], 1.into());
     let (x, out) = (k.param(0), k.param(1));

@@ -329,6 +329,10 @@ pub(super) enum Inst {
         a: Reg,
         b: Reg,
     },
+    TileTurn {
+        to: Reg,
+        from: Reg,
+    },
     TileZero,
     /// The products of this number in [`Block::tile_steps`].
     TileStep {

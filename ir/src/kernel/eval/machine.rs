@@ -332,6 +332,7 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 let words = if in_a_row { tile::bf16_row(&a, &b) } else { tile::bf16_pairs(&a, &b) };
                 self.narrow[d..d + words.len()].copy_from_slice(&words);
             }
+            Inst::TileTurn { to, from } => self.tile_turn(to, from)?,
             Inst::TileZero => self.sums = Sums::default(),
             Inst::TileStep { number } => self.tile_step(&block.tile_steps[number])?,
             Inst::TileStore { c, rows, columns } => self.tile_store(c, rows as usize, columns as usize)?,
@@ -540,6 +541,15 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 let (a, b) = (self.tile(a)?, self.tile(b)?);
                 tile::multiply_add(&mut self.sums[i * step.b.len() + j], &a, &b);
             }
+        }
+        Ok(())
+    }
+
+    fn tile_turn(&mut self, to: Reg, from: Reg) -> Result<(), Misdeed> {
+        let tile = self.tile(from)?;
+        for line in 0..tile::ROWS {
+            let words = self.memory.write(self.pointers[to], (line * tile::ROWS) as i64, (tile::ROWS, 4), 0)?;
+            words.iter_mut().zip(&tile).for_each(|(word, row)| *word = row[line]);
         }
         Ok(())
     }

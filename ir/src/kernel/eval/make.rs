@@ -303,6 +303,7 @@ impl<'k> Maker<'k> {
             KOp::Nibble { shift } => Inst::Nibble { d, a, shift, n },
             KOp::Bf16Row => Inst::Bf16 { in_a_row: true, d, a, b },
             KOp::Bf16Pairs => Inst::Bf16 { in_a_row: false, d, a, b },
+            KOp::TileTurn => Inst::TileTurn { to: a, from: b },
             KOp::TileZero => Inst::TileZero,
             KOp::TileStep { rows, columns } => {
                 let (rows, all) = (rows as usize, (rows + columns) as usize);

@@ -169,6 +169,10 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             Some(KType::vector(DType::I32, 16))
         }
         KOp::TileZero => None,
+        KOp::TileTurn => {
+            (0..2).try_for_each(|i| pointer(args, i))?;
+            None
+        }
         KOp::TileStep { rows, columns } | KOp::TileStore { rows, columns } => {
             range("rows", rows.into(), (1..=2).contains(&rows), "1 or 2")?;
             range("columns", columns.into(), (1..=2).contains(&columns), "1 or 2")?;
@@ -196,7 +200,7 @@ const fn arity(op: KOp) -> usize {
         KOp::Mma { .. } => 7,
         KOp::TileStep { rows, columns } => (rows + columns) as usize,
         KOp::TileStore { .. } => 1,
-        KOp::Bf16Row | KOp::Bf16Pairs => 2,
+        KOp::Bf16Row | KOp::Bf16Pairs | KOp::TileTurn => 2,
         _ => match op.sig() {
             Sig::Leaf | Sig::Special | Sig::Block | Sig::Tile => 0,
             Sig::Unary | Sig::FloatUnary | Sig::Convert | Sig::Reduce => 1,

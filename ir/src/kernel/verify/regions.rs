@@ -305,7 +305,7 @@ fn collect<'k>(region: &'k Region, flows: &mut Vec<(Val, Val)>, stores: &mut Vec
             KOp::If => {
                 flows.extend(s.regions.iter().flat_map(|r| r.yields.iter().copied().zip(s.results.iter().copied())));
             }
-            KOp::Store | KOp::AtomicAdd | KOp::TileStore { .. } => stores.push(s),
+            KOp::Store | KOp::AtomicAdd | KOp::TileTurn | KOp::TileStore { .. } => stores.push(s),
             _ => {}
         }
         s.regions.iter().for_each(|r| collect(r, flows, stores));

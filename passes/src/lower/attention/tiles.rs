@@ -1,0 +1,322 @@
+//! `gated_attention` of long runs in tiles of a CPU's matrix unit.
+//!
+//! task    a block of tokens of one run and a kv head, with the query heads that share it: up to 256 queries
+//! block   128 positions: keys as columns, values as rows of a B, rounded to bf16 once a task
+//!   scores  32 queries at once by 128 positions, `m ← max`, `p = exp(s − m)` rounded to bf16, `l ← l·c + Σp` before that
+//!   sums    `o ← o·c + p·V`, in f32
+//! epilogue  out = o / l · sigmoid(output_gate)
+//! traffic  KV once a task, so once for all tokens of a block; bound by the matrix unit and by exponentials
+//!
+//! Blocks are absolute positions, taken in order, and what a token may not see is a zero among its `p`: its bits depend on neither the
+//! block of tokens that it stands in nor its neighbours.
+
+use nextc_ir::DType;
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::shape::LANES;
+
+use super::super::bulk::{RowTiles, round_up};
+use super::super::matmul::row_ptr;
+use super::super::strips::{LINE_BYTES, TILE_BYTES, TILE_COLUMNS};
+use super::Attention;
+
+/// Positions whose keys and values are made into tiles together.
+const POSITIONS: u64 = 128;
+/// Queries of a task, unless a token alone has more.
+const QUERIES: u64 = 256;
+/// Queries that are scored together: two strips.
+const TOGETHER: u64 = 2 * LANES;
+/// Numbers of the sums of two strips by two.
+const SUMS: u64 = TOGETHER * TOGETHER;
+
+/// Scratch of a task.
+pub(super) struct Tiles {
+    bound: Attention,
+    /// Vectors of a head.
+    vectors: u64,
+    q: RowTiles,
+    /// 16 keys as rows, before they are turned.
+    rows: RowTiles,
+    /// Keys as strips of a B: 16 positions by all columns.
+    keys: Val,
+    /// Values as strips of a B: 16 columns by all positions.
+    values: Val,
+    /// Probabilities of [`TOGETHER`] queries.
+    p: RowTiles,
+    /// Scores of them, or sums: matrices of 32 by 32.
+    c: Val,
+    /// What each of them keeps of what was summed before.
+    keep: Val,
+    /// `[queries][elems]`: weighted sums of values.
+    o: Val,
+    /// `[queries]`: running maximum.
+    max: Val,
+    /// `[queries]`: running sum.
+    sum: Val,
+    /// The numbers 0 to 15.
+    lanes: Val,
+}
+
+/// The tokens of a task.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    /// The sequence.
+    pub b: Val,
+    pub kv_head: Val,
+    /// First token, and the one after the last.
+    pub first: Val,
+    pub end: Val,
+}
+
+impl Tiles {
+    /// Tokens of a task.
+    pub fn tokens(bound: &Attention) -> u64 {
+        (QUERIES / bound.shared).max(1)
+    }
+
+    /// Call it at the top level of the body.
+    pub fn alloc(k: &mut KernelBuilder, bound: Attention) -> Self {
+        let elems = bound.elems();
+        let queries = (Self::tokens(&bound) * bound.shared).next_multiple_of(TOGETHER);
+        let tiles = |strips: u64, depth: u64| strips * depth * TILE_BYTES / 4;
+        let lanes = k.alloc(DType::I32, LANES);
+        for i in 0..LANES {
+            let (at, value) = (k.index(i), k.const_i32(i as i32));
+            k.store(lanes, at, value);
+        }
+        Self {
+            bound,
+            vectors: elems / LANES,
+            q: RowTiles::alloc(k, queries, elems),
+            rows: RowTiles::alloc(k, LANES, elems),
+            keys: k.alloc(DType::I32, tiles(POSITIONS / LANES, elems.div_ceil(TILE_COLUMNS))),
+            values: k.alloc(DType::I32, tiles(elems / LANES, POSITIONS / TILE_COLUMNS)),
+            p: RowTiles::alloc(k, TOGETHER, POSITIONS),
+            c: k.alloc(DType::F32, POSITIONS / TOGETHER * SUMS),
+            keep: k.alloc(DType::F32, TOGETHER),
+            o: k.alloc(DType::F32, queries * elems),
+            max: k.alloc(DType::F32, queries),
+            sum: k.alloc(DType::F32, queries),
+            lanes,
+        }
+    }
+
+    /// Attention of the tokens of `run`, whose sequence has a slot.
+    pub fn run(&self, k: &mut KernelBuilder, run: Run) {
+        let tokens = k.sub(run.end, run.first);
+        let queries = k.mul_const(tokens, self.bound.shared);
+        let padded = round_up(k, queries, TOGETHER);
+        let begin = self.bound.pages.position(k, run.first);
+        let length = k.add(begin, tokens);
+        let zero = k.const_i64(0);
+        k.for_each((zero, queries, 1), |k, query| {
+            let row = self.head(k, run, self.bound.q, query);
+            self.q.pack(k, query, |k, c| k.load_f32x16(row, c));
+        });
+        // rows that are no query are multiplied with the others, and left out at the end
+        let (lowest, none) = (k.const_f32(f32::NEG_INFINITY), k.const_f32(0.0));
+        k.for_each((zero, padded, 1), |k, query| {
+            k.store(self.max, query, lowest);
+            k.store(self.sum, query, none);
+            let o = row_ptr(k, self.o, query, self.bound.elems());
+            let nothing = k.splat_f32(16, 0.0);
+            k.for_range(self.bound.elems(), LANES, |k, c| k.store(o, c, nothing));
+        });
+        self.q.fill(k, (queries, padded));
+        k.for_each((zero, length, POSITIONS), |k, first| {
+            self.pack_keys(k, run, (first, length));
+            self.pack_values(k, run, (first, length));
+            k.for_each((zero, padded, TOGETHER), |k, query| {
+                self.score(k, query);
+                let seen = k.sub(begin, first);
+                self.soften(k, query, seen);
+                self.weigh(k, query);
+            });
+        });
+        k.for_each((zero, queries, 1), |k, query| self.finish(k, run, query));
+    }
+
+    /// Pointer to the head of `query` in a tensor of query heads.
+    fn head(&self, k: &mut KernelBuilder, run: Run, port: super::Port, query: Val) -> Val {
+        let (heads, elems, shared) = (self.bound.heads, self.bound.elems(), self.bound.shared);
+        let (token, head) = (k.div_const(query, shared), k.rem_const(query, shared));
+        let t = k.add(run.first, token);
+        let base = k.param(port);
+        let row = row_ptr(k, base, t, heads * elems);
+        let row = row_ptr(k, row, run.kv_head, shared * elems);
+        row_ptr(k, row, head, elems)
+    }
+
+    /// Pointers to the key and the value at a position; of positions from `length` on those of the last one.
+    fn rows_at(&self, k: &mut KernelBuilder, run: Run, (position, length): (Val, Val)) -> (Val, Val) {
+        let pages = self.bound.pages;
+        let one = k.const_i64(1);
+        let last = k.sub(length, one);
+        let position = k.min_i64(position, last);
+        let (page, within) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
+        let (keys, values) = pages.block(k, run.b, page, run.kv_head);
+        (pages.row(k, keys, within), pages.row(k, values, within))
+    }
+
+    /// The keys of the block of positions from `first` on, a strip of 16 at once.
+    fn pack_keys(&self, k: &mut KernelBuilder, run: Run, (first, length): (Val, Val)) {
+        let depth = self.rows.depth();
+        k.for_range(POSITIONS, LANES, |k, strip| {
+            k.for_range(LANES, 1, |k, i| {
+                let position = k.add(first, strip);
+                let position = k.add(position, i);
+                let (key, _) = self.rows_at(k, run, (position, length));
+                let row = self.bound.pages.load_row(k, key);
+                let to = self.rows.line(k, i);
+                let nothing = k.splat_f32(16, 0.0);
+                for (tile, pair) in (0..).zip(row.chunks(2)) {
+                    let words = k.bf16_row(pair[0], *pair.get(1).unwrap_or(&nothing));
+                    let at = k.index(tile * TILE_BYTES / 4);
+                    k.store(to, at, words);
+                }
+            });
+            let zero = k.const_i64(0);
+            let from = self.rows.line(k, zero);
+            let bytes = k.mul_const(strip, depth * TILE_BYTES / LANES);
+            let to = k.offset(self.keys, bytes);
+            k.for_range(depth * TILE_BYTES, TILE_BYTES, |k, tile| {
+                let (to, from) = (k.offset(to, tile), k.offset(from, tile));
+                k.tile_turn(to, from);
+            });
+        });
+    }
+
+    /// The values of the block of positions from `first` on, two of them in a line; zeros from `length` on, as what stands there may be
+    /// no number.
+    fn pack_values(&self, k: &mut KernelBuilder, run: Run, (first, length): (Val, Val)) {
+        k.for_range(POSITIONS, 2, |k, i| {
+            let pair = [0, 1].map(|n| {
+                let position = k.add_const(i, n);
+                let position = k.add(first, position);
+                let (_, value) = self.rows_at(k, run, (position, length));
+                let exists = k.cmp(Pred::Lt, position, length);
+                let nothing = k.splat_f32(16, 0.0);
+                let row = self.bound.pages.load_row(k, value);
+                row.iter().map(|&x| k.select(exists, x, nothing)).collect::<Vec<_>>()
+            });
+            let bytes = k.mul_const(i, LINE_BYTES / 2);
+            let to = k.offset(self.values, bytes);
+            for (strip, (&a, &b)) in (0..).zip(pair[0].iter().zip(&pair[1])) {
+                let words = k.bf16_pairs(a, b);
+                let at = k.index(strip * (POSITIONS / TILE_COLUMNS) * TILE_BYTES / 4);
+                k.store(to, at, words);
+            }
+        });
+    }
+
+    /// Products of queries and keys: matrices of 32 queries by 32 positions, one after the other.
+    fn score(&self, k: &mut KernelBuilder, query: Val) {
+        let strip_bytes = self.rows.depth() * TILE_BYTES;
+        let low = self.q.line(k, query);
+        let high = self.q.next(k, low);
+        k.for_range(POSITIONS / TOGETHER, 1, |k, pair| {
+            let c = row_ptr(k, self.c, pair, SUMS);
+            let bytes = k.mul_const(pair, 2 * strip_bytes);
+            let first = k.offset(self.keys, bytes);
+            let bytes = k.index(strip_bytes);
+            let second = k.offset(first, bytes);
+            k.tile_dot(c, (&[low, high], &[first, second]), self.rows.depth(), |_, _| {});
+        });
+    }
+
+    /// Scores to probabilities relative to the new maximum. The first token sees `seen` positions of the block beside its own, each
+    /// further one more.
+    fn soften(&self, k: &mut KernelBuilder, query: Val, seen: Val) {
+        let (scale, lowest) = (k.splat_f32(16, self.bound.scale), k.splat_f32(16, f32::NEG_INFINITY));
+        let zero = k.const_i64(0);
+        let numbers = k.load(DType::I32, LANES as u32, self.lanes, zero);
+        k.for_range(TOGETHER, 1, |k, i| {
+            let query = k.add(query, i);
+            let token = k.div_const(query, self.bound.shared);
+            let last = k.add(seen, token);
+            let last = k.narrow(last);
+            let last = k.splat(last, LANES as u32);
+            let scores: Vec<Val> = (0..POSITIONS / LANES)
+                .map(|v| {
+                    let row = row_ptr(k, self.c, i, TOGETHER);
+                    let at = k.index(v / 2 * SUMS + v % 2 * LANES);
+                    let score = k.load_f32x16(row, at);
+                    let score = k.fmul(score, scale);
+                    let by = k.i32_like(numbers, (v * LANES) as i32);
+                    let position = k.add(numbers, by);
+                    let is_seen = k.cmp(Pred::Le, position, last);
+                    k.select(is_seen, score, lowest)
+                })
+                .collect();
+            let old = k.load_f32(self.max, query);
+            let start = k.splat(old, 16);
+            let largest = scores.iter().fold(start, |largest, &s| k.fmax(largest, s));
+            let new = k.reduce_max(largest);
+            k.store(self.max, query, new);
+            let shift = k.splat(new, 16);
+            let p: Vec<Val> = scores
+                .iter()
+                .map(|&s| {
+                    let s = k.fsub(s, shift);
+                    k.exp(s)
+                })
+                .collect();
+            let nothing = k.splat_f32(16, 0.0);
+            let added = p.iter().fold(nothing, |sum, &p| k.fadd(sum, p));
+            let added = k.reduce_add(added);
+            let change = k.fsub(old, new);
+            let keep = k.exp(change);
+            k.store(self.keep, i, keep);
+            let sum = k.load_f32(self.sum, query);
+            let sum = k.fma(sum, keep, added);
+            k.store(self.sum, query, sum);
+            let to = self.p.line(k, i);
+            for (tile, pair) in (0..).zip(p.chunks(2)) {
+                let words = k.bf16_row(pair[0], pair[1]);
+                let at = k.index(tile * TILE_BYTES / 4);
+                k.store(to, at, words);
+            }
+        });
+    }
+
+    /// `o ← o·keep + p·V`, 32 columns at once.
+    fn weigh(&self, k: &mut KernelBuilder, query: Val) {
+        let strip_bytes = self.p.depth() * TILE_BYTES;
+        let zero = k.const_i64(0);
+        let low = self.p.line(k, zero);
+        let high = self.p.next(k, low);
+        let columns = |k: &mut KernelBuilder, strip: Val, count: u64| {
+            let bytes = k.mul_const(strip, strip_bytes);
+            let first = k.offset(self.values, bytes);
+            let bytes = k.index(strip_bytes);
+            let strips = [first, k.offset(first, bytes)];
+            k.tile_dot(self.c, (&[low, high], &strips[..count as usize]), self.p.depth(), |_, _| {});
+            let column = k.mul_const(strip, LANES);
+            k.for_range(TOGETHER, 1, |k, i| {
+                let row = k.add(query, i);
+                let (o, c) = (row_ptr(k, self.o, row, self.bound.elems()), row_ptr(k, self.c, i, count * LANES));
+                let keep = k.load_f32(self.keep, i);
+                let keep = k.splat(keep, 16);
+                for part in 0..count {
+                    let (from, to) = (k.index(part * LANES), k.add_const(column, part * LANES));
+                    let (added, before) = (k.load_f32x16(c, from), k.load_f32x16(o, to));
+                    let sum = k.fma(before, keep, added);
+                    k.store(o, to, sum);
+                }
+            });
+        };
+        let even = self.vectors / 2 * 2;
+        k.for_range(even, 2, |k, strip| columns(k, strip, 2));
+        if even < self.vectors {
+            let last = k.index(even);
+            columns(k, last, 1);
+        }
+    }
+
+    /// `out = o / sum · sigmoid(gate)`.
+    fn finish(&self, k: &mut KernelBuilder, run: Run, query: Val) {
+        let [gate, out] = [self.bound.gate, self.bound.out].map(|port| self.head(k, run, port, query));
+        let o = row_ptr(k, self.o, query, self.bound.elems());
+        let sum = k.load_f32(self.sum, query);
+        self.bound.emit(k, (o, sum, gate, out));
+    }
+}
