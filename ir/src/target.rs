@@ -327,6 +327,12 @@ impl Target {
         used.then_some(BulkTile { panel_bytes: 1 << 20, most_tokens: 256, row_tiles: 64 })
     }
 
+    /// How far ahead of their use weights are asked for where few tokens are multiplied, in bytes; 0 if they are not, as a GPU's kernels have means of
+    /// their own.
+    pub const fn ahead_bytes(&self) -> u64 {
+        if self.gpu.is_some() { 0 } else { 4096 }
+    }
+
     /// The micro-kernel that fits the registers: two accumulators for each 16 rows and token, and room for weights.
     pub fn matmul_tile(&self) -> MatmulTile {
         match self.vector_bits {

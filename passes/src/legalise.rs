@@ -162,6 +162,11 @@ impl<'k> Splitter<'k> {
         match s.op {
             KOp::For | KOp::If => self.control(s),
             KOp::Store => self.store(s),
+            // its operands have one part each
+            KOp::Prefetch => {
+                let args = self.all_parts(&s.args);
+                self.out.push(Stmt { op: s.op, args, results: Vec::new(), regions: Vec::new() });
+            }
             op => {
                 let result = s.results[0];
                 self.parts[result.0 as usize] = match op {

@@ -1,8 +1,8 @@
 //! The thread team that runs kernels: threads that stay, spin for a while and then sleep.
 //!
-//! A region of work is `tasks` tasks, cut into chunks that the threads claim one by one. One word holds the region's number
-//! and how many chunks are left, so a thread that comes late can never claim work of a region that is over. The caller works too and
-//! returns when every chunk has been done; threads that slept through a region are not waited for.
+//! A region of work is `tasks` tasks, of which the threads claim runs: long ones first, as neighbours read memory in one sweep, and single ones at the end, so
+//! that all threads end together. One word holds the region's number and how many tasks are left, so a thread that comes late can never claim work of a region that
+//! is over. The caller works too and returns when every task has been done; threads that slept through a region are not waited for.
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,8 +12,8 @@ use std::thread::JoinHandle;
 const SPIN_TURNS: u32 = 20_000;
 /// Turns of the caller's waiting loop before it lets other threads run.
 const WAIT_TURNS: u32 = 2_000;
-/// Chunks a thread for balance, where there are that many tasks.
-const CHUNKS_PER_THREAD: i64 = 8;
+/// A thread claims this part of its share of what is left.
+const CLAIM_DIVISOR: u32 = 4;
 
 /// A value alone on its cache lines.
 #[repr(align(128))]
@@ -22,19 +22,21 @@ struct Alone<T>(T);
 type Call = unsafe fn(job: *const (), thread: usize, first: i64, last: i64);
 
 /// What the threads share. The fields of the region are atomics because a late thread may read them while the next region is being
-/// set up; it then fails to claim a chunk and drops what it read.
+/// set up; it then fails to claim a task and drops what it read.
 struct Shared {
-    /// The region's number in the upper half, the chunks that nobody has claimed in the lower.
+    /// The region's number in the upper half, the units that nobody has claimed in the lower.
     claim: Alone<AtomicU64>,
-    /// Chunks done.
+    /// Units done.
     done: Alone<AtomicU32>,
     /// The region's number, for sleeping.
     region: Alone<AtomicU32>,
     sleepers: AtomicU32,
     stop: AtomicBool,
-    chunks: AtomicU32,
+    /// What is left is divided by this for a claim.
+    divisor: u32,
     tasks: AtomicU64,
-    grain: AtomicU64,
+    /// Tasks of a unit: one, unless there are more than the word can count.
+    unit: AtomicU64,
     job: AtomicPtr<()>,
     call: AtomicUsize,
 }
@@ -51,7 +53,7 @@ impl Pool {
     /// # Errors
     /// The operating system's, if a thread cannot be started.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::new());
+        let shared = Arc::new(Shared::new(threads));
         let mut pool = Self { shared, threads: Vec::new(), region: 0 };
         for thread in 1..threads {
             let shared = Arc::clone(&pool.shared);
@@ -72,15 +74,15 @@ impl Pool {
         if tasks <= 0 {
             return;
         }
-        let grain = (tasks / (self.threads() as i64 * CHUNKS_PER_THREAD)).max(1).max(tasks / i64::from(u32::MAX / 2));
-        let chunks = (tasks - 1) / grain + 1;
-        if chunks == 1 || self.threads.is_empty() {
+        if tasks == 1 || self.threads.is_empty() {
             return job(0, 0, tasks);
         }
+        let unit = (tasks / i64::from(u32::MAX / 2)).max(1);
+        let units = ((tasks - 1) / unit + 1) as u32;
         self.region = self.region.wrapping_add(1);
-        self.shared.publish(self.region, tasks, grain, chunks as u32, std::ptr::from_ref(job).cast(), call::<F>);
+        self.shared.publish(self.region, tasks, unit, units, std::ptr::from_ref(job).cast(), call::<F>);
         self.shared.work_on(self.region, 0);
-        self.shared.wait(chunks as u32);
+        self.shared.wait(units);
     }
 }
 
@@ -104,66 +106,67 @@ unsafe fn call<F: Fn(usize, i64, i64) + Sync>(job: *const (), thread: usize, fir
 }
 
 impl Shared {
-    fn new() -> Self {
+    fn new(threads: usize) -> Self {
         Self {
             claim: Alone(AtomicU64::new(0)),
             done: Alone(AtomicU32::new(0)),
             region: Alone(AtomicU32::new(0)),
             sleepers: AtomicU32::new(0),
             stop: AtomicBool::new(false),
-            chunks: AtomicU32::new(0),
+            divisor: (threads as u32).saturating_mul(CLAIM_DIVISOR).max(1),
             tasks: AtomicU64::new(0),
-            grain: AtomicU64::new(1),
+            unit: AtomicU64::new(1),
             job: AtomicPtr::new(std::ptr::null_mut()),
             call: AtomicUsize::new(0),
         }
     }
 
-    /// Sets a region up and wakes those who sleep. The region before it is over: all its chunks have been done.
-    fn publish(&self, region: u32, tasks: i64, grain: i64, chunks: u32, job: *const (), call: Call) {
+    /// Sets a region up and wakes those who sleep. The region before it is over: all its tasks have been done.
+    fn publish(&self, region: u32, tasks: i64, unit: i64, units: u32, job: *const (), call: Call) {
         self.done.0.store(0, Ordering::Relaxed);
-        self.chunks.store(chunks, Ordering::Relaxed);
         self.tasks.store(tasks as u64, Ordering::Relaxed);
-        self.grain.store(grain as u64, Ordering::Relaxed);
+        self.unit.store(unit as u64, Ordering::Relaxed);
         self.job.store(job.cast_mut(), Ordering::Relaxed);
         self.call.store(call as usize, Ordering::Relaxed);
-        self.claim.0.store(u64::from(region) << 32 | u64::from(chunks), Ordering::SeqCst);
+        self.claim.0.store(u64::from(region) << 32 | u64::from(units), Ordering::SeqCst);
         self.region.0.store(region, Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             futex_wake_all(&self.region.0);
         }
     }
 
-    /// Claims and does chunks of a region until none is left.
+    /// Claims and does tasks of a region until none is left.
     fn work_on(&self, region: u32, thread: usize) {
         let mut claim = self.claim.0.load(Ordering::Acquire);
         while (claim >> 32) as u32 == region && claim as u32 > 0 {
             // read before the claim: if it succeeds, the region was not over, and these were its own
-            let chunks = self.chunks.load(Ordering::Relaxed);
-            let (tasks, grain) = (self.tasks.load(Ordering::Relaxed), self.grain.load(Ordering::Relaxed));
+            let (tasks, unit) = (self.tasks.load(Ordering::Relaxed), self.unit.load(Ordering::Relaxed));
             let (job, call) = (self.job.load(Ordering::Relaxed), self.call.load(Ordering::Relaxed));
-            match self.claim.0.compare_exchange_weak(claim, claim - 1, Ordering::AcqRel, Ordering::Acquire) {
+            let left = claim as u32;
+            let taken = (left / self.divisor).max(1);
+            let rest = claim - u64::from(taken);
+            match self.claim.0.compare_exchange_weak(claim, rest, Ordering::AcqRel, Ordering::Acquire) {
                 Err(now) => claim = now,
                 Ok(_) => {
-                    let first = u64::from(chunks - claim as u32) * grain;
-                    let last = (first + grain).min(tasks);
+                    let first = (tasks.div_ceil(unit) - u64::from(left)) * unit;
+                    let last = (first + u64::from(taken) * unit).min(tasks);
                     // SAFETY: `call` was stored by `publish` from a function of this type, and the claim succeeded, so `job` is the
-                    // job of a region whose leader still waits for this chunk.
+                    // job of a region whose leader still waits for these tasks.
                     unsafe {
                         let call = std::mem::transmute::<usize, Call>(call);
                         call(job, thread, first as i64, last as i64);
                     }
-                    self.done.0.fetch_add(1, Ordering::Release);
+                    self.done.0.fetch_add(taken, Ordering::Release);
                     claim = self.claim.0.load(Ordering::Acquire);
                 }
             }
         }
     }
 
-    /// Waits until `chunks` chunks of the current region have been done.
-    fn wait(&self, chunks: u32) {
+    /// Waits until `units` units of the current region have been done.
+    fn wait(&self, units: u32) {
         let mut turns = 0;
-        while self.done.0.load(Ordering::Acquire) < chunks {
+        while self.done.0.load(Ordering::Acquire) < units {
             turns += 1;
             if turns < WAIT_TURNS {
                 std::hint::spin_loop();

@@ -11,15 +11,16 @@
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym, pad};
+use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
 use super::bulk::{self, Class, Classes, Mix, Panel};
 use super::matmul::{
-    GROUP_TILES, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, group_tiles, in_range,
-    row_ptr, store_tile, swiglu_rows, tile_range,
+    GROUP_TILES, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, for_tiles, group_tiles,
+    in_range, row_ptr, store_tile, swiglu_rows, tile_range,
 };
-use super::packed::Matrix;
+use super::packed::{Matrix, Tile};
 use super::ports::{Lowered, Port, Ports, Site};
 use super::strips::for_groups;
 
@@ -326,15 +327,24 @@ impl Choices {
         });
     }
 
-    /// The same for every chosen expert, in ascending order.
-    fn for_experts(self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder, Val, (Val, Val))) {
+    /// The same for every chosen expert, in ascending order; `body` gets its place in front.
+    fn for_experts(self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder, Val, Val, (Val, Val))) {
         let (zero, table) = (k.const_i64(0), k.param(self.table));
         let count = self.layout.count(k, table);
         k.for_each((zero, count, 1), |k, i| {
             let e = self.layout.active(k, table, i);
             let run = self.layout.run(k, table, e);
-            body(k, e, run);
+            body(k, i, e, run);
         });
+    }
+
+    /// The expert behind place `i`, or the first one behind the last, and whether `i` is the last place.
+    fn after(self, k: &mut KernelBuilder, i: Val) -> (Val, Val) {
+        let table = k.param(self.table);
+        let (next, count, zero) = (k.add_const(i, 1), self.layout.count(k, table), k.const_i64(0));
+        let is_last = k.cmp(Pred::Ge, next, count);
+        let next = k.select(is_last, zero, next);
+        (self.layout.active(k, table, next), is_last)
     }
 }
 
@@ -482,7 +492,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         dense: (dense, k.param(s_down)),
         residual,
         tiles,
-        block: site.target.matmul_tile().tokens,
+        tile: site.target.matmul_tile(),
         sym,
     };
     let bulk = classes.map(|classes| {
@@ -516,8 +526,8 @@ struct Back {
     residual: Residual,
     /// Tiles of an expert.
     tiles: u64,
-    /// Rows of a block that is decoded.
-    block: u64,
+    /// Tiles and tokens that are decoded together.
+    tile: MatmulTile,
     sym: Sym,
 }
 
@@ -558,40 +568,58 @@ impl Back {
 
     /// Tiles `lo..hi` for the tokens that are decoded: all of them, unless the step may have others.
     fn decode(&self, k: &mut KernelBuilder, (lo, hi): (Val, Val), bulk: Option<&BackBulk>) {
-        k.for_each((lo, hi, 1), |k, tile| {
-            self.for_decoded(k, bulk, |k, first, last| self.clear(k, tile, first, last));
-            self.choices.for_experts(k, |k, e, run| {
-                let number = k.mul_const(e, self.tiles);
-                let number = k.add(number, tile);
-                let weight = self.routed.0.tile(k, self.routed.1, number);
+        for_tiles(k, (lo, hi), (self.tiles, self.tile.row_tiles), |k, tiles| {
+            for &tile in tiles {
+                self.for_decoded(k, bulk, |k, first, last| self.clear(k, tile, first, last));
+            }
+            self.choices.for_experts(k, |k, i, e, run| {
+                let weights = self.routed_tiles(k, tiles, i, e);
                 let mut body = |k: &mut KernelBuilder, places: &[Val]| {
                     let choices: Vec<(Val, Val)> = places.iter().map(|&p| self.choices.at(k, p)).collect();
                     let numbers: Vec<Val> = choices.iter().map(|c| c.0).collect();
                     let x = self.h.load(k, None, &numbers);
-                    let products = dot(k, &[weight], &x);
-                    for (&(number, t), &value) in choices.iter().zip(&products[0]) {
-                        self.add_routed(k, tile, number, t, value);
+                    for (&tile, products) in tiles.iter().zip(dot(k, &weights, &x)) {
+                        for (&(number, t), value) in choices.iter().zip(products) {
+                            self.add_routed(k, tile, number, t, value);
+                        }
                     }
                 };
                 match bulk {
                     Some(bulk) => {
                         let token = |k: &mut KernelBuilder, place| self.choices.at(k, place).1;
-                        bulk.mix.for_decoded(k, run, self.block, token, &mut body);
+                        bulk.mix.for_decoded(k, run, self.tile.tokens, token, &mut body);
                     }
-                    None => for_rows(k, run, self.block, body),
+                    None => for_rows(k, run, self.tile.tokens, body),
                 }
             });
-            let weight = self.dense.0.tile(k, self.dense.1, tile);
+            let (dense, at) = self.dense;
+            let weights = dense.tiles_in_turn(k, at, tiles);
             self.for_decoded(k, bulk, |k, first, last| {
-                for_rows(k, (first, last), self.block, |k, rows| {
+                for_rows(k, (first, last), self.tile.tokens, |k, rows| {
                     let x = self.s.load(k, None, rows);
-                    let products = dot(k, &[weight], &x);
-                    for (&t, &value) in rows.iter().zip(&products[0]) {
-                        self.add_shared(k, tile, t, value);
+                    for (&tile, products) in tiles.iter().zip(dot(k, &weights, &x)) {
+                        for (&t, value) in rows.iter().zip(products) {
+                            self.add_shared(k, tile, t, value);
+                        }
                     }
                 });
             });
         });
+    }
+
+    /// The weights of these tiles for the expert `e` at place `i`. The next expert's are read after them; after the last one's the first one's of the
+    /// tiles that follow.
+    fn routed_tiles(&self, k: &mut KernelBuilder, tiles: &[Val], i: Val, e: Val) -> Vec<Tile> {
+        let (matrix, at) = self.routed;
+        let (next, is_last) = self.choices.after(k, i);
+        let [begin, next] = [e, next].map(|e| k.mul_const(e, self.tiles));
+        let beyond = k.add_const(next, tiles.len() as u64);
+        let next = k.select(is_last, beyond, next);
+        let tile = |&tile| {
+            let [own, next] = [begin, next].map(|begin| k.add(begin, tile));
+            matrix.tile_before(k, at, own, next)
+        };
+        tiles.iter().map(tile).collect()
     }
 
     /// Tiles `lo..hi` for `bulk` tokens.
@@ -599,7 +627,7 @@ impl Back {
         bulk.classes.for_runs(k, Class::Bulk, |k, first, last| {
             k.for_each((lo, hi, 1), |k, tile| self.clear(k, tile, first, last));
         });
-        self.choices.for_experts(k, |k, e, run| {
+        self.choices.for_experts(k, |k, _, e, run| {
             bulk.h.for_blocks(k, run, |k, first, count| {
                 bulk.h.pack(k, &self.h, count, |k, i| {
                     let place = k.add(first, i);

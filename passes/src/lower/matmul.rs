@@ -6,6 +6,8 @@
 //!          of scaled formats so for each block of columns, and `sum += scale · (even + odd)` over the blocks (or, where blocks
 //!          have offsets, `w = code · scale + offset` and `sum += even + odd`)
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
+//! ahead    with each turn of the inner loop the weights of a later one are asked for, at a tile's end those of the tile that is read next: unpacking and products
+//!          fill the processor's window with a few lines, which is less than memory needs to be kept busy
 //! traffic  each weight once a block of rows (bound by memory at one row, by FMAs at many)
 //!
 //! Where the target has a matrix unit and may round, these are the products of tokens that are decoded; those of longer runs are [`super::bulk`]'s.
@@ -51,6 +53,7 @@ fn sum_blocks(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], block_columns
     let init = vec![zero; tiles.len() * rows.len()];
     let add_block = |k: &mut KernelBuilder, block: Val, columns: u64, acc: &[Val]| -> Vec<Val> {
         let first = k.mul_const(block, block_columns);
+        tiles.iter().for_each(|tile| tile.ask_scales(k, block));
         let blocks: Vec<Block> = tiles.iter().map(|t| t.block(k, block, Lanes::All)).collect();
         let sums = sum_columns(k, tiles, &blocks, rows, first, columns);
         let added = (0..).zip(sums.iter().zip(acc));
@@ -84,6 +87,7 @@ fn sum_columns(
     let init = vec![zero; 2 * tiles.len() * rows.len()];
     let add_turn = |k: &mut KernelBuilder, column: Val, acc: &[Val]| -> Vec<Val> {
         let mut acc = acc.to_vec();
+        tiles.iter().for_each(|tile| tile.ask_codes(k, column, turn));
         for line in 0..turn / per_word {
             let column = k.add_const(column, line * per_word);
             add_line(k, tiles, blocks, rows, (column, line * per_word), &mut acc);
@@ -364,7 +368,7 @@ fn emit_tiles(
     for_rows(k, (first, last), tile.tokens, |k, block| {
         let x = rows.load(k, scratch, block);
         for_tiles(k, (lo, hi), (matrix.tiles(), tile.row_tiles), |k, tiles| {
-            let pointers: Vec<_> = tiles.iter().map(|&t| matrix.tile(k, weight, t)).collect();
+            let pointers = matrix.tiles_in_turn(k, weight, tiles);
             let products = dot(k, &pointers, &x);
             for (&t, products) in tiles.iter().zip(products) {
                 for (&row, value) in block.iter().zip(products) {
@@ -733,7 +737,7 @@ pub fn emit_swiglu(
 ) {
     k.for_each((lo, hi, 1), |k, tile| {
         let number = k.add(begin, tile);
-        let pair = [gate.tile(k, gate_at, number), up.tile(k, up_at, number)];
+        let pair = [(gate, gate_at), (up, up_at)].map(|(matrix, at)| matrix.tiles_in_turn(k, at, &[number])[0]);
         let products = dot(k, &pair, x);
         for (i, (&g, &u)) in products[0].iter().zip(&products[1]).enumerate() {
             let g = k.silu(g);

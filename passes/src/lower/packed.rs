@@ -4,12 +4,15 @@
 
 use nextc_ir::format::{Blocks, Format, Shift};
 use nextc_ir::graph::Value;
-use nextc_ir::kernel::{KernelBuilder, Val};
-use nextc_ir::layout::{Planes, pieces};
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::layout::{LINE_BYTES, Planes, pieces};
 use nextc_ir::shape::LANES;
 use nextc_ir::{DType, Layout};
 
 use super::ports::Site;
+
+/// What is asked for is a multiple of so many bytes.
+const PREFETCH_BYTES: u64 = 16;
 
 /// A weight matrix as packed.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +21,8 @@ pub struct Matrix {
     pub planes: Planes,
     /// Whether vectors hold all rows of a tile, so that what needs 512 bits may be used.
     pub wide: bool,
+    /// How far ahead of its use a tile is asked for, in bytes; 0 where nothing is.
+    ahead_bytes: u64,
 }
 
 impl Matrix {
@@ -26,7 +31,8 @@ impl Matrix {
         let w = site.weight(weight);
         let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
         let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
-        Self { planes, wide: site.target.vector_bits == 512 && site.target.gpu.is_none() }
+        let wide = site.target.vector_bits == 512 && site.target.gpu.is_none();
+        Self { planes, wide, ahead_bytes: site.target.ahead_bytes() }
     }
 
     /// Its row tiles.
@@ -55,7 +61,34 @@ impl Matrix {
             let bytes = k.add_const(bytes, p.units_at());
             k.offset(base, bytes)
         });
-        Tile { matrix: *self, codes, scales, units, order }
+        Tile { matrix: *self, codes, scales, units, order, next: None }
+    }
+
+    /// Tile `tile`, which is read before tile `next`, or, if there is none, before the last.
+    pub fn tile_before(&self, k: &mut KernelBuilder, base: Val, tile: Val, next: Val) -> Tile {
+        let own = self.tile(k, base, tile);
+        if self.ahead_bytes == 0 {
+            return own;
+        }
+        let last = k.index(self.tiles() - 1);
+        let next = k.min_i64(next, last);
+        let next = self.tile(k, base, next);
+        Tile { next: Some(Next { codes: next.codes, scales: next.scales }), ..own }
+    }
+
+    /// Bytes of the codes of a column of a tile.
+    fn column_bytes(&self) -> u64 {
+        let format = self.planes.format;
+        format.def().words * LINE_BYTES / format.group_columns()
+    }
+
+    /// Neighbouring tiles that are read together, before as many that follow.
+    pub fn tiles_in_turn(&self, k: &mut KernelBuilder, base: Val, numbers: &[Val]) -> Vec<Tile> {
+        let tile = |&number| {
+            let next = k.add_const(number, numbers.len() as u64);
+            self.tile_before(k, base, number, next)
+        };
+        numbers.iter().map(tile).collect()
     }
 
     /// The tiles of these numbers, the last one in the place of those that there are not.
@@ -80,6 +113,15 @@ pub struct Tile {
     units: Option<Val>,
     /// The order of columns, where it is not their own.
     pub order: Option<Val>,
+    /// What is read after it, where that is asked for in time.
+    next: Option<Next>,
+}
+
+/// The codes and scales of a tile that is read after another one.
+#[derive(Clone, Copy, Debug)]
+struct Next {
+    codes: Val,
+    scales: Option<Val>,
 }
 
 /// What the columns of a block share: scale and second number, for the formats that have them.
@@ -147,6 +189,35 @@ impl Lanes {
 }
 
 impl Tile {
+    /// Asks for codes that are read some lines after those of `columns` columns from `column` on: further ones, or the next tile's.
+    pub fn ask_codes(&self, k: &mut KernelBuilder, column: Val, columns: u64) {
+        let Some(next) = self.next else { return };
+        let (own, column_bytes) = (self.matrix.planes.tile_bytes(), self.matrix.column_bytes());
+        let turn = columns * column_bytes;
+        let (at, bytes) = (k.mul_const(column, column_bytes), k.index(turn));
+        if own <= self.matrix.ahead_bytes {
+            return k.prefetch(next.codes, at, bytes);
+        }
+        // whole turns, so that none lies partly behind the tile's end
+        let own_bytes = (own - self.matrix.ahead_bytes) / turn * turn;
+        let border = k.index(own_bytes);
+        let is_own = k.cmp(Pred::Lt, at, border);
+        let (further, of_next) = (k.add_const(at, own - own_bytes), k.sub(at, border));
+        let (codes, at) = (k.select(is_own, self.codes, next.codes), k.select(is_own, further, of_next));
+        k.prefetch(codes, at, bytes);
+    }
+
+    /// Asks for the next tile's scales of block `block`.
+    pub fn ask_scales(&self, k: &mut KernelBuilder, block: Val) {
+        let Some(scales) = self.next.and_then(|next| next.scales) else { return };
+        let planes = &self.matrix.planes;
+        let bytes = planes.tile_scale_bytes() / planes.column_blocks();
+        if bytes.is_multiple_of(PREFETCH_BYTES) {
+            let (at, bytes) = (k.mul_const(block, bytes), k.index(bytes));
+            k.prefetch(scales, at, bytes);
+        }
+    }
+
     /// The codes of column `column` and those of its group, as numbers; it is the first of them.
     pub fn codes(&self, k: &mut KernelBuilder, column: Val, lanes: Lanes) -> Vec<Val> {
         let format = self.matrix.planes.format;
