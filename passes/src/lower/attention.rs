@@ -294,13 +294,18 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let length = k.add_const(position, 1);
         let up = k.add_const(position, pages.page_tokens);
         let count = k.div_const(up, pages.page_tokens);
+        let one = k.const_i64(1);
+        let last = k.sub(count, one);
         k.for_each((zero, count, 1), |k, page| {
-            let (keys, values) = pages.block(k, b, page, kv_head);
+            let block = pages.block(k, b, page, kv_head);
+            let next = k.add_const(page, 1);
+            let next = k.min_i64(next, last);
+            let next = pages.block(k, b, next, kv_head);
             let first = k.mul_const(page, pages.page_tokens);
             let left = k.sub(length, first);
             let full = k.index(pages.page_tokens);
             let tokens = k.min_i64(left, full);
-            group.page(k, keys, values, tokens);
+            group.page(k, block, next, tokens);
         });
         group.finish(k, &bound, gate, out);
         Vec::new()
@@ -350,12 +355,13 @@ impl Group {
         (0..self.heads).step_by(HEADS_AT_ONCE as usize).map(|h| (h, HEADS_AT_ONCE.min(self.heads - h))).collect()
     }
 
-    /// Adds the first `tokens` positions of one page.
-    fn page(&self, k: &mut KernelBuilder, keys: Val, values: Val, tokens: Val) {
+    /// Adds the first `tokens` positions of one page. Those of the next one are asked for meanwhile.
+    fn page(&self, k: &mut KernelBuilder, (keys, values): (Val, Val), next: (Val, Val), tokens: Val) {
         let lowest = k.splat_f32(16, f32::NEG_INFINITY);
         k.for_range(self.heads * self.pages.page_tokens, LANES, |k, i| k.store(self.scores, i, lowest));
         for &(first, count) in &self.batches() {
-            self.score(k, keys, tokens, first, count);
+            let next = (first == 0).then_some(next);
+            self.score(k, (keys, next), tokens, first, count);
         }
         k.for_range(self.heads, 1, |k, h| self.soften(k, h));
         for &(first, count) in &self.batches() {
@@ -363,13 +369,26 @@ impl Group {
         }
     }
 
-    /// `scores[h][j] = scale · q[h] · keys[j]`.
-    fn score(&self, k: &mut KernelBuilder, keys: Val, tokens: Val, first: u64, count: u64) {
+    /// `scores[h][j] = scale · q[h] · keys[j]`. With each key, a key and a value of the next page are asked for, if it is given.
+    fn score(
+        &self,
+        k: &mut KernelBuilder,
+        (keys, next): (Val, Option<(Val, Val)>),
+        tokens: Val,
+        first: u64,
+        count: u64,
+    ) {
         let zero = k.const_i64(0);
         let zeros = k.splat_f32(16, 0.0);
         let scale = k.const_f32(self.scale);
         k.for_each((zero, tokens, 1), |k, j| {
             let key = self.pages.row(k, keys, j);
+            if let Some((keys, values)) = next {
+                let row_bytes = self.pages.row.bytes();
+                let (at, bytes) = (k.mul_const(j, row_bytes), k.index(row_bytes));
+                k.prefetch(keys, at, bytes);
+                k.prefetch(values, at, bytes);
+            }
             let mut sums = vec![zeros; count as usize];
             let mut add = |k: &mut KernelBuilder, line: Val, parts: u64, sums: &[Val]| {
                 let c = k.mul_const(line, self.pages.row.line_elems());
