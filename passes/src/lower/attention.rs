@@ -1,7 +1,7 @@
 //! `attention`: what stands between the projections of a gated-attention layer and its output projection.
 //!
 //! norm_rope_append  task: one token; q and k are normed and rotated, k and v appended to their page
-//! gated_attention   task: one token and kv head with the query heads that share it; online softmax over pages; long runs: [`tiles`]
+//! gated_attention   task: one token and kv head with the query heads that share it; online softmax over pages; long runs: `tiles`
 //!   page    scores of up to `page_tokens` positions in scratch, `m ← max`, `p = exp(s − m)`, `l ← l·c + Σp`, `o ← o·c + p·V`
 //!   epilogue  out = o / l · sigmoid(output_gate)
 //! traffic  two rows of KV a kv head and position: bound by memory
