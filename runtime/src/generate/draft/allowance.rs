@@ -1,7 +1,7 @@
 //! What drafts may cost where they do not pay.
 
 /// Tokens that drafts may cost before they have given any.
-const FIRST_ALLOWED: f64 = 3.0;
+const FIRST_ALLOWED: f64 = 2.5;
 /// Share of all tokens that drafts may cost.
 const ALLOWED_SHARE: f64 = 0.0075;
 /// What drafts gave before that they may cost later.
