@@ -327,6 +327,11 @@ impl Target {
         used.then_some(BulkTile { panel_bytes: 1 << 20, most_tokens: 256, row_tiles: 64 })
     }
 
+    /// Multiprocessors of the GPU; 1 if it is none.
+    pub fn multiprocessors(&self) -> u64 {
+        self.gpu.map_or(1, |gpu| u64::from(gpu.multiprocessors))
+    }
+
     /// How far ahead of their use weights are asked for where few tokens are multiplied, in bytes; 0 if they are not, as a GPU's kernels have means of
     /// their own.
     pub const fn ahead_bytes(&self) -> u64 {

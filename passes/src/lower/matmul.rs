@@ -518,20 +518,18 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         .collect();
     let matrices: Vec<Matrix> = segments.iter().map(|s| s.matrix).collect();
     let mut multiplier = Multiplier::ports(site, &mut ports, rows, site.rows(x)?, &matrices);
-    let tasks: u64 = segments.iter().map(|s| s.matrix.tiles().div_ceil(GROUP_TILES)).sum();
-    let mut k = ports.builder(site, tasks.into());
+    let tasks: Vec<u64> = matrices.iter().map(|m| m.tiles().div_ceil(GROUP_TILES)).collect();
+    let all: u64 = tasks.iter().sum();
+    let mut k = ports.builder(site, all.into());
     multiplier.alloc(&mut k, &matrices);
-    let (mut begin, all) = (0, tasks);
-    for s in &segments {
-        let tasks = s.matrix.tiles().div_ceil(GROUP_TILES);
-        in_range(&mut k, begin, begin + tasks, |k, group| {
-            let (weight, out) = (k.param(s.weight), k.param(s.out));
-            multiplier.task(k, (s.matrix, weight), group, (GROUP_TILES, all), &mut |k, t, row, value| {
-                store_tile(k, out, s.out_stride, t, row, value);
-            });
+    let task = k.task();
+    for_parts(&mut k, task, tasks, |k, part, group| {
+        let s = &segments[part];
+        let (weight, out) = (k.param(s.weight), k.param(s.out));
+        multiplier.task(k, (s.matrix, weight), group, (GROUP_TILES, all), &mut |k, t, row, value| {
+            store_tile(k, out, s.out_stride, t, row, value);
         });
-        begin += tasks;
-    }
+    });
     Ok(ports.finish(k.finish()))
 }
 
@@ -581,7 +579,21 @@ pub fn in_range(k: &mut KernelBuilder, begin: u64, end: u64, body: impl FnOnce(&
     number_in_range(k, task, (begin, end), body);
 }
 
-/// The same of another number than the task.
+/// Of parts with so many numbers each, one after the other: runs `body(part, number within it)` for the one that has `number`.
+pub fn for_parts(
+    k: &mut KernelBuilder,
+    number: Val,
+    counts: impl IntoIterator<Item = u64>,
+    mut body: impl FnMut(&mut KernelBuilder, usize, Val),
+) {
+    let mut begin = 0;
+    for (part, count) in counts.into_iter().enumerate() {
+        number_in_range(k, number, (begin, begin + count), |k, number| body(k, part, number));
+        begin += count;
+    }
+}
+
+/// As [`in_range`], of another number than the task.
 pub fn number_in_range(
     k: &mut KernelBuilder,
     number: Val,

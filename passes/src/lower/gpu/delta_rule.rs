@@ -137,8 +137,7 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
     };
     let grid = Extent::from(Sym::B) * heads.into();
     // of many sequences two blocks share a multiprocessor, so that one reads while the other computes
-    let multiprocessors = site.target.gpu.map_or(1, |gpu| u64::from(gpu.multiprocessors));
-    let few_sequences = (multiprocessors / heads).max(1);
+    let few_sequences = (site.target.multiprocessors() / heads).max(1);
     let short = match Tile::short(&mixer, MOST_THREADS / 2) {
         Some(half) if half.threads() < tile.threads() => of("", few(Sym::B, few_sequences, grid.clone()), (tile, 1))
             .then(of(".batch", many(Sym::B, few_sequences, grid), (half, 2))),

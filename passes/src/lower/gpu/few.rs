@@ -80,8 +80,7 @@ pub struct Share {
 impl Spread {
     /// Of a kernel with so many blocks for all rows.
     pub fn of(target: &Target, blocks: u64) -> Self {
-        let multiprocessors = target.gpu.map_or(1, |gpu| u64::from(gpu.multiprocessors));
-        Self { blocks, most: (2 * multiprocessors / blocks).max(1) }
+        Self { blocks, most: (2 * target.multiprocessors() / blocks).max(1) }
     }
 
     /// The grid.

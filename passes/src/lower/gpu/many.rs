@@ -38,13 +38,22 @@ pub const MANY_TOKENS: u64 = GROUPS * TOKENS;
 const STAGE_TURNS: u64 = 4;
 
 /// Most rows that a kernel for few is used for at all.
-pub const MOST_FEW_ROWS: u64 = 256;
+const MOST_FEW_ROWS: u64 = 256;
 
-/// Most rows of a step in which the kernel for few does the work, where the one for many has `groups` groups of tiles: below them it would have
-/// too few blocks to keep the machine busy.
+/// Most rows of a step in which the kernel for few does the work, where there is none for some and the one for many has `groups` groups of tiles: below
+/// them it would have too few blocks to keep the machine busy.
 pub fn few_rows(target: &Target, groups: u64) -> u64 {
-    let multiprocessors = target.gpu.as_ref().map_or(1, |g| u64::from(g.multiprocessors));
-    (multiprocessors / groups * MANY_TOKENS / 4).clamp(FEW_ROWS, MOST_FEW_ROWS)
+    idle_below(target, groups, MANY_TOKENS / 4)
+}
+
+/// Most rows of a step in which a kernel for some does the work: beyond them the one for many has blocks enough.
+pub fn some_rows(target: &Target, groups: u64) -> u64 {
+    idle_below(target, groups, MANY_TOKENS)
+}
+
+/// The rows that make `groups` blocks for each `tokens` of them as many as there are multiprocessors, within bounds.
+fn idle_below(target: &Target, groups: u64, tokens: u64) -> u64 {
+    (target.multiprocessors() / groups * tokens).clamp(FEW_ROWS, MOST_FEW_ROWS)
 }
 
 /// Most tokens of a step whose experts are those of few tokens each, of a model with so many experts and so many of a token.

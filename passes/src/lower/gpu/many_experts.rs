@@ -17,7 +17,7 @@ use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym, pad};
 
 use super::super::experts::Choices;
-use super::super::matmul::{Rows, number_in_range, row_ptr};
+use super::super::matmul::{Rows, for_parts, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::experts_down::Down;
 use super::few::At;
@@ -67,26 +67,24 @@ impl Router<'_> {
         let stage = many::stage(&mut k, 2);
         let (task, count) = (k.task(), k.dim(sym));
         let (first, number) = many::block_of(&mut k, task, all);
-        let ranges = [(0, groups[0]), (groups[0], all)];
-        for (is_gate, range) in [false, true].into_iter().zip(ranges) {
-            let (fragments, weight) = self.matrices[usize::from(is_gate)];
-            number_in_range(&mut k, number, range, |k, group| {
-                let base = k.param(weight);
-                let own = OwnTiles::of_group(k, group, fragments.planes.tiles(), place);
-                let tiles = own.load(k, |k, n| fragments.own_tile(k, base, n));
-                let product = Product::new(k, &fragments, tiles, place, self.split.warps).precise();
-                let out = k.param(outs[if is_gate { 4 } else { 5 }]);
-                let stride = if is_gate { LANES } else { pad(choice.experts) };
-                many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, pair| {
-                    own.each(k, at, pair, |k, tile, at, values| {
-                        k.if_then(at.exists, |k| {
-                            let values = if is_gate { values.map(|value| k.sigmoid(value)) } else { values };
-                            store_pair(k, (out, stride), at.token, (tile, pair.row), values);
-                        });
+        for_parts(&mut k, number, groups, |k, part, group| {
+            let is_gate = part == 1;
+            let (fragments, weight) = self.matrices[part];
+            let base = k.param(weight);
+            let own = OwnTiles::of_group(k, group, fragments.planes.tiles(), place);
+            let tiles = own.load(k, |k, n| fragments.own_tile(k, base, n));
+            let product = Product::new(k, &fragments, tiles, place, self.split.warps).precise();
+            let out = k.param(outs[if is_gate { 4 } else { 5 }]);
+            let stride = if is_gate { LANES } else { pad(choice.experts) };
+            many::products(k, (&product, stage), self.rows, (first, count), &mut |_, t| t, &mut |k, at, pair| {
+                own.each(k, at, pair, |k, tile, at, values| {
+                    k.if_then(at.exists, |k| {
+                        let values = if is_gate { values.map(|value| k.sigmoid(value)) } else { values };
+                        store_pair(k, (out, stride), at.token, (tile, pair.row), values);
                     });
                 });
             });
-        }
+        });
         k.finish()
     }
 }
@@ -111,7 +109,7 @@ fn choose(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, &C
 
 /// Choices that a block dispatches.
 fn dispatched(choice: &Choice) -> u64 {
-    (COUNTS / (choice.slots() * choice.threads) * 32).clamp(32, DISPATCHED)
+    (COUNTS / choice.padded_experts() * 32).clamp(32, DISPATCHED)
 }
 
 /// Most tokens of a step whose choices one block dispatches.
@@ -132,9 +130,7 @@ fn dispatch_some(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (
     let chunk = Chunk::new(&mut k, &choice);
     begin(&mut k);
     let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
-    chunk.read(&mut k, ids);
-    let listed = chunk.group(&mut k);
-    let counts = chunk.count(&mut k);
+    let (listed, counts) = chunk.take(&mut k, ids);
     let first = k.const_i64(0);
     let enters = k.cmp(Pred::Eq, k.task(), first);
     let starts = choice.enter_all(&mut k, chunk.place, table, (&counts, chunk.totals), enters);
@@ -149,14 +145,12 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
     let grid = many(sym, one_block(&choice), chunks);
     let mut k = ports.builder_of(site, ".dispatch", grid.clone());
     k.threads(choice.threads as u32);
-    let row = choice.slots() * choice.threads;
+    let row = choice.padded_experts();
     let chunk = Chunk::new(&mut k, &choice);
     let counts = k.partials(DType::I32, row);
     begin(&mut k);
     let ids = k.param(outs[1]);
-    chunk.read(&mut k, ids);
-    chunk.group(&mut k);
-    let found = chunk.count(&mut k);
+    let (_, found) = chunk.take(&mut k, ids);
     let task = k.task();
     let mine = row_ptr(&mut k, counts, task, row);
     let own = choice.own_experts(&mut k, chunk.place.thread);
@@ -166,9 +160,7 @@ fn dispatch(site: &Site<'_>, ports: &Ports, outs: &[Port], (sym, choice): (Sym, 
         let counts = k.partials(DType::I32, row);
         begin(k);
         let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
-        chunk.read(k, ids);
-        let listed = chunk.group(k);
-        chunk.count(k);
+        let (listed, _) = chunk.take(k, ids);
         let own = choice.own_experts(k, chunk.place.thread);
         let (none, first) = (k.const_i32(0), k.const_i64(0));
         let all = k.mul_const(choice.tokens, choice.k);
@@ -223,16 +215,11 @@ struct Listed {
 
 impl<'a> Chunk<'a> {
     fn new(k: &mut KernelBuilder, choice: &'a Choice) -> Self {
-        let (experts, most) = (choice.slots() * choice.threads, dispatched(choice));
+        let (experts, most) = (choice.padded_experts(), dispatched(choice));
         let mut array = |elems: u64| k.shared(DType::I32, elems);
         let [ids, counts] = [most, most / 32 * experts].map(&mut array);
         let [starts, totals] = [experts, choice.totals()].map(&mut array);
         Self { choice, place: Place::here(k), ids, counts, starts, totals }
-    }
-
-    /// Elements from one warp's counts to the next.
-    const fn row(&self) -> u64 {
-        self.choice.slots() * self.choice.threads
     }
 
     /// Choices that it has at most.
@@ -253,6 +240,13 @@ impl<'a> Chunk<'a> {
         k.min_i64(left, room)
     }
 
+    /// Reads the chunk. Gives the thread's choices, and how many there are of each of its experts.
+    fn take(&self, k: &mut KernelBuilder, ids: Val) -> (Vec<Listed>, Vec<Val>) {
+        self.read(k, ids);
+        let listed = self.group(k);
+        (listed, self.count(k))
+    }
+
     /// Brings the experts of the chunk's choices near.
     fn read(&self, k: &mut KernelBuilder, ids: Val) {
         let (choice, first, len) = (self.choice, self.first(k), self.len(k));
@@ -270,7 +264,7 @@ impl<'a> Chunk<'a> {
         let (threads, len, none) = (self.choice.threads, self.len(k), k.const_i32(0));
         let groups = k.add_const(len, 31);
         let groups = k.div_const(groups, 32);
-        let cells = k.mul_const(groups, self.row() / 4);
+        let cells = k.mul_const(groups, self.choice.padded_experts() / 4);
         let nothing = k.quad([none; 4]);
         k.for_each((self.place.thread, cells, threads), |k, i| {
             let at = k.mul_const(i, 4);
@@ -302,7 +296,7 @@ impl<'a> Chunk<'a> {
     /// Where the count of a choice's expert among the 32 of its warp lies.
     fn cell(&self, k: &mut KernelBuilder, at: Val, expert: Val) -> Val {
         let (group, expert) = (k.div_const(at, 32), k.widen(expert));
-        let row = k.mul_const(group, self.row());
+        let row = k.mul_const(group, self.choice.padded_experts());
         k.add(row, expert)
     }
 
@@ -312,7 +306,7 @@ impl<'a> Chunk<'a> {
         let (zero, len, none) = (k.const_i64(0), self.len(k), k.const_i32(0));
         k.for_carry((zero, len, 32), &vec![none; own.len()], |k, at, sums| {
             let group = k.div_const(at, 32);
-            let row = row_ptr(k, self.counts, group, self.row());
+            let row = row_ptr(k, self.counts, group, self.choice.padded_experts());
             let of_one = |(&e, &sum): (&Val, &Val)| {
                 let count = k.load(DType::I32, 1, row, e);
                 k.store(row, e, sum);

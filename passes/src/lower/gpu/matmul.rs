@@ -11,12 +11,12 @@ use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, Sym};
 
 use super::super::LowerError;
-use super::super::matmul::{Normed, Residual, Rows, number_in_range, row_ptr};
+use super::super::matmul::{Normed, Residual, Rows, for_parts, row_ptr};
 use super::super::ports::{Lowered, Port, Ports, Site};
 use super::few::{At, Few, Memory, Sum};
 use super::fragments::{Fragments, Tile};
-use super::many::{self, FEW_ROWS, OwnTiles, Pair, TILES, WARPS, few, few_rows, many, some, token_blocks};
-use super::some::{Blocks, SomeRows, some_rows};
+use super::many::{self, FEW_ROWS, OwnTiles, Pair, TILES, WARPS, few, few_rows, many, some, some_rows, token_blocks};
+use super::some::{Blocks, SomeRows};
 use super::stage::Form;
 use super::tile::{Product, Split};
 use super::{Place, across, begin, half_warp_sum};
@@ -71,24 +71,27 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let memory = Memory::alloc(&mut k, site.target, widest, &forms);
     let place = Place::here(&mut k);
     let count = k.dim(sym);
-    let mut first_task = 0;
-    for (i, group) in groups.iter().enumerate() {
-        let end_task = first_task + tasks(i);
-        super::super::matmul::in_range(&mut k, first_task, end_task, |k, task| {
-            linears_block(k, (group, splits[i]), task, (&rows, count), (place, memory));
-        });
-        first_task = end_task;
-    }
-    let few = ports.clone().finish(k.finish());
-    let some_most = some_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
-    let few = if some_most > FEW_ROWS {
+    let task = k.task();
+    for_parts(&mut k, task, (0..groups.len()).map(tasks), |k, i, task| {
+        linears_block(k, (&groups[i], splits[i]), task, (&rows, count), (place, memory));
+    });
+    let most = some_rows(site.target, groups.iter().map(|g| many_tasks(g)).sum());
+    let some = (most > FEW_ROWS).then(|| {
         let blocks = Blocks::of(site.target, warps, all);
-        few.then(ports.clone().finish(linears_of_some(site, &ports, (&groups, blocks), (&rows, sym, some_most))))
-    } else {
-        few
+        linears_of_some(site, &ports, (&groups, blocks), (&rows, sym, most))
+    });
+    let many = linears_of_many(site, &ports, (&groups, warps), (&rows, sym, most));
+    Ok(by_rows(ports, k.finish(), some, many))
+}
+
+/// The kernels of a node for steps of few, of some, if there is one, and of many rows.
+fn by_rows(ports: Ports, few: Kernel, some: Option<Kernel>, many: Kernel) -> Lowered {
+    let few = ports.clone().finish(few);
+    let few = match some {
+        Some(some) => few.then(ports.clone().finish(some)),
+        None => few,
     };
-    let many = linears_of_many(site, &ports, (&groups, warps), (&rows, sym, some_most));
-    Ok(few.then(ports.finish(many)))
+    few.then(ports.finish(many))
 }
 
 /// The kernel for some rows, at most `most`.
@@ -104,19 +107,15 @@ fn linears_of_some(
     let memory = blocks.begin(&mut k);
     let (place, count) = (Place::here(&mut k), k.dim(sym));
     let (first, number) = blocks.block_of(&mut k, all);
-    let mut first_task = 0;
-    for group in groups {
-        let range = (first_task, first_task + tasks(group));
-        number_in_range(&mut k, number, range, |k, number| {
-            let own = OwnSegment::of(k, group, blocks.split, number);
-            let product = Product::new(k, &group[0].fragments, own.tiles.clone(), place, blocks.split.warps);
-            let block = SomeRows { product, blocks, rows, memory };
-            block.ask(k);
-            begin(k);
-            block.products(k, (first, count), &mut |k, at, sum| own.store(k, at, sum));
-        });
-        first_task = range.1;
-    }
+    for_parts(&mut k, number, groups.iter().map(|g| tasks(g)), |k, i, number| {
+        let group = &groups[i];
+        let own = OwnSegment::of(k, group, blocks.split, number);
+        let product = Product::new(k, &group[0].fragments, own.tiles.clone(), place, blocks.split.warps);
+        let block = SomeRows { product, blocks, rows, memory };
+        block.ask(k);
+        begin(k);
+        block.products(k, (first, count), &mut |k, at, sum| own.store(k, at, sum));
+    });
     k.finish()
 }
 
@@ -134,31 +133,27 @@ fn linears_of_many(
     let stage = many::stage(&mut k, operands);
     let (task, count) = (k.task(), k.dim(sym));
     let (first, number) = many::block_of(&mut k, task, all);
-    let mut first_task = 0;
-    for group in groups {
-        let range = (first_task, first_task + many_tasks(group));
-        number_in_range(&mut k, number, range, |k, number| {
-            let fragments = group[0].fragments;
-            let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
-            let own = OwnTiles::of(k, chosen.first, chosen.last, place);
-            let tiles = own.load(k, |k, n| fragments.tile(k, chosen.weight, chosen.scales_at, n));
-            let product = Product::new(k, &fragments, tiles, place, warps);
-            many::products(k, (&product, stage), rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
-                let row = k.mul(at.token, chosen.stride);
-                let row = row_ptr(k, chosen.out, row, 1);
-                own.each(k, at, pair, |k, tile, at, values| {
-                    k.if_then(at.exists, |k| {
-                        let column = k.mul_const(tile, LANES);
-                        let column = k.add(column, pair.row);
-                        let lower = k.add_const(column, LANES / 2);
-                        k.store(row, column, values[0]);
-                        k.store(row, lower, values[1]);
-                    });
+    for_parts(&mut k, number, groups.iter().map(|g| many_tasks(g)), |k, i, number| {
+        let group = &groups[i];
+        let fragments = group[0].fragments;
+        let chosen = choose(k, group, Split { warps, tiles: TILES }, number);
+        let own = OwnTiles::of(k, chosen.first, chosen.last, place);
+        let tiles = own.load(k, |k, n| fragments.tile(k, chosen.weight, chosen.scales_at, n));
+        let product = Product::new(k, &fragments, tiles, place, warps);
+        many::products(k, (&product, stage), rows, (first, count), &mut |_, token| token, &mut |k, at, pair| {
+            let row = k.mul(at.token, chosen.stride);
+            let row = row_ptr(k, chosen.out, row, 1);
+            own.each(k, at, pair, |k, tile, at, values| {
+                k.if_then(at.exists, |k| {
+                    let column = k.mul_const(tile, LANES);
+                    let column = k.add(column, pair.row);
+                    let lower = k.add_const(column, LANES / 2);
+                    k.store(row, column, values[0]);
+                    k.store(row, lower, values[1]);
                 });
             });
         });
-        first_task = range.1;
-    }
+    });
     k.finish()
 }
 
@@ -314,17 +309,13 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     block.products(&mut k, asked, count, &mut |_, token| token, &mut |k, at, sum| {
         store_residual(k, &residual, tile, at, (sum.row, early.take()), sum.values[0]);
     });
-    let few = ports.clone().finish(k.finish());
+    let few = k.finish();
 
     let node = ResidualNode { rows: &rows, fragments, weight, residual: &residual, warps: split.warps };
-    let some_most = some_rows(site.target, tiles.div_ceil(TILES));
-    let few = if some_most > FEW_ROWS {
-        few.then(ports.clone().finish(node.some(site, &ports, (sym, some_most))))
-    } else {
-        few
-    };
-    let many = node.many(site, &ports, (sym, some_most));
-    Ok(few.then(ports.finish(many)))
+    let most = some_rows(site.target, tiles.div_ceil(TILES));
+    let some = (most > FEW_ROWS).then(|| node.some(site, &ports, (sym, most)));
+    let many = node.many(site, &ports, (sym, most));
+    Ok(by_rows(ports, few, some, many))
 }
 
 /// `linear_residual` and what it is connected to.

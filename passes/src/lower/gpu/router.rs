@@ -164,6 +164,11 @@ impl Choice {
         self.experts.div_ceil(self.threads)
     }
 
+    /// Experts, and those that there would be if every thread had as many.
+    pub const fn padded_experts(&self) -> u64 {
+        self.slots() * self.threads
+    }
+
     /// Logits that one lane holds.
     const fn held(&self) -> u64 {
         self.experts.div_ceil(32)
@@ -300,7 +305,7 @@ impl Choice {
 
     /// Warps that have experts, of all slots.
     const fn expert_warps(&self) -> u64 {
-        self.slots() * self.threads / 32
+        self.padded_experts() / 32
     }
 
     /// Numbers that [`Self::enter_all`] keeps in shared memory.

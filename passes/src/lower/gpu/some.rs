@@ -17,7 +17,6 @@ use nextc_ir::{DType, Target};
 
 use super::super::matmul::{Rows, mean_rsqrt, row_ptr};
 use super::few::{At, Epilogue, Sum};
-use super::many::{FEW_ROWS, MANY_TOKENS, MOST_FEW_ROWS};
 use super::stage::quad_ssq;
 use super::tile::{Product, Row, SUMS, Split, TOKENS, sum_of};
 
@@ -38,8 +37,7 @@ pub struct Blocks {
 impl Blocks {
     /// Of a matrix with `tiles` tiles, whose columns `warps` warps share: with as many tokens as leave blocks enough.
     pub fn of(target: &Target, warps: u64, tiles: u64) -> Self {
-        let multiprocessors = target.gpu.map_or(1, |gpu| u64::from(gpu.multiprocessors));
-        let groups = if tiles / TILES >= multiprocessors { MOST_GROUPS } else { MOST_GROUPS / 2 };
+        let groups = if tiles / TILES >= target.multiprocessors() { MOST_GROUPS } else { MOST_GROUPS / 2 };
         Self { split: Split { warps, tiles: TILES }, groups }
     }
 
@@ -177,10 +175,4 @@ impl SomeRows<'_> {
             epilogue(k, &At { token: at, exists }, &Sum { token, row, values });
         });
     }
-}
-
-/// Most rows of a step in which such blocks do the work, where [`super::many`] has `groups` groups of tiles: beyond them it has blocks enough.
-pub fn some_rows(target: &Target, groups: u64) -> u64 {
-    let multiprocessors = target.gpu.map_or(1, |gpu| u64::from(gpu.multiprocessors));
-    (multiprocessors / groups * MANY_TOKENS).clamp(FEW_ROWS, MOST_FEW_ROWS)
 }

@@ -57,8 +57,7 @@ impl Split {
     /// For a matrix of so many tiles and columns: blocks that fill the machine, and turns enough for each warp to have loads in flight.
     pub fn of(target: &Target, tiles: u64, planes: &Planes) -> Self {
         let warps = (planes.turns() / 4).clamp(4, 16).next_power_of_two().min(16);
-        let multiprocessors = target.gpu.map_or(1, |g| u64::from(g.multiprocessors));
-        let fills = |n: u64| tiles / n * 2 >= multiprocessors * 5;
+        let fills = |n: u64| tiles / n * 2 >= target.multiprocessors() * 5;
         Self { warps, tiles: [4, 2].into_iter().find(|&n| fills(n)).unwrap_or(1) }
     }
 
