@@ -10,15 +10,14 @@ use crate::config::ModelConfig;
 
 /// `@attention.I(x, ssq, seqs, kv, weights...) -> (x, ssq, kv)`.
 pub(super) fn build(of: (&Weights, &ModelConfig, DType), name: &str, prefix: &str) -> Result<Part, BuildError> {
-    let (mut p, Front { x, h, seqs, kv }) = begin(of, name, prefix)?;
-    let c = of.1;
+    let (mut p, front) = begin(of, name, prefix)?;
+    let (c, Front { x, h, seqs, .. }) = (of.1, front);
     let [w_q, w_gate, q_norm] = ["w_q", "w_gate", "q_norm"].map(|n| p.weight(n));
     let q = p.op(Op::Linear, &[h, w_q])?;
     let gate = p.op(Op::Linear, &[h, w_gate])?;
-    let (k, v, inv_freq) = keys_and_values(&mut p, c, h, seqs)?;
+    let (kv, inv_freq) = append_keys(&mut p, c, front)?;
     let w_o = p.weight("w_o");
     let q = norm_rope(&mut p, c, [q, q_norm, inv_freq, seqs])?;
-    let kv = p.op(Op::AppendKv, &[k, v, kv, seqs])?;
     let scale = Attrs::none().with("scale", (c.head_dim as f64).powf(-0.5));
     let o = p.op_with(Op::Attention, &[q, kv, seqs], scale)?;
     let gate = p.op(Op::Sigmoid, &[gate])?;
@@ -30,13 +29,13 @@ pub(super) fn build(of: (&Weights, &ModelConfig, DType), name: &str, prefix: &st
 
 /// `@keys.I(x, ssq, seqs, kv, weights...) -> (kv)`: keys and values of tokens of which nothing else is wanted.
 pub(super) fn keys(of: (&Weights, &ModelConfig, DType), name: &str, prefix: &str) -> Result<Part, BuildError> {
-    let (mut p, Front { h, seqs, kv, .. }) = begin(of, name, prefix)?;
-    let (k, v, _) = keys_and_values(&mut p, of.1, h, seqs)?;
-    let kv = p.op(Op::AppendKv, &[k, v, kv, seqs])?;
+    let (mut p, front) = begin(of, name, prefix)?;
+    let (kv, _) = append_keys(&mut p, of.1, front)?;
     Ok(p.finish(vec![kv]))
 }
 
 /// What a mixer begins with.
+#[derive(Clone, Copy)]
 struct Front {
     x: Value,
     /// The normed stream.
@@ -59,19 +58,18 @@ fn begin<'a>(
     Ok((p, Front { x, h, seqs, kv }))
 }
 
-/// Keys, normed and rotated, values, and the frequencies.
-fn keys_and_values(
+/// The state with keys, normed and rotated, and values; and the frequencies.
+fn append_keys(
     p: &mut PartBuilder<'_>,
     c: &ModelConfig,
-    h: Value,
-    seqs: Value,
-) -> Result<(Value, Value, Value), BuildError> {
+    Front { h, seqs, kv, .. }: Front,
+) -> Result<(Value, Value), BuildError> {
     let [w_k, w_v, k_norm] = ["w_k", "w_v", "k_norm"].map(|n| p.weight(n));
     let inv_freq = p.weight_as("inv_freq", "inv_freq".into());
     let k = p.op(Op::Linear, &[h, w_k])?;
     let v = p.op(Op::Linear, &[h, w_v])?;
     let k = norm_rope(p, c, [k, k_norm, inv_freq, seqs])?;
-    Ok((k, v, inv_freq))
+    Ok((p.op(Op::AppendKv, &[k, v, kv, seqs])?, inv_freq))
 }
 
 fn norm_rope(

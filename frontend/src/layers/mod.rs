@@ -57,8 +57,9 @@ pub fn build_module(
         let front = draft_parts.clone();
         draft_parts.push(ends::head(weights, config, ("head.mtp", "mtp.norm", head), false)?);
         functions.push(draft("draft", &draft_parts, config, false)?);
-        let keys = attention::keys((weights, config, kv), "keys.mtp", "mtp.")?;
-        functions.push(follow(&front[0], &keys, config)?);
+        let followed = [front[0].clone(), attention::keys((weights, config, kv), "keys.mtp", "mtp.")?];
+        functions.push(follow(&followed, config)?);
+        let [_, keys] = followed;
         parts.push(keys);
         if config.vocab_size >= LARGE_VOCABULARY {
             let head = ends::head(weights, config, ("head.guess", "mtp.norm", head), true)?;
@@ -152,11 +153,6 @@ impl Entry {
         Self { f: FunctionBuilder::new(name), weights: IndexMap::new(), states: IndexMap::new() }
     }
 
-    /// The main model's hidden rows, which a draft is fed.
-    fn hidden(&mut self, config: &ModelConfig) -> Value {
-        self.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[config.hidden_size])))
-    }
-
     /// Adds the states of `parts` as parameters.
     fn add_states(&mut self, parts: &[Part]) {
         for (name, ty) in parts.iter().flat_map(|p| &p.states) {
@@ -217,25 +213,27 @@ fn step(parts: &[Part]) -> Result<Function, BuildError> {
 
 /// `@draft` or `@guess`: `parts` are the fusion of embedding and hidden row, the layer, and the head.
 fn draft(name: &str, parts: &[Part], config: &ModelConfig, some: bool) -> Result<Function, BuildError> {
-    let [fuse, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
-    let mut entry = Entry::empty(name);
-    let mut inputs = StepInputs::of(&mut entry.f);
-    let hidden = entry.hidden(config);
-    inputs.wanted = some.then(|| entry.f.param("wanted", ends::wanted_type(config)));
-    entry.add_states(parts);
-    let stream = entry.call(fuse, &[inputs.tokens, hidden]);
+    let [_, layers @ .., head] = parts else { unreachable!("a draft begins with the fusion and ends with a head") };
+    let (entry, inputs, stream) = fused(name, parts, config, some);
     entry.finish(&inputs, layers, head, stream)
 }
 
-/// `@follow`: the fusion of embedding and hidden row, and the keys and values of the layer.
-fn follow(fuse: &Part, keys: &Part, config: &ModelConfig) -> Result<Function, BuildError> {
-    let mut entry = Entry::empty("follow");
-    let inputs = StepInputs::of(&mut entry.f);
-    let hidden = entry.hidden(config);
-    entry.add_states(std::slice::from_ref(keys));
-    let mut args = entry.call(fuse, &[inputs.tokens, hidden]);
-    args.push(entry.f.op(Op::Sequences, &inputs.seqs)?);
-    entry.call(keys, &args);
+/// `@follow`: `parts` are the fusion of embedding and hidden row, and the keys and values of the layer.
+fn follow(parts: &[Part; 2], config: &ModelConfig) -> Result<Function, BuildError> {
+    let (mut entry, inputs, mut stream) = fused("follow", parts, config, false);
+    stream.push(entry.f.op(Op::Sequences, &inputs.seqs)?);
+    entry.call(&parts[1], &stream);
     let results = entry.states.values().copied().collect();
     Ok(entry.f.finish(results))
+}
+
+/// An entry function that is fed hidden rows, begun with the first of `parts`, which gives its stream; `some`: with the tokens that are wanted.
+fn fused(name: &str, parts: &[Part], config: &ModelConfig, some: bool) -> (Entry, StepInputs, Vec<Value>) {
+    let mut entry = Entry::empty(name);
+    let mut inputs = StepInputs::of(&mut entry.f);
+    let hidden = entry.f.param("hidden", Type::f32(Shape::rows(Sym::T, &[config.hidden_size])));
+    inputs.wanted = some.then(|| entry.f.param("wanted", ends::wanted_type(config)));
+    entry.add_states(parts);
+    let stream = entry.call(&parts[0], &[inputs.tokens, hidden]);
+    (entry, inputs, stream)
 }
