@@ -10,6 +10,7 @@
 //! One in several tasks takes the tiles of all of them, so that rows are rounded seldom. The order of a token's sums depends on its class alone.
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::schedule::Input;
 use nextc_ir::shape::{LANES, Sym};
 use nextc_ir::target::BulkTile;
@@ -19,7 +20,7 @@ use nextc_ir::{DType, Format, Layout};
 use super::matmul::{Epilogue, Rows, Weight, for_rows, row_ptr, tile_range};
 use super::packed::Matrix;
 use super::ports::{Port, Ports, Site};
-use super::strips::{Group, LINE_BYTES, STRIPS, Strips, TILE_BYTES, TILE_COLUMNS, for_groups, is_direct};
+use super::strips::{Group, STRIPS, Strips, TILE_BYTES, TILE_COLUMNS, for_groups, is_direct};
 
 /// Tasks that every thread has at least, where tasks are joined.
 const TASKS_PER_THREAD: u64 = 2;
@@ -201,12 +202,14 @@ pub fn takes(matrix: &Matrix) -> bool {
     p.format != Format::F32 && p.layout == Layout::Tile16 && !p.format.blocks().is_some_and(|b| b.ordered)
 }
 
-/// Rows as tiles of an A in scratch: strips of 16 rows, in each the tiles of 32 columns one after the other.
+/// Tiles in scratch, of rows of an A or columns of a B: strips of 16 rows, in each the tiles of 32 columns one after the other. What is said of an A is
+/// so of the turned B.
 #[derive(Clone, Copy, Debug)]
 pub struct RowTiles {
     /// Columns of a row as stored.
     columns: u64,
-    at: Val,
+    /// The first strip.
+    pub at: Val,
 }
 
 impl RowTiles {
@@ -233,6 +236,17 @@ impl RowTiles {
     pub fn next(&self, k: &mut KernelBuilder, strip: Val) -> Val {
         let bytes = k.index(self.depth() * TILE_BYTES);
         k.offset(strip, bytes)
+    }
+
+    /// Rounds a row, all of whose vectors are given, into row `i`.
+    pub fn put(&self, k: &mut KernelBuilder, i: Val, row: &[Val]) {
+        let to = self.line(k, i);
+        let nothing = k.splat_f32(16, 0.0);
+        for (tile, pair) in (0..).zip(row.chunks(2)) {
+            let words = k.bf16_row(pair[0], *pair.get(1).unwrap_or(&nothing));
+            let at = k.index(tile * TILE_BYTES / 4);
+            k.store(to, at, words);
+        }
     }
 
     /// Rounds a row, whose 16 numbers from column `c` on `numbers(c)` gives, into row `i`.

@@ -7,6 +7,7 @@
 //! traffic  each weight once a task from memory, and once a block of tokens through the vector units where it is unpacked
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 use nextc_ir::{DType, Format};
 
@@ -19,9 +20,7 @@ pub const TILE_COLUMNS: u64 = 32;
 /// Bytes of a tile.
 pub const TILE_BYTES: u64 = 1024;
 /// Words of a line.
-const LINE_WORDS: u64 = 16;
-/// Bytes of a line.
-pub const LINE_BYTES: u64 = 4 * LINE_WORDS;
+const LINE_WORDS: u64 = LINE_BYTES / 4;
 /// Most strips of a group: their sums are neighbours in memory.
 pub const STRIPS: u64 = 4;
 

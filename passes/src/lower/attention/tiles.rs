@@ -12,11 +12,12 @@
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 
 use super::super::bulk::{RowTiles, round_up};
 use super::super::matmul::row_ptr;
-use super::super::strips::{LINE_BYTES, TILE_BYTES, TILE_COLUMNS};
+use super::super::strips::TILE_BYTES;
 use super::Attention;
 
 /// Positions whose keys and values are made into tiles together.
@@ -31,15 +32,13 @@ const SUMS: u64 = TOGETHER * TOGETHER;
 /// Scratch of a task.
 pub(super) struct Tiles {
     bound: Attention,
-    /// Vectors of a head.
-    vectors: u64,
     q: RowTiles,
     /// 16 keys as rows, before they are turned.
     rows: RowTiles,
-    /// Keys as strips of a B: 16 positions by all columns.
-    keys: Val,
-    /// Values as strips of a B: 16 columns by all positions.
-    values: Val,
+    /// Keys, as a B.
+    keys: RowTiles,
+    /// Values turned, as a B: a row is a column of theirs.
+    values: RowTiles,
     /// Probabilities of [`TOGETHER`] queries.
     p: RowTiles,
     /// Scores of them, or sums: matrices of 32 by 32.
@@ -77,7 +76,6 @@ impl Tiles {
     pub fn alloc(k: &mut KernelBuilder, bound: Attention) -> Self {
         let elems = bound.elems();
         let queries = (Self::tokens(&bound) * bound.shared).next_multiple_of(TOGETHER);
-        let tiles = |strips: u64, depth: u64| strips * depth * TILE_BYTES / 4;
         let lanes = k.alloc(DType::I32, LANES);
         for i in 0..LANES {
             let (at, value) = (k.index(i), k.const_i32(i as i32));
@@ -85,11 +83,10 @@ impl Tiles {
         }
         Self {
             bound,
-            vectors: elems / LANES,
             q: RowTiles::alloc(k, queries, elems),
             rows: RowTiles::alloc(k, LANES, elems),
-            keys: k.alloc(DType::I32, tiles(POSITIONS / LANES, elems.div_ceil(TILE_COLUMNS))),
-            values: k.alloc(DType::I32, tiles(elems / LANES, POSITIONS / TILE_COLUMNS)),
+            keys: RowTiles::alloc(k, POSITIONS, elems),
+            values: RowTiles::alloc(k, elems, POSITIONS),
             p: RowTiles::alloc(k, TOGETHER, POSITIONS),
             c: k.alloc(DType::F32, POSITIONS / TOGETHER * SUMS),
             keep: k.alloc(DType::F32, TOGETHER),
@@ -159,27 +156,17 @@ impl Tiles {
 
     /// The keys of the block of positions from `first` on, a strip of 16 at once.
     fn pack_keys(&self, k: &mut KernelBuilder, run: Run, (first, length): (Val, Val)) {
-        let depth = self.rows.depth();
         k.for_range(POSITIONS, LANES, |k, strip| {
             k.for_range(LANES, 1, |k, i| {
                 let position = k.add(first, strip);
                 let position = k.add(position, i);
                 let (key, _) = self.rows_at(k, run, (position, length));
                 let row = self.bound.pages.load_row(k, key);
-                let to = self.rows.line(k, i);
-                let nothing = k.splat_f32(16, 0.0);
-                for (tile, pair) in (0..).zip(row.chunks(2)) {
-                    let words = k.bf16_row(pair[0], *pair.get(1).unwrap_or(&nothing));
-                    let at = k.index(tile * TILE_BYTES / 4);
-                    k.store(to, at, words);
-                }
+                self.rows.put(k, i, &row);
             });
-            let zero = k.const_i64(0);
-            let from = self.rows.line(k, zero);
-            let bytes = k.mul_const(strip, depth * TILE_BYTES / LANES);
-            let to = k.offset(self.keys, bytes);
-            k.for_range(depth * TILE_BYTES, TILE_BYTES, |k, tile| {
-                let (to, from) = (k.offset(to, tile), k.offset(from, tile));
+            let to = self.keys.line(k, strip);
+            k.for_range(self.keys.depth() * TILE_BYTES, TILE_BYTES, |k, tile| {
+                let (to, from) = (k.offset(to, tile), k.offset(self.rows.at, tile));
                 k.tile_turn(to, from);
             });
         });
@@ -199,10 +186,10 @@ impl Tiles {
                 row.iter().map(|&x| k.select(exists, x, nothing)).collect::<Vec<_>>()
             });
             let bytes = k.mul_const(i, LINE_BYTES / 2);
-            let to = k.offset(self.values, bytes);
+            let to = k.offset(self.values.at, bytes);
             for (strip, (&a, &b)) in (0..).zip(pair[0].iter().zip(&pair[1])) {
                 let words = k.bf16_pairs(a, b);
-                let at = k.index(strip * (POSITIONS / TILE_COLUMNS) * TILE_BYTES / 4);
+                let at = k.index(strip * self.values.depth() * TILE_BYTES / 4);
                 k.store(to, at, words);
             }
         });
@@ -210,16 +197,13 @@ impl Tiles {
 
     /// Products of queries and keys: matrices of 32 queries by 32 positions, one after the other.
     fn score(&self, k: &mut KernelBuilder, query: Val) {
-        let strip_bytes = self.rows.depth() * TILE_BYTES;
         let low = self.q.line(k, query);
         let high = self.q.next(k, low);
-        k.for_range(POSITIONS / TOGETHER, 1, |k, pair| {
-            let c = row_ptr(k, self.c, pair, SUMS);
-            let bytes = k.mul_const(pair, 2 * strip_bytes);
-            let first = k.offset(self.keys, bytes);
-            let bytes = k.index(strip_bytes);
-            let second = k.offset(first, bytes);
-            k.tile_dot(c, (&[low, high], &[first, second]), self.rows.depth(), |_, _| {});
+        k.for_range(POSITIONS, TOGETHER, |k, position| {
+            let c = row_ptr(k, self.c, position, SUMS / TOGETHER);
+            let first = self.keys.line(k, position);
+            let second = self.keys.next(k, first);
+            k.tile_dot(c, (&[low, high], &[first, second]), self.keys.depth(), |_, _| {});
         });
     }
 
@@ -269,28 +253,18 @@ impl Tiles {
             let sum = k.load_f32(self.sum, query);
             let sum = k.fma(sum, keep, added);
             k.store(self.sum, query, sum);
-            let to = self.p.line(k, i);
-            for (tile, pair) in (0..).zip(p.chunks(2)) {
-                let words = k.bf16_row(pair[0], pair[1]);
-                let at = k.index(tile * TILE_BYTES / 4);
-                k.store(to, at, words);
-            }
+            self.p.put(k, i, &p);
         });
     }
 
     /// `o ← o·keep + p·V`, 32 columns at once.
     fn weigh(&self, k: &mut KernelBuilder, query: Val) {
-        let strip_bytes = self.p.depth() * TILE_BYTES;
-        let zero = k.const_i64(0);
-        let low = self.p.line(k, zero);
+        let low = self.p.at;
         let high = self.p.next(k, low);
-        let columns = |k: &mut KernelBuilder, strip: Val, count: u64| {
-            let bytes = k.mul_const(strip, strip_bytes);
-            let first = k.offset(self.values, bytes);
-            let bytes = k.index(strip_bytes);
-            let strips = [first, k.offset(first, bytes)];
+        let columns = |k: &mut KernelBuilder, column: Val, count: u64| {
+            let first = self.values.line(k, column);
+            let strips = [first, self.values.next(k, first)];
             k.tile_dot(self.c, (&[low, high], &strips[..count as usize]), self.p.depth(), |_, _| {});
-            let column = k.mul_const(strip, LANES);
             k.for_range(TOGETHER, 1, |k, i| {
                 let row = k.add(query, i);
                 let (o, c) = (row_ptr(k, self.o, row, self.bound.elems()), row_ptr(k, self.c, i, count * LANES));
@@ -304,10 +278,11 @@ impl Tiles {
                 }
             });
         };
-        let even = self.vectors / 2 * 2;
-        k.for_range(even, 2, |k, strip| columns(k, strip, 2));
-        if even < self.vectors {
-            let last = k.index(even);
+        let elems = self.bound.elems();
+        let paired = elems / (2 * LANES) * 2 * LANES;
+        k.for_range(paired, 2 * LANES, |k, column| columns(k, column, 2));
+        if paired < elems {
+            let last = k.index(paired);
             columns(k, last, 1);
         }
     }
