@@ -160,6 +160,10 @@ pub enum Kv {
     F32,
     /// bfloat16: half the memory, and half of what a long context reads for each token.
     Bf16,
+    /// 8-bit integers with a scale for each head and token: a quarter of float32.
+    Int8,
+    /// 8-bit floats (e4m3) with such a scale.
+    Fp8,
 }
 
 /// Arguments of `build`.

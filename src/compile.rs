@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use nextc_frontend::{Model, Options};
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::target::Activations as Rounding;
-use nextc_ir::{DType, Module, Target, WeightSource};
+use nextc_ir::{Module, Stored, Target, WeightSource};
 use nextc_link::{LinkInputs, Report};
 use nextc_passes::lower::lower;
 use nextc_passes::{legalise, run_all};
@@ -24,7 +24,7 @@ pub struct Plan {
     /// The backend.
     pub backend: Backend,
     /// What KV is stored in.
-    pub kv: DType,
+    pub kv: Stored,
 }
 
 impl Plan {
@@ -86,12 +86,14 @@ fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding>
 }
 
 /// What KV is stored in. `auto` takes bf16 where memory is what long contexts wait for and nothing asks for float32.
-fn kv(args: &ModelArgs) -> DType {
+fn kv(args: &ModelArgs) -> Stored {
     match args.kv {
-        Kv::F32 => DType::F32,
-        Kv::Bf16 => DType::BF16,
-        Kv::Auto if args.target == TargetKind::Cuda => DType::BF16,
-        Kv::Auto => DType::F32,
+        Kv::F32 => Stored::F32,
+        Kv::Bf16 => Stored::Bf16,
+        Kv::Int8 => Stored::Int8,
+        Kv::Fp8 => Stored::Fp8,
+        Kv::Auto if args.target == TargetKind::Cuda => Stored::Bf16,
+        Kv::Auto => Stored::F32,
     }
 }
 
@@ -113,7 +115,7 @@ fn refuse_what_is_missing(args: &ModelArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn options(args: &ModelArgs, kv: DType) -> Options {
+fn options(args: &ModelArgs, kv: Stored) -> Options {
     let ModelArgs { max_context, ref quant, ref rope_scaling, .. } = *args;
     Options { max_context, quant: quant.clone(), rope_scaling: rope_scaling.clone(), kv }
 }
@@ -121,7 +123,7 @@ fn options(args: &ModelArgs, kv: DType) -> Options {
 /// Reads and checks a model whose KV is stored as `kv`, and shows what its user should know.
 /// # Errors
 /// What is wrong with its files.
-pub fn load(args: &ModelArgs, kv: DType) -> anyhow::Result<Model> {
+pub fn load(args: &ModelArgs, kv: Stored) -> anyhow::Result<Model> {
     show::progress(&format!("reading {}", args.model.display()));
     let model = nextc_frontend::load(&args.model, &options(args, kv))?;
     model.warnings.iter().for_each(|warning| show::warn(warning));
@@ -284,9 +286,9 @@ mod tests {
     #[test]
     fn kv_is_what_is_asked_for_or_what_the_target_waits_for() {
         let of = |options: &str| plan(options).expect(options).kv;
-        assert_eq!([of(""), of("--kv f32"), of("--kv bf16")], [DType::F32, DType::F32, DType::BF16]);
+        assert_eq!([of(""), of("--kv f32"), of("--kv bf16")], [Stored::F32, Stored::F32, Stored::Bf16]);
         if cfg!(feature = "llvm") {
-            assert_eq!([of("--target cuda"), of("--target cuda --kv f32")], [DType::BF16, DType::F32]);
+            assert_eq!([of("--target cuda"), of("--target cuda --kv f32")], [Stored::Bf16, Stored::F32]);
         }
     }
 

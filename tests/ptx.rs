@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nextc_ir::kernel::Kernel;
 use nextc_ir::schedule::KernelModule;
-use nextc_ir::{DType, Target};
+use nextc_ir::{Stored, Target};
 
 /// The fixtures whose configs are compiled beside the official one.
 const FIXTURES: [&str; 8] = ["tiny", "odd", "dense-mix", "yarn", "long", "fp8", "int4", "gptq-int4"];
@@ -32,7 +32,7 @@ fn target() -> Target {
 
 /// The kernels of a config, as `nextc build --target cuda` makes them.
 fn kernels(config: &Path) -> KernelModule {
-    let options = nextc_frontend::Options { kv: DType::BF16, ..Default::default() };
+    let options = nextc_frontend::Options { kv: Stored::Bf16, ..Default::default() };
     let model = nextc_frontend::load(config, &options);
     let module = model.unwrap_or_else(|e| panic!("{}: {e}", config.display())).module;
     let target = Target { max_context: module.info.max_context, ..target() };

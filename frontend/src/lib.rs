@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use nextc_ir::graph::ModelInfo;
-use nextc_ir::{DType, Module};
+use nextc_ir::{Module, Stored};
 
 pub mod config;
 mod error;
@@ -36,13 +36,13 @@ pub struct Options {
     pub quant: Quantise,
     /// A rotary scaling in place of the configuration's.
     pub rope_scaling: Option<RopeScaling>,
-    /// What KV is stored in: one of [`nextc_ir::types::KV_TYPES`].
-    pub kv: DType,
+    /// What KV is stored in.
+    pub kv: Stored,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { max_context: None, quant: Quantise::default(), rope_scaling: None, kv: DType::F32 }
+        Self { max_context: None, quant: Quantise::default(), rope_scaling: None, kv: Stored::F32 }
     }
 }
 

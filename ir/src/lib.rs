@@ -2,7 +2,7 @@
 //!
 //! Two IRs live here: the **graph IR** ([`graph`]), a function of typed tensor ops per kind of layer, and the **kernel
 //! IR** ([`kernel`]), loops and vectors near the machine. Both come with a builder, a text format that round-trips, a
-//! verifier and an interpreter. Around them: element types, weight formats and layouts as data, the description of a
+//! verifier and an interpreter. Around them: element types, weight formats, types of state and layouts as data, the description of a
 //! target, the schedule, and the trait through which weights are read. This crate knows no other crate of the workspace.
 
 pub mod attr;
@@ -22,6 +22,7 @@ pub mod rows;
 pub mod schedule;
 pub mod shape;
 pub mod source;
+pub mod stored;
 pub mod target;
 pub mod types;
 pub mod verify;
@@ -34,5 +35,6 @@ pub use layout::Layout;
 pub use op::Op;
 pub use shape::{Dim, Shape, Sym};
 pub use source::WeightSource;
+pub use stored::Stored;
 pub use target::Target;
 pub use types::Type;

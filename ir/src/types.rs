@@ -6,6 +6,7 @@ use crate::dtype::DType;
 use crate::format::Format;
 use crate::layout::{Layout, padded_index};
 use crate::shape::{Dim, LANES, Shape, pad};
+use crate::stored::Stored;
 
 /// What a value of a graph is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -88,60 +89,71 @@ pub struct StateType {
     pub kind: StateKind,
     /// Its dimensions: see [`StateKind`].
     pub dims: Vec<u64>,
-    /// How its numbers are stored: one of [`KV_TYPES`] for KV, `f32` for the others. What is kept is the number rounded to that, to nearest even.
-    pub dtype: DType,
+    /// How its numbers are stored: anything for KV, `f32` for the others.
+    pub stored: Stored,
 }
 
-/// What KV may be stored in; `--kv` names one of them.
-pub const KV_TYPES: [DType; 2] = [DType::F32, DType::BF16];
-
-/// How the numbers of a head lie in KV: in lines of 64 bytes. A line is [`LANES`] words of 32 bits, and part `p` of word `j` is element `p * LANES + j` of those of the
-/// line: whichever the type, words that follow one another hold elements that follow one another.
+/// How a head of keys or values lies: its numbers in lines of 64 bytes, and apart from them its scale, where its type has one. A line is [`LANES`] words of 32 bits,
+/// and part `p` of word `j` is element `p * LANES + j` of those of the line: whichever the type, words that follow one another hold elements that follow one
+/// another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvRow {
     /// Elements of a head.
     pub width: u64,
     /// How they are stored.
-    pub dtype: DType,
+    pub stored: Stored,
 }
 
 impl KvRow {
     /// Elements in a word.
-    pub const fn parts(&self) -> u64 {
-        4 / self.dtype.bytes()
+    pub fn parts(&self) -> u64 {
+        32 / self.stored.format().def().bits
     }
 
     /// Elements of a line.
-    pub const fn line_elems(&self) -> u64 {
+    pub fn line_elems(&self) -> u64 {
         LANES * self.parts()
     }
 
     /// Lines of a row, of which the last may not be full.
-    pub const fn lines(&self) -> u64 {
+    pub fn lines(&self) -> u64 {
         self.width.div_ceil(self.line_elems())
     }
 
-    /// Bytes of a row.
-    pub const fn bytes(&self) -> u64 {
+    /// Bytes of a row, without its scale.
+    pub fn bytes(&self) -> u64 {
         self.lines() * LANES * 4
     }
 
+    /// Bytes of a row's scale.
+    pub fn scale_bytes(&self) -> u64 {
+        if self.stored.is_scaled() { DType::F32.bytes() } else { 0 }
+    }
+
+    /// Bytes of the keys, or the values, of one head in a page: the rows, then their scales.
+    pub fn page_bytes(&self, page_tokens: u64) -> u64 {
+        page_tokens * (self.bytes() + self.scale_bytes())
+    }
+
     /// The byte of a row that element `i` begins in.
-    pub const fn byte(&self, i: u64) -> u64 {
+    pub fn byte(&self, i: u64) -> u64 {
         let (line, within) = (i / self.line_elems(), i % self.line_elems());
-        (line * LANES + within % LANES) * 4 + within / LANES * self.dtype.bytes()
+        (line * LANES + within % LANES) * 4 + within / LANES * (4 / self.parts())
     }
 }
 
 impl StateType {
-    /// What its numbers are, as a format of single numbers.
-    pub fn format(&self) -> Format {
-        Format::plain(self.dtype).expect("a state holds floats")
+    /// Elements that share what [`Stored`] says of a row: a head of keys or values; of other states any.
+    pub fn row_elems(&self) -> usize {
+        match self.kind {
+            StateKind::Kv => self.dims[1] as usize,
+            StateKind::Conv | StateKind::Delta => 1,
+        }
     }
 
     /// How a head of keys or values lies.
     pub fn kv_row(&self) -> KvRow {
-        KvRow { width: self.dims[1], dtype: self.dtype }
+        KvRow { width: self.dims[1], stored: self.stored }
     }
 
     /// Bytes as stored: of one token for [`StateKind::Kv`] (keys and values), of one slot for the others.
@@ -156,20 +168,32 @@ impl StateType {
     /// Bytes of that which an ordinary step reads and writes: without what is kept of tentative tokens.
     pub fn step_bytes(&self) -> u64 {
         match self.kind {
-            StateKind::Kv => 2 * self.dims[0] * self.kv_row().bytes(),
+            StateKind::Kv => 2 * self.dims[0] * self.kv_row().page_bytes(1),
             StateKind::Conv => self.dims[2] * self.dims[0] * pad(self.dims[1]) * 4,
             StateKind::Delta => self.dims[0] * self.dims[1] * pad(self.dims[2]) * 4,
         }
     }
 
-    /// The byte of a unit (a page, a slot) that its element `i` begins in, if elements are numbered without padding as the graph interpreter
-    /// does: see [`crate::eval::State`].
-    pub fn stored_byte(&self, i: u64) -> u64 {
+    /// The byte of a unit (a page of `page_tokens`, a slot) that its element `i` begins in, if elements are numbered without padding as the graph
+    /// interpreter does: see [`crate::eval::State`].
+    pub fn stored_byte(&self, i: u64, page_tokens: u64) -> u64 {
         match self.kind {
-            StateKind::Kv => i / self.dims[1] * self.kv_row().bytes() + self.kv_row().byte(i % self.dims[1]),
+            StateKind::Kv => {
+                let (row, width) = (self.kv_row(), self.dims[1]);
+                let (head, number) = (i / width / page_tokens, i / width % page_tokens);
+                head * row.page_bytes(page_tokens) + number * row.bytes() + row.byte(i % width)
+            }
             StateKind::Conv => padded_index(&self.dims[..2], i) * 4,
             StateKind::Delta => self.delta_index(i) * 4,
         }
+    }
+
+    /// The byte that the scale of the row of element `i` begins in, where rows have one.
+    pub fn scale_byte(&self, i: u64, page_tokens: u64) -> Option<u64> {
+        let row = self.kv_row();
+        let (head, number) = (i / row.width / page_tokens, i / row.width % page_tokens);
+        let scales = head * row.page_bytes(page_tokens) + page_tokens * row.bytes();
+        self.stored.is_scaled().then(|| scales + number * row.scale_bytes())
     }
 
     /// The number that a delta state has element `i` as.
@@ -221,12 +245,12 @@ impl Type {
 
     /// A state of f32.
     pub fn state(kind: StateKind, dims: &[u64]) -> Self {
-        Self::State(StateType { kind, dims: dims.to_vec(), dtype: DType::F32 })
+        Self::State(StateType { kind, dims: dims.to_vec(), stored: Stored::F32 })
     }
 
     /// Keys and values of so many heads of so many elements.
-    pub fn kv(heads: u64, head_dim: u64, dtype: DType) -> Self {
-        Self::State(StateType { kind: StateKind::Kv, dims: vec![heads, head_dim], dtype })
+    pub fn kv(heads: u64, head_dim: u64, stored: Stored) -> Self {
+        Self::State(StateType { kind: StateKind::Kv, dims: vec![heads, head_dim], stored })
     }
 
     /// The tensor type, if it is one.
@@ -281,8 +305,8 @@ impl fmt::Display for Type {
             Self::State(s) => {
                 write!(f, "state<{}", s.kind.name())?;
                 s.dims.iter().try_for_each(|d| write!(f, " x {d}"))?;
-                if s.dtype != DType::F32 {
-                    write!(f, " x {}", s.dtype)?;
+                if s.stored != Stored::F32 {
+                    write!(f, " x {}", s.stored.name())?;
                 }
                 f.write_str(">")
             }
@@ -302,26 +326,32 @@ impl fmt::Display for Type {
 mod tests {
     use super::*;
 
-    /// Each element of a page has bytes of its own, and words that follow one another hold neighbours.
+    /// Each element of a page has bytes of its own, none of them those of a scale, and words that follow one another hold neighbours.
     #[test]
     fn rows_of_kv_hold_every_element_once() {
-        for (width, dtype) in [(12, DType::F32), (24, DType::BF16), (56, DType::BF16), (256, DType::BF16)] {
-            let Type::State(state) = Type::kv(2, width, dtype) else { panic!("KV is a state") };
+        let types = Stored::ALL.into_iter().flat_map(|stored| [12, 24, 56, 72, 256].map(|width| (width, stored)));
+        for (width, stored) in types {
+            let page_tokens = 4;
+            let Type::State(state) = Type::kv(2, width, stored) else { panic!("KV is a state") };
             let row = state.kv_row();
-            let mut taken: Vec<u64> = (0..4 * width).map(|i| state.stored_byte(i)).collect();
-            assert_eq!(taken[1] - taken[0], 4, "{width} x {dtype}");
+            let (elems, bytes) = (2 * 2 * page_tokens * width, 4 / row.parts());
+            let mut taken: Vec<u64> = (0..elems).map(|i| state.stored_byte(i, page_tokens)).collect();
+            assert_eq!(taken[1] - taken[0], 4, "{width} x {stored:?}");
             taken.sort_unstable();
             taken.dedup();
-            assert_eq!(taken.len() as u64, 4 * width, "{width} x {dtype}");
-            assert!(taken.iter().all(|at| at + dtype.bytes() <= 4 * row.bytes()), "{width} x {dtype}");
+            assert_eq!(taken.len() as u64, elems, "{width} x {stored:?}");
+            let page = row.page_bytes(page_tokens);
+            assert!(taken.iter().all(|at| at % page + bytes <= page_tokens * row.bytes()), "{width} x {stored:?}");
+            assert!(taken.iter().all(|at| at + bytes <= page_tokens * state.bytes()), "{width} x {stored:?}");
         }
     }
 
     #[test]
-    fn kv_in_bf16_takes_half_the_bytes_where_lines_are_full() {
-        let bytes = |width, dtype| Type::kv(2, width, dtype).as_state().map(StateType::bytes);
-        assert_eq!(bytes(256, DType::F32), Some(2 * 2 * 256 * 4));
-        assert_eq!(bytes(256, DType::BF16), Some(2 * 2 * 256 * 2));
-        assert_eq!(bytes(24, DType::BF16), bytes(32, DType::BF16));
+    fn kv_takes_the_bytes_of_its_type_where_lines_are_full() {
+        let bytes = |width, stored| Type::kv(2, width, stored).as_state().map(StateType::bytes);
+        assert_eq!(bytes(256, Stored::F32), Some(2 * 2 * 256 * 4));
+        assert_eq!(bytes(256, Stored::Bf16), Some(2 * 2 * 256 * 2));
+        assert_eq!(bytes(256, Stored::Int8), Some(2 * 2 * (256 + 4)));
+        assert_eq!(bytes(24, Stored::Bf16), bytes(32, Stored::Bf16));
     }
 }

@@ -573,7 +573,7 @@ fn a_state_may_be_read_before_the_wait_until_a_launch_of_the_program_writes_it()
         let ty = nextc_ir::types::StateType {
             kind: nextc_ir::types::StateKind::Kv,
             dims: vec![1, 16],
-            dtype: nextc_ir::DType::F32,
+            stored: nextc_ir::Stored::F32,
         };
         let module = KernelModule {
             kernels: vec![parse::kernel(text).unwrap_or_else(|e| panic!("{e}"))],

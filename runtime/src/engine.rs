@@ -487,10 +487,11 @@ fn output_of<'m>(metadata: &'m Metadata, program: usize, name: &str) -> Result<&
     output.ok_or(Error::Step("an entry point lacks one of its outputs"))
 }
 
-/// Bytes of KV that are sound numbers between -1 and 1, as f32 and as pairs of bf16.
+/// Bytes of KV that are sound numbers: between -1 and 1 as f32 and as pairs of bf16, and none that is not a number as codes of 8 bits.
 fn made_up_past(bytes: usize, mut random: Random) -> Vec<u8> {
     let number = |_| {
-        let half = random.between(-1.0, 1.0).to_bits() >> 16;
+        // 0x7f is no number in e4m3
+        let half = random.between(-1.0, 1.0).to_bits() >> 16 & !1;
         (half << 16 | half).to_le_bytes()
     };
     (0..bytes / 4).flat_map(number).collect()

@@ -2,14 +2,14 @@
 //! output gate; and its part that later tokens need.
 
 use nextc_ir::build::BuildError;
-use nextc_ir::{Attrs, DType, Op, Type, Value};
+use nextc_ir::{Attrs, Op, Stored, Type, Value};
 
 use super::part::{Part, PartBuilder};
 use super::{Weights, add_residual, eps, stream_types};
 use crate::config::ModelConfig;
 
 /// `@attention.I(x, ssq, seqs, kv, weights...) -> (x, ssq, kv)`.
-pub(super) fn build(of: (&Weights, &ModelConfig, DType), name: &str, prefix: &str) -> Result<Part, BuildError> {
+pub(super) fn build(of: (&Weights, &ModelConfig, Stored), name: &str, prefix: &str) -> Result<Part, BuildError> {
     let (mut p, front) = begin(of, name, prefix)?;
     let (c, Front { x, h, seqs, .. }) = (of.1, front);
     let [w_q, w_gate, q_norm] = ["w_q", "w_gate", "q_norm"].map(|n| p.weight(n));
@@ -28,7 +28,7 @@ pub(super) fn build(of: (&Weights, &ModelConfig, DType), name: &str, prefix: &st
 }
 
 /// `@keys.I(x, ssq, seqs, kv, weights...) -> (kv)`: keys and values of tokens of which nothing else is wanted.
-pub(super) fn keys(of: (&Weights, &ModelConfig, DType), name: &str, prefix: &str) -> Result<Part, BuildError> {
+pub(super) fn keys(of: (&Weights, &ModelConfig, Stored), name: &str, prefix: &str) -> Result<Part, BuildError> {
     let (mut p, front) = begin(of, name, prefix)?;
     let (kv, _) = append_keys(&mut p, of.1, front)?;
     Ok(p.finish(vec![kv]))
@@ -45,7 +45,7 @@ struct Front {
 }
 
 fn begin<'a>(
-    (w, c, kv): (&'a Weights, &ModelConfig, DType),
+    (w, c, kv): (&'a Weights, &ModelConfig, Stored),
     name: &str,
     prefix: &'a str,
 ) -> Result<(PartBuilder<'a>, Front), BuildError> {

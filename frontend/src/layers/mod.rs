@@ -23,7 +23,7 @@ mod sample;
 use indexmap::IndexMap;
 use nextc_ir::build::{BuildError, FunctionBuilder};
 use nextc_ir::graph::{Function, ModelInfo, WeightDecl};
-use nextc_ir::{Attrs, DType, Dim, Module, Op, Shape, Sym, Type, Value};
+use nextc_ir::{Attrs, Dim, Module, Op, Shape, Stored, Sym, Type, Value};
 
 use self::part::{Part, PartBuilder};
 use crate::config::{Ffn, LayerKind, Mixer, ModelConfig};
@@ -38,7 +38,7 @@ pub fn build_module(
     config: &ModelConfig,
     table: WeightTable,
     info: ModelInfo,
-    kv: DType,
+    kv: Stored,
 ) -> Result<Module, BuildError> {
     let weights = &table.weights;
     let head = if table.tied { "embed" } else { "head" };
@@ -84,7 +84,7 @@ const LARGE_VOCABULARY: u64 = 4096;
 
 /// The mixer and the FFN of a layer; `id` is what its functions' names end in.
 fn layer_parts(
-    (w, c, kv): (&Weights, &ModelConfig, DType),
+    (w, c, kv): (&Weights, &ModelConfig, Stored),
     kind: LayerKind,
     id: &str,
     prefix: &str,

@@ -5,9 +5,9 @@ use super::math::{dot, logistic, map, zip};
 use super::norm::rms_norm_plus_one;
 use crate::attr::Attrs;
 use crate::eval::{self, Array, Cx, Datum, EvalError, Real, Sequences, State, attr_float};
-use crate::format::Format;
 use crate::op::ShapeError;
 use crate::shape::{Dim, Shape};
+use crate::stored::Stored;
 use crate::types::{StateKind, Type};
 
 /// Demands frequencies for at most half of `head_dim`.
@@ -162,7 +162,7 @@ pub fn append_kv<F: Real>(
     kv.is(&[heads, head_dim])?;
     k.is(&[seqs.positions().len().max(tokens), heads, head_dim])?;
     let mut kv = kv.clone();
-    let format = kv.ty().format();
+    let stored = kv.ty().stored;
     for run in seqs.runs() {
         for t in run.tokens.clone() {
             let (page, at) = seqs.page(run.sequence, seqs.positions()[t] as usize, cx.page_tokens)?;
@@ -171,7 +171,7 @@ pub fn append_kv<F: Real>(
                 for (which, x) in [k, v].into_iter().enumerate() {
                     let to = ((head * 2 + which) * cx.page_tokens + at) * head_dim;
                     let row = &x.row(t)[head * head_dim..(head + 1) * head_dim];
-                    unit[to..to + head_dim].iter_mut().zip(row).for_each(|(to, &x)| *to = stored(format, x));
+                    unit[to..to + head_dim].copy_from_slice(&kept(stored, row));
                 }
             }
         }
@@ -179,12 +179,14 @@ pub fn append_kv<F: Real>(
     Ok(kv)
 }
 
-/// A number as a state keeps it.
-fn stored<F: Real>(format: Format, x: F) -> F {
-    match format {
-        Format::F32 => x,
-        format => F::of(f64::from((format.def().decode)((format.def().encode)(x.get() as f32)))),
+/// A row as a state keeps it.
+fn kept<F: Real>(stored: Stored, row: &[F]) -> Vec<F> {
+    if stored == Stored::F32 {
+        return row.to_vec();
     }
+    let mut row: Vec<f32> = row.iter().map(|x| x.get() as f32).collect();
+    stored.round(&mut row);
+    row.into_iter().map(|x| F::of(f64::from(x))).collect()
 }
 
 /// Keys (`which` = 0) or values (1) of one kv head at positions `0..count` of a sequence.

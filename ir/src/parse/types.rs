@@ -2,11 +2,13 @@
 
 use super::lexer::Token;
 use super::{ParseError, Parser, Problem};
+
 use crate::dtype::DType;
 use crate::format::Format;
 use crate::layout::Layout;
 use crate::shape::{Dim, Shape, Sym};
-use crate::types::{KV_TYPES, StateKind, StateType, TensorType, Type, WeightType};
+use crate::stored::Stored;
+use crate::types::{StateKind, StateType, TensorType, Type, WeightType};
 
 /// How deep bundles may lie in bundles.
 const MAX_DEPTH: usize = 16;
@@ -113,14 +115,14 @@ impl Parser {
             self.keyword("x")?;
             dims.push(self.number()?);
         }
-        let mut dtype = DType::F32;
+        let mut stored = Stored::F32;
         if kind == StateKind::Kv && matches!(self.peek(), Token::Word(w) if w == "x") {
             self.next();
             let name = self.word("what KV is stored in")?;
-            let found = KV_TYPES.into_iter().find(|d| d.name() == name);
-            dtype = found.ok_or_else(|| self.error(Problem::Unknown { what: "type of KV", name }))?;
+            stored =
+                Stored::from_name(&name).ok_or_else(|| self.error(Problem::Unknown { what: "type of KV", name }))?;
         }
-        Ok(Type::State(StateType { kind, dims, dtype }))
+        Ok(Type::State(StateType { kind, dims, stored }))
     }
 }
 

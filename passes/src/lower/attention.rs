@@ -168,12 +168,11 @@ pub fn lower_norm_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let v_row = row_ptr(k, v, t, pages.heads * head_elems);
         k.for_range(pages.heads, 1, |k, h| {
             let (keys, values) = pages.block(k, b, page, h);
-            let (key_out, v_out) = (pages.row(k, keys, place), pages.row(k, values, place));
             let (x, v) = (row_ptr(k, key_row, h, head_elems), row_ptr(k, v_row, h, head_elems));
             norm_head(k, (x, k_norm, rotated), width, eps);
             rotation.apply(k, rotated);
-            pages.store_row(k, key_out, rotated);
-            pages.store_row(k, v_out, v);
+            pages.store_row(k, (keys, place), rotated);
+            pages.store_row(k, (values, place), v);
         });
         Vec::new()
     };
@@ -404,6 +403,10 @@ impl Group {
                 })
             };
             self.for_lines(k, &mut sums, &mut add);
+            let scale = match self.pages.scale(k, keys, j) {
+                Some(of_key) => k.fmul(of_key, scale),
+                None => scale,
+            };
             for (i, &lanes) in sums.iter().enumerate() {
                 let product = k.reduce_add(lanes);
                 let score = k.fmul(product, scale);
@@ -481,9 +484,11 @@ impl Group {
         let sums = k.for_carry((zero, tokens, 1), &init, |k, j, acc| {
             let row = self.pages.row(k, values, j);
             let vectors = self.pages.load_line(k, row, line, parts);
+            let scale = self.pages.scale(k, values, j);
             let weights = heads().map(|head| {
                 let at = k.add_const(j, head * self.pages.page_tokens);
                 let p = k.load_f32(self.scores, at);
+                let p = scale.map_or(p, |scale| k.fmul(p, scale));
                 k.splat(p, 16)
             });
             let weights: Vec<Val> = weights.collect();

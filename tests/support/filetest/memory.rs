@@ -111,26 +111,41 @@ fn unit_bytes(ty: &StateType) -> u64 {
     ty.bytes() * if ty.kind == StateKind::Kv { PAGE_TOKENS as u64 } else { 1 }
 }
 
-/// The bytes that a state's elements begin in, in the order in which [`State::units`] has them.
-fn places(ty: &StateType, state: &State<f32>) -> Vec<usize> {
+/// Where an element of a state lies: the byte that it begins in, and that of its row's scale, where there is one.
+struct Place {
+    code: usize,
+    scale: Option<usize>,
+}
+
+/// The places of a state's elements, in the order in which [`State::units`] has them.
+fn places(ty: &StateType, state: &State<f32>) -> Vec<Place> {
+    let page_tokens = PAGE_TOKENS as u64;
     let of_unit = |(unit, values): (u32, &[f32])| {
         let start = u64::from(unit) * unit_bytes(ty);
-        (0..values.len() as u64).map(|i| (start + ty.stored_byte(i)) as usize).collect::<Vec<_>>()
+        let place = |i: u64| Place {
+            code: (start + ty.stored_byte(i, page_tokens)) as usize,
+            scale: ty.scale_byte(i, page_tokens).map(|at| (start + at) as usize),
+        };
+        (0..values.len() as u64).map(place).collect::<Vec<_>>()
     };
     state.units().flat_map(of_unit).collect()
 }
 
-/// A number as a state keeps it.
-pub fn stored(ty: &StateType, x: f32) -> f32 {
-    let def = ty.format().def();
-    (def.decode)((def.encode)(x))
+/// Rounds the numbers of a unit to what a state keeps: row by row.
+pub fn round(ty: &StateType, values: &mut [f32]) {
+    values.chunks_mut(ty.row_elems()).for_each(|row| ty.stored.round(row));
 }
 
 fn units(ty: &StateType, state: &State<f32>, units: usize) -> Buffer {
     let mut out = vec![0; unit_bytes(ty) as usize * units];
-    for (at, x) in places(ty, state).into_iter().zip(numbers(state)) {
-        let width = ty.dtype.bytes() as usize;
-        out[at..at + width].copy_from_slice(&(ty.format().def().encode)(x).to_le_bytes()[..width]);
+    let numbers = numbers(state);
+    let scales = numbers.chunks(ty.row_elems()).flat_map(|row| vec![ty.stored.scale(row); row.len()]);
+    for ((place, &x), scale) in places(ty, state).iter().zip(&numbers).zip(scales) {
+        let width = ty.stored.code_bytes();
+        out[place.code..place.code + width].copy_from_slice(&ty.stored.encode(x, scale).to_le_bytes()[..width]);
+        if let Some(at) = place.scale {
+            out[at..at + 4].copy_from_slice(&scale.to_le_bytes());
+        }
     }
     Buffer::from_bytes(&out)
 }
@@ -142,11 +157,15 @@ pub fn numbers(state: &State<f32>) -> Vec<f32> {
 
 /// The numbers of a state in memory, in the order of [`numbers`].
 pub fn read_state(state: &State<f32>, memory: &[u8]) -> Vec<f32> {
-    let number = |at: usize| {
+    let stored = state.ty().stored;
+    let word = |at: usize, width: usize| {
         let mut code = [0; 4];
-        let width = state.ty().dtype.bytes() as usize;
         code[..width].copy_from_slice(&memory[at..at + width]);
-        (state.ty().format().def().decode)(u32::from_le_bytes(code))
+        u32::from_le_bytes(code)
     };
-    places(state.ty(), state).into_iter().map(number).collect()
+    let number = |place: &Place| {
+        let scale = place.scale.map_or(1.0, |at| f32::from_bits(word(at, 4)));
+        stored.decode(word(place.code, stored.code_bytes()), scale)
+    };
+    places(state.ty(), state).iter().map(number).collect()
 }

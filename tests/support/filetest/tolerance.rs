@@ -18,7 +18,8 @@ const FLOOR: f32 = f32::MIN_POSITIVE * 1e-5;
 /// terms of both signs, in another order. `layer`: several such sums, one after the other. `scores`: a softmax of scores of
 /// some thousands, in which one rounding of a score is 1e-4 of its exponential. `half`: of a machine that rounds the rows of a product to 16-bit
 /// floats (bf16: 2^-9 of each). `kv`: numbers that are kept as bf16, where a rounding before may become a step to the next, 2^-7 of it, and what is made of them.
-const TABLE: [Tolerance; 7] = [
+/// `int8`, `fp8`: the same of 8 bits, where a step is a 127th of the largest of a row, or an eighth of the number.
+const TABLE: [Tolerance; 9] = [
     Tolerance { name: "exact", of_number: 0.0, of_largest: 0.0 },
     Tolerance { name: "rounding", of_number: 1e-6, of_largest: 0.0 },
     Tolerance { name: "sum", of_number: 0.0, of_largest: 2e-6 },
@@ -26,6 +27,8 @@ const TABLE: [Tolerance; 7] = [
     Tolerance { name: "scores", of_number: 0.0, of_largest: 1e-4 },
     Tolerance { name: "half", of_number: 0.0, of_largest: 4e-3 },
     Tolerance { name: "kv", of_number: 7.9e-3, of_largest: 2e-4 },
+    Tolerance { name: "int8", of_number: 0.0, of_largest: 8e-3 },
+    Tolerance { name: "fp8", of_number: 0.126, of_largest: 2e-4 },
 ];
 
 impl Tolerance {

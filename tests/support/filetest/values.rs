@@ -311,8 +311,9 @@ fn state(ty: &StateType, fill: &Fill, step: &Step, random: &mut Random) -> Check
     let mut state = State::new(ty, PAGE_TOKENS);
     let elems = state.unit_elems();
     for unit in 0..step.units(ty.kind) {
-        let values = fill.floats(elems, random)?.into_iter().map(|x| memory::stored(ty, x));
-        state.unit_mut(unit as u32).iter_mut().zip(values).for_each(|(to, x)| *to = x);
+        let mut values = fill.floats(elems, random)?;
+        memory::round(ty, &mut values);
+        state.unit_mut(unit as u32).copy_from_slice(&values);
     }
     Ok(Datum::State(state))
 }

@@ -13,7 +13,7 @@ use nextc_ir::schedule::{
 use nextc_ir::shape::Sym;
 use nextc_ir::source::{SourceError, StoredTensor, WeightSource};
 use nextc_ir::types::{StateKind, StateType};
-use nextc_ir::{DType, Target};
+use nextc_ir::{Stored, Target};
 use nextc_link::{LinkError, LinkInputs, Report, Version};
 
 /// Width of everything, and size of the vocabulary.
@@ -83,7 +83,7 @@ pub fn module() -> KernelModule {
     };
     let state = |name: &str, kind, dims: &[u64]| StateDecl {
         name: name.to_owned(),
-        ty: StateType { kind, dims: dims.to_vec(), dtype: DType::F32 },
+        ty: StateType { kind, dims: dims.to_vec(), stored: Stored::F32 },
     };
     KernelModule {
         info,

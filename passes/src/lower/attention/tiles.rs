@@ -143,15 +143,14 @@ impl Tiles {
         row_ptr(k, row, head, elems)
     }
 
-    /// Pointers to the key and the value at a position; of positions from `length` on those of the last one.
-    fn rows_at(&self, k: &mut KernelBuilder, run: Run, (position, length): (Val, Val)) -> (Val, Val) {
+    /// The keys and the values of the page that holds a position, and its place in it; of positions from `length` on those of the last one.
+    fn rows_at(&self, k: &mut KernelBuilder, run: Run, (position, length): (Val, Val)) -> ((Val, Val), Val) {
         let pages = self.bound.pages;
         let one = k.const_i64(1);
         let last = k.sub(length, one);
         let position = k.min_i64(position, last);
         let (page, within) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
-        let (keys, values) = pages.block(k, run.b, page, run.kv_head);
-        (pages.row(k, keys, within), pages.row(k, values, within))
+        (pages.block(k, run.b, page, run.kv_head), within)
     }
 
     /// The keys of the block of positions from `first` on, a strip of 16 at once.
@@ -160,8 +159,8 @@ impl Tiles {
             k.for_range(LANES, 1, |k, i| {
                 let position = k.add(first, strip);
                 let position = k.add(position, i);
-                let (key, _) = self.rows_at(k, run, (position, length));
-                let row = self.bound.pages.load_row(k, key);
+                let ((keys, _), number) = self.rows_at(k, run, (position, length));
+                let row = self.bound.pages.load_row(k, keys, number);
                 self.rows.put(k, i, &row);
             });
             let to = self.keys.line(k, strip);
@@ -179,10 +178,10 @@ impl Tiles {
             let pair = [0, 1].map(|n| {
                 let position = k.add_const(i, n);
                 let position = k.add(first, position);
-                let (_, value) = self.rows_at(k, run, (position, length));
+                let ((_, values), number) = self.rows_at(k, run, (position, length));
                 let exists = k.cmp(Pred::Lt, position, length);
                 let nothing = k.splat_f32(16, 0.0);
-                let row = self.bound.pages.load_row(k, value);
+                let row = self.bound.pages.load_row(k, values, number);
                 row.iter().map(|&x| k.select(exists, x, nothing)).collect::<Vec<_>>()
             });
             let bytes = k.mul_const(i, LINE_BYTES / 2);

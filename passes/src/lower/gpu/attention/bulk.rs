@@ -18,7 +18,7 @@ use super::super::super::ports::{Lowered, Ports, Site};
 use super::super::{Place, begin, many};
 use super::runs::{Runs, Tokens};
 use super::warp::of_four;
-use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Quad, across, four, of_floats, of_kv, pack};
+use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Quad, Raw, across, four, of_floats, pack};
 use super::{Attention, LOWEST, RowOf, merge};
 
 /// Rows of a block.
@@ -138,8 +138,8 @@ impl Sums {
 
 /// What a thread has loaded of a stage: words of keys, and of values of two positions.
 struct Loaded {
-    keys: Vec<[Val; 4]>,
-    values: Vec<[[Val; 4]; 2]>,
+    keys: Vec<Raw>,
+    values: Vec<[Raw; 2]>,
 }
 
 impl Block<'_> {
@@ -230,16 +230,15 @@ impl Block<'_> {
             let last_first = k.sub(last, within);
             k.min_i64(first, last_first)
         };
-        let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
+        let (page, first_row) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
         let (keys, values) = pages.block(k, self.tokens.sequence, page, self.kv_head);
-        let [keys, values] = [keys, values].map(|rows| pages.row(k, rows, at));
         let last = k.sub(last, first);
         let quads = self.attention.blocks() * BLOCK_WORDS / 4;
         let words = |k: &mut KernelBuilder, rows: Val, position: Val, at: Val| {
             let position = k.min_i64(position, last);
-            let row = pages.row(k, rows, position);
+            let number = k.add(first_row, position);
             let (block, quad) = (k.div_const(at, 4), k.rem_const(at, 4));
-            of_kv(k, pages, row, Quad { block, quad })
+            Raw::load(k, pages, (rows, number), Quad { block, quad })
         };
         let mut loaded = Loaded { keys: Vec::new(), values: Vec::new() };
         self.clamped(k, POSITIONS * quads, |k, number| {
@@ -267,13 +266,15 @@ impl Block<'_> {
 
     /// Puts what was loaded where the products find it.
     fn put(&self, k: &mut KernelBuilder, stage: Val, loaded: &Loaded) {
+        let pages = &self.attention.pages;
         let quads = self.attention.blocks() * BLOCK_WORDS / 4;
         let keys = row_ptr(k, self.smem.keys, stage, POSITIONS * self.smem.key_words);
         let mut words = loaded.keys.iter();
         self.share(k, POSITIONS * quads, |k, number| {
             let (position, at) = (k.div_const(number, quads), k.rem_const(number, quads));
             let to = row_ptr(k, keys, position, self.smem.key_words);
-            let (at, words) = (k.mul_const(at, 4), k.quad(*words.next().expect("as many as were loaded")));
+            let words = words.next().expect("as many as were loaded").words(k, pages);
+            let (at, words) = (k.mul_const(at, 4), k.quad(words));
             k.store(to, at, words);
         });
         let values = row_ptr(k, self.smem.values, stage, POSITIONS / 2 * self.smem.value_words);
@@ -282,7 +283,7 @@ impl Block<'_> {
             let (pair, at) = (k.div_const(number, quads), k.rem_const(number, quads));
             let to = row_ptr(k, values, pair, self.smem.value_words);
             let (block, quad) = (k.div_const(at, 4), k.rem_const(at, 4));
-            let [first, second] = words.next().expect("as many as were loaded");
+            let [first, second] = words.next().expect("as many as were loaded").map(|raw| raw.words(k, pages));
             let both = [0, 1, 2, 3].map(|i: usize| across(k, first[i], second[i]));
             let (at, own) = (k.mul_const(block, BLOCK_ELEMS), k.mul_const(quad, 4));
             let at = k.add(at, own);

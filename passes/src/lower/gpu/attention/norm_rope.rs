@@ -117,13 +117,12 @@ pub fn lower_norm_append(site: &Site<'_>) -> Result<Lowered, LowerError> {
         k.if_then(appends, |k| {
             let (page, at) = (k.div_const(position, pages.page_tokens), k.rem_const(position, pages.page_tokens));
             let (keys, values) = pages.block(k, b, page, kv_head);
-            let (key_out, v_out) = (pages.row(k, keys, at), pages.row(k, values, at));
-            for (element, first) in elements.iter().zip((0..).step_by(32)) {
-                let value = bound.rotated(k, normed, element, first, position);
-                pages.store_32(k, (key_out, first), element, value);
-                let value = element.load(k, v);
-                pages.store_32(k, (v_out, first), element, value);
-            }
+            let own = elements.iter().zip((0..).step_by(32));
+            let key: Vec<Val> =
+                own.map(|(element, first)| bound.rotated(k, normed, element, first, position)).collect();
+            pages.store_by_warp(k, (keys, at), (&elements, &key));
+            let value: Vec<Val> = elements.iter().map(|element| element.load(k, v)).collect();
+            pages.store_by_warp(k, (values, at), (&elements, &value));
         });
         Vec::new()
     };

@@ -4,12 +4,60 @@ use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 
 use super::super::super::matmul::row_ptr;
+use super::super::super::pages::Pages;
 use super::decode::{Block, CHUNK, ROWS, THREADS, WARPS};
 use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Share, across, four, pack};
 use super::{Attention, LOWEST, merge};
 
 /// Keys of a product.
 const KEYS: u64 = 8;
+
+/// What a thread reads of a chunk's keys, or of its values.
+#[derive(Clone, Copy)]
+struct Asked {
+    shares: [Share; 4],
+    /// Pointers to the scales of positions `2 q`, `2 q + 1`, `2 q + 8` and `2 q + 9`, where rows have some.
+    scales: [Option<Val>; 4],
+}
+
+impl Asked {
+    /// This, or another where the condition does not hold.
+    fn or(self, k: &mut KernelBuilder, condition: Val, other: Self) -> Self {
+        Self {
+            shares: [0, 1, 2, 3].map(|i: usize| self.shares[i].or(k, condition, other.shares[i])),
+            scales: [0, 1, 2, 3].map(|i: usize| {
+                let pair = self.scales[i].zip(other.scales[i]);
+                pair.map(|(own, other)| k.select(condition, own, other))
+            }),
+        }
+    }
+
+    /// What is there: the shares' vectors, one after the other, then the scales.
+    fn load(&self, k: &mut KernelBuilder, pages: &Pages) -> Vec<Val> {
+        let zero = k.const_i64(0);
+        let mut loaded: Vec<Val> = self.shares.iter().flat_map(|share| share.load(k, pages)).collect();
+        loaded.extend(self.scales.iter().flatten().map(|&at| k.load_f32(at, zero)));
+        loaded
+    }
+}
+
+/// Keys and values of the page that holds a chunk.
+struct Rows {
+    keys: Val,
+    values: Val,
+    /// The chunk's first row in it.
+    first: Val,
+    /// The last row, counted from there, that somebody sees.
+    last: Val,
+}
+
+impl Rows {
+    /// The row of the page of position `number` of the chunk; of what nobody sees the last that somebody does.
+    fn number(&self, k: &mut KernelBuilder, number: Val) -> Val {
+        let number = k.min_i64(number, self.last);
+        k.add(self.first, number)
+    }
+}
 
 /// A warp at work on its chunks.
 pub struct Warp<'a> {
@@ -33,8 +81,8 @@ impl Warp<'_> {
     /// Works on them; what it finds goes to shared memory.
     pub fn run(&self, k: &mut KernelBuilder) {
         let (zero, one) = (k.const_i64(0), k.const_i64(1));
-        let shares = self.keys(k, zero);
-        let keys = self.load(k, &shares);
+        let pages = &self.attention().pages;
+        let keys = self.keys(k, zero).load(k, pages);
         self.block.load_queries(k);
         // loads cannot wait behind it
         k.barrier();
@@ -45,8 +93,7 @@ impl Warp<'_> {
             let next = k.add(chunk, one);
             let more = k.cmp(Pred::Lt, next, self.chunks);
             let (keys_next, values) = (self.keys(k, next), self.values(k, zero));
-            let shares = [0, 1, 2, 3].map(|i: usize| keys_next[i].or(k, more, values[i]));
-            let ahead = self.load(k, &shares);
+            let ahead = keys_next.or(k, more, values).load(k, pages);
             let scores = self.score(k, chunk, keys);
             let max = scores.into_iter().fold(max[0], |max, s| k.fmax(max, s));
             [ahead, vec![max]].concat()
@@ -62,12 +109,9 @@ impl Warp<'_> {
             let (sums, sum) = rest.split_at(sums.len());
             let next = k.add(chunk, one);
             let more = k.cmp(Pred::Lt, next, self.chunks);
-            let load = |k: &mut KernelBuilder| {
-                let shares = self.values(k, next);
-                self.load(k, &shares)
-            };
+            let load = |k: &mut KernelBuilder| self.values(k, next).load(k, pages);
             let ahead = k.if_else(more, load, |_| values.to_vec());
-            let (weights, sum) = self.soften(k, chunk, max, sum[0]);
+            let (weights, sum) = self.soften(k, chunk, max, (sum[0], self.scales(values)));
             let sums = self.weigh(k, values, &weights, sums.to_vec());
             [ahead, sums, vec![sum]].concat()
         });
@@ -77,9 +121,8 @@ impl Warp<'_> {
         self.store_sums(k, sums);
     }
 
-    /// Rows of keys (or values) from the first position of a chunk on, and the number of the last that somebody sees: of positions that nobody sees those of the
-    /// last that somebody does are read.
-    fn rows(&self, k: &mut KernelBuilder, chunk: Val) -> ((Val, Val), Val) {
+    /// Where the keys and values of a chunk lie; one that nobody sees is the last that somebody does.
+    fn rows(&self, k: &mut KernelBuilder, chunk: Val) -> Rows {
         let (pages, pair) = (&self.attention().pages, self.block.pair);
         let first = k.mul_const(chunk, CHUNK);
         let first = k.add(self.first, first);
@@ -88,47 +131,65 @@ impl Warp<'_> {
         let first = k.min_i64(first, most);
         let (page, at) = (k.div_const(first, pages.page_tokens), k.rem_const(first, pages.page_tokens));
         let (keys, values) = pages.block(k, pair.tokens.sequence, page, pair.kv_head);
-        let [keys, values] = [keys, values].map(|rows| pages.row(k, rows, at));
-        ((keys, values), k.sub(self.block.last, first))
+        Rows { keys, values, first: at, last: k.sub(self.block.last, first) }
     }
 
-    /// Words of the keys of a chunk: of keys `g` and `g + 8`, of even and of odd blocks.
-    fn keys(&self, k: &mut KernelBuilder, chunk: Val) -> [Share; 4] {
-        let ((keys, _), last) = self.rows(k, chunk);
-        [(0, 0), (0, 1), (KEYS, 0), (KEYS, 1)].map(|(key, odd)| {
-            let number = k.add_const(self.g, key);
-            let number = k.min_i64(number, last);
-            let row = self.attention().pages.row(k, keys, number);
-            let odd = k.const_i64(odd);
-            Share::new(k, &self.attention().pages, row, odd, self.q)
-        })
-    }
-
-    /// Words of the values of a chunk: of positions `2 q`, `2 q + 1`, `2 q + 8` and `2 q + 9`, of the blocks that are this thread's.
-    fn values(&self, k: &mut KernelBuilder, chunk: Val) -> [Share; 4] {
-        let ((_, values), last) = self.rows(k, chunk);
-        let (odd, quad) = (k.div_const(self.g, 4), k.rem_const(self.g, 4));
+    /// Pointers to the scales of the positions that this thread has scores of, where rows have some.
+    fn scale_ptrs(&self, k: &mut KernelBuilder, rows: &Rows, of: Val) -> [Option<Val>; 4] {
         let own = k.mul_const(self.q, 2);
         [0, 1, 8, 9].map(|i| {
             let number = k.add_const(own, i);
-            let number = k.min_i64(number, last);
-            let row = self.attention().pages.row(k, values, number);
-            Share::new(k, &self.attention().pages, row, odd, quad)
+            let number = rows.number(k, number);
+            self.attention().pages.scale_ptr(k, of, number)
         })
     }
 
-    /// What `shares` have, one after the other.
-    fn load(&self, k: &mut KernelBuilder, shares: &[Share; 4]) -> Vec<Val> {
-        shares.iter().flat_map(|share| share.load(k, &self.attention().pages)).collect()
+    /// The scales among what was loaded.
+    fn scales<'v>(&self, loaded: &'v [Val]) -> &'v [Val] {
+        let pages = &self.attention().pages;
+        let vectors = 4 * self.attention().blocks().div_ceil(2) as usize * Share::vectors(pages);
+        &loaded[vectors..]
     }
 
-    /// The words of share `share` in pair `pair` of blocks, for each part.
-    fn words(&self, k: &mut KernelBuilder, loaded: &[Val], share: usize, pair: usize) -> Vec<[Val; 4]> {
+    /// Words of the keys of a chunk: of keys `g` and `g + 8`, of even and of odd blocks.
+    fn keys(&self, k: &mut KernelBuilder, chunk: Val) -> Asked {
+        let rows = self.rows(k, chunk);
+        let shares = [(0, 0), (0, 1), (KEYS, 0), (KEYS, 1)].map(|(key, odd)| {
+            let number = k.add_const(self.g, key);
+            let number = rows.number(k, number);
+            let row = self.attention().pages.row(k, rows.keys, number);
+            let odd = k.const_i64(odd);
+            Share::new(k, &self.attention().pages, row, odd, self.q)
+        });
+        Asked { shares, scales: self.scale_ptrs(k, &rows, rows.keys) }
+    }
+
+    /// Words of the values of a chunk: of positions `2 q`, `2 q + 1`, `2 q + 8` and `2 q + 9`, of the blocks that are this thread's.
+    fn values(&self, k: &mut KernelBuilder, chunk: Val) -> Asked {
+        let rows = self.rows(k, chunk);
+        let (odd, quad) = (self.odd(k), k.rem_const(self.g, 4));
+        let own = k.mul_const(self.q, 2);
+        let shares = [0, 1, 8, 9].map(|i| {
+            let number = k.add_const(own, i);
+            let number = rows.number(k, number);
+            let row = self.attention().pages.row(k, rows.values, number);
+            Share::new(k, &self.attention().pages, row, odd, quad)
+        });
+        Asked { shares, scales: self.scale_ptrs(k, &rows, rows.values) }
+    }
+
+    /// Whether this thread has the odd blocks of values: 1 or 0.
+    fn odd(&self, k: &mut KernelBuilder) -> Val {
+        k.div_const(self.g, 4)
+    }
+
+    /// The words of share `share`, of even or of odd blocks, in pair `pair` of blocks, for each part.
+    fn words(&self, k: &mut KernelBuilder, loaded: &[Val], (share, odd): (usize, Val), pair: usize) -> Vec<[Val; 4]> {
         let pages = &self.attention().pages;
         let each = Share::vectors(pages);
         let pairs = self.attention().blocks().div_ceil(2) as usize;
         let from = (share * pairs + pair) * each;
-        Share::words(k, pages, &loaded[from..from + each], Parts::Sum)
+        Share::words(k, pages, &loaded[from..from + each], odd, Parts::Sum)
     }
 
     /// The scores of this thread's row with four positions of a chunk, the lowest where it does not see them; kept in shared memory too.
@@ -145,8 +206,10 @@ impl Warp<'_> {
                 let words = k.load(DType::I32, 4, row, at);
                 four(k, words)
             });
+            let odd = k.index(block % 2);
             for (n, sum) in sums.iter_mut().enumerate() {
-                for key in self.words(k, keys, 2 * n + (block % 2) as usize, (block / 2) as usize) {
+                let share = 2 * n + (block % 2) as usize;
+                for key in self.words(k, keys, (share, odd), (block / 2) as usize) {
                     for i in [0, 2] {
                         let a = [high[i], rest[i], high[i + 1], rest[i + 1]];
                         *sum = k.mma(DType::BF16, a, [key[i], key[i + 1]], *sum);
@@ -167,6 +230,8 @@ impl Warp<'_> {
             let sees = k.cmp(Pred::Le, position, own);
             let [sum, rest] = [0, 2].map(|part| k.extract(sums[n as usize], part + i as u32));
             let score = k.fadd(sum, rest);
+            let of_key = self.scales(keys).get((2 * n + i) as usize);
+            let score = of_key.map_or(score, |&of_key| k.fmul(score, of_key));
             let score = k.fmul(score, scale);
             k.select(sees, score, lowest)
         });
@@ -182,8 +247,14 @@ impl Warp<'_> {
         k.mul_const(at, 4)
     }
 
-    /// The probabilities of a chunk relative to the maximum, as words, and the sum with theirs.
-    fn soften(&self, k: &mut KernelBuilder, chunk: Val, max: Val, sum: Val) -> (Vec<Vec<Val>>, Val) {
+    /// The probabilities of a chunk relative to the maximum, as words, times the scales of its values where they have some; and the sum with theirs.
+    fn soften(
+        &self,
+        k: &mut KernelBuilder,
+        chunk: Val,
+        max: Val,
+        (sum, scales): (Val, &[Val]),
+    ) -> (Vec<Vec<Val>>, Val) {
         let at = self.own_scores(k, chunk);
         let scores = k.load(DType::F32, 4, self.block.smem.scores, at);
         let (zero, lowest) = (k.const_f32(0.0), k.const_f32(LOWEST));
@@ -193,13 +264,15 @@ impl Warp<'_> {
             k.select(sees, p, zero)
         });
         let sum = p.iter().fold(sum, |sum, &p| k.fadd(sum, p));
+        let p = [0, 1, 2, 3].map(|i: usize| scales.get(i).map_or(p[i], |&scale| k.fmul(p[i], scale)));
         (vec![pack(k, [p[0], p[1]], Parts::Sum), pack(k, [p[2], p[3]], Parts::Sum)], sum)
     }
 
     /// Adds values times probabilities: for each pair of blocks and word the thread's two elements, of two rows each.
     fn weigh(&self, k: &mut KernelBuilder, values: &[Val], weights: &[Vec<Val>], mut sums: Vec<Val>) -> Vec<Val> {
         for (pair, sums) in sums.chunks_mut(4).enumerate() {
-            let rows = [0, 1, 2, 3].map(|row| self.words(k, values, row, pair));
+            let odd = self.odd(k);
+            let rows = [0, 1, 2, 3].map(|row| self.words(k, values, (row, odd), pair));
             for (part, first_row) in rows[0].iter().enumerate() {
                 for (word, sum) in sums.iter_mut().enumerate() {
                     let [a0, a1] = across(k, first_row[word], rows[1][part][word]);

@@ -5,7 +5,7 @@
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, pad};
-use nextc_ir::{DType, Format};
+use nextc_ir::{DType, Format, Stored};
 
 use super::super::super::pages::{Pages, UPPER};
 
@@ -70,15 +70,69 @@ pub fn of_floats(k: &mut KernelBuilder, row: Val, elems: u64, at: Quad, parts: P
     pack_four(k, low, high, parts)
 }
 
-/// Four words of a row of KV, rounded.
-pub fn of_kv(k: &mut KernelBuilder, pages: &Pages, row: Val, at: Quad) -> [Val; 4] {
-    if pages.row.dtype == DType::F32 {
-        return of_floats(k, row, pad(pages.row.width), at, Parts::One)[0];
+/// Four words of a row of KV as they lie: unpacked where they are put.
+#[derive(Clone, Copy)]
+pub struct Raw {
+    words: [Val; 4],
+    /// Of codes in 8 bits: where the block's begin in a word, and the row's scale.
+    coded: Option<(Val, Val)>,
+}
+
+impl Raw {
+    /// Those of row `number` of the keys or the values of a page.
+    pub fn load(k: &mut KernelBuilder, pages: &Pages, (rows, number): (Val, Val), at: Quad) -> Self {
+        let row = pages.row(k, rows, number);
+        if pages.row.stored == Stored::F32 {
+            let words = of_floats(k, row, pad(pages.row.width), at, Parts::One)[0];
+            return Self { words, coded: None };
+        }
+        let in_line = pages.row.parts() / 2;
+        let (line, part) = (k.div_const(at.block, in_line), k.rem_const(at.block, in_line));
+        let (first, own) = (k.mul_const(line, BLOCK_WORDS), k.mul_const(at.quad, 4));
+        let first = k.add(first, own);
+        let words = k.load(DType::I32, 4, row, first);
+        let scale = pages.scale(k, rows, number);
+        Self { words: four(k, words), coded: scale.map(|scale| (shift(k, part), scale)) }
     }
-    let (first, own) = (k.mul_const(at.block, BLOCK_WORDS), k.mul_const(at.quad, 4));
-    let first = k.add(first, own);
-    let words = k.load(DType::I32, 4, row, first);
-    four(k, words)
+
+    /// Its numbers, rounded.
+    pub fn words(self, k: &mut KernelBuilder, pages: &Pages) -> [Val; 4] {
+        let Some((shift, scale)) = self.coded else { return self.words };
+        self.words.map(|word| {
+            let codes = decode_two(k, pages.row.stored, word, shift);
+            let [low, high] = [0, 1].map(|i: usize| (Format::Bf16.def().unpack)(k, &[codes])[i]);
+            let (low, high) = (k.fmul(low, scale), k.fmul(high, scale));
+            k.pack(DType::BF16, low, high)
+        })
+    }
+}
+
+/// How far block `part` of a line of four parts lies up in its words.
+fn shift(k: &mut KernelBuilder, part: Val) -> Val {
+    let (part, sixteen) = (k.narrow(part), k.const_i32(16));
+    k.mul(part, sixteen)
+}
+
+/// Two codes of 8 bits, from bit `shift` of a word on, as two bf16, which hold them exactly: before their scale.
+fn decode_two(k: &mut KernelBuilder, stored: Stored, word: Val, shift: Val) -> Val {
+    let (low, high, eight) = (k.const_i32(0xff), k.const_i32(0xff00), k.const_i32(8));
+    let two = k.ushr(word, shift);
+    let (first, second) = (k.and(two, low), k.and(two, high));
+    let second = k.shl(second, eight);
+    let both = k.or(first, second);
+    let (top, rest) = (k.const_i32(0x0080_0080), k.const_i32(0x007f_007f));
+    let (top, rest) = (k.and(both, top), k.and(both, rest));
+    if stored == Stored::Int8 {
+        // 128 + the lower bits, less 128 or 256
+        let (base, minus_one) = (k.const_i32(0x4300_4300), k.const_i32(0xbf80_bf80_u32 as i32));
+        let (top, rest) = (k.or(top, base), k.or(rest, base));
+        return k.half_fma(DType::BF16, top, minus_one, rest);
+    }
+    // sign, exponent and mantissa to their places, then the exponent moved by 2^120
+    let (four, moved) = (k.const_i32(4), k.const_i32(0x7b80_7b80));
+    let (sign, magnitude) = (k.shl(top, eight), k.shl(rest, four));
+    let (bits, none) = (k.or(sign, magnitude), k.const_i32(0x8000_8000_u32 as i32));
+    k.half_fma(DType::BF16, bits, moved, none)
 }
 
 /// Four words of every other block of a row of KV, loaded first and unpacked later.
@@ -93,7 +147,12 @@ pub struct Share {
 impl Share {
     /// Words `4 quad .. 4 quad + 4` of the even, or the odd, blocks of a row.
     pub fn new(k: &mut KernelBuilder, pages: &Pages, row: Val, odd: Val, quad: Val) -> Self {
-        let (block, own) = (k.mul_const(odd, block_bytes(pages)), k.mul_const(quad, 16));
+        let own = k.mul_const(quad, 16);
+        if pages.row.stored.is_scaled() {
+            // a line holds both blocks
+            return Self { base: k.offset(row, own), odd };
+        }
+        let block = k.mul_const(odd, block_bytes(pages));
         let bytes = k.add(block, own);
         Self { base: k.offset(row, bytes), odd }
     }
@@ -106,7 +165,7 @@ impl Share {
 
     /// Vectors of a pair of blocks.
     pub fn vectors(pages: &Pages) -> usize {
-        (block_bytes(pages) / 64) as usize
+        block_bytes(pages).div_ceil(64) as usize
     }
 
     /// The vectors of all pairs. In place of a block that does not exist the one before it is read.
@@ -117,6 +176,10 @@ impl Share {
         let mut vectors = Vec::new();
         for pair in 0..blocks.div_ceil(2) {
             let at = k.index(pair * 2 * bytes / 4);
+            if pages.row.stored.is_scaled() {
+                vectors.push(k.load(DType::I32, 4, self.base, at));
+                continue;
+            }
             let is_odd = k.cmp(Pred::Ne, self.odd, none);
             let at = if 2 * pair + 2 <= blocks {
                 at
@@ -124,7 +187,7 @@ impl Share {
                 let before = k.const_i64((pair * 2 * bytes / 4) as i64 - (bytes / 4) as i64);
                 k.select(is_odd, before, at)
             };
-            if pages.row.dtype != DType::F32 {
+            if pages.row.stored != Stored::F32 {
                 vectors.push(k.load(DType::I32, 4, self.base, at));
                 continue;
             }
@@ -144,18 +207,22 @@ impl Share {
         vectors
     }
 
-    /// The words of the vectors of a pair, for each part.
-    pub fn words(k: &mut KernelBuilder, pages: &Pages, vectors: &[Val], parts: Parts) -> Vec<[Val; 4]> {
-        match (pages.row.dtype, vectors) {
-            (DType::F32, &[low, high]) => pack_four(k, low, high, parts),
-            _ => vec![four(k, vectors[0])],
+    /// The words of the vectors of a pair, for each part: of the even blocks or of the odd ones. Codes in 8 bits before their scale.
+    pub fn words(k: &mut KernelBuilder, pages: &Pages, vectors: &[Val], odd: Val, parts: Parts) -> Vec<[Val; 4]> {
+        match (pages.row.stored, vectors) {
+            (Stored::F32, &[low, high]) => pack_four(k, low, high, parts),
+            (Stored::F32 | Stored::Bf16, _) => vec![four(k, vectors[0])],
+            (stored, _) => {
+                let shift = shift(k, odd);
+                vec![four(k, vectors[0]).map(|word| decode_two(k, stored, word, shift))]
+            }
         }
     }
 }
 
 /// Bytes of a block of KV.
 fn block_bytes(pages: &Pages) -> u64 {
-    BLOCK_ELEMS * pages.row.dtype.bytes()
+    BLOCK_ELEMS * pages.row.stored.format().def().bits / 8
 }
 
 /// The words of a vector.
