@@ -154,7 +154,7 @@ pub enum Activations {
 /// `--kv`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kv {
-    /// bfloat16 on a GPU, float32 on a CPU.
+    /// bfloat16, but float32 with `--activations f32`.
     Auto,
     /// float32: the form that is compared with the reference.
     F32,

@@ -85,15 +85,15 @@ fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding>
     }
 }
 
-/// What KV is stored in. `auto` takes bf16 where memory is what long contexts wait for and nothing asks for float32.
+/// What KV is stored in. `auto` takes bf16, as memory is what long contexts wait for, unless activations are to stay in float32.
 fn kv(args: &ModelArgs) -> Stored {
     match args.kv {
         Kv::F32 => Stored::F32,
         Kv::Bf16 => Stored::Bf16,
         Kv::Int8 => Stored::Int8,
         Kv::Fp8 => Stored::Fp8,
-        Kv::Auto if args.target == TargetKind::Cuda => Stored::Bf16,
-        Kv::Auto => Stored::F32,
+        Kv::Auto if args.activations == Activations::F32 => Stored::F32,
+        Kv::Auto => Stored::Bf16,
     }
 }
 
@@ -286,7 +286,8 @@ mod tests {
     #[test]
     fn kv_is_what_is_asked_for_or_what_the_target_waits_for() {
         let of = |options: &str| plan(options).expect(options).kv;
-        assert_eq!([of(""), of("--kv f32"), of("--kv bf16")], [Stored::F32, Stored::F32, Stored::Bf16]);
+        assert_eq!([of(""), of("--kv f32"), of("--kv int8")], [Stored::Bf16, Stored::F32, Stored::Int8]);
+        assert_eq!([of("--activations f32"), of("--activations f32 --kv fp8")], [Stored::F32, Stored::Fp8]);
         if cfg!(feature = "llvm") {
             assert_eq!([of("--target cuda"), of("--target cuda --kv f32")], [Stored::Bf16, Stored::F32]);
         }

@@ -31,8 +31,8 @@ fn target() -> Target {
 }
 
 /// The kernels of a config, as `nextc build --target cuda` makes them.
-fn kernels(config: &Path) -> KernelModule {
-    let options = nextc_frontend::Options { kv: Stored::Bf16, ..Default::default() };
+fn kernels(config: &Path, kv: Stored) -> KernelModule {
+    let options = nextc_frontend::Options { kv, ..Default::default() };
     let model = nextc_frontend::load(config, &options);
     let module = model.unwrap_or_else(|e| panic!("{}: {e}", config.display())).module;
     let target = Target { max_context: module.info.max_context, ..target() };
@@ -41,12 +41,22 @@ fn kernels(config: &Path) -> KernelModule {
     nextc_passes::legalise::legalise(lowered, &target).expect("the kernels legalise")
 }
 
-/// The models by name.
+/// The models by name; of the official one also what reads and writes KV in 8 bits.
 fn models() -> Vec<(&'static str, KernelModule)> {
-    let official = ("official", repository().join("examples/qwen3-next-80b-a3b"));
-    let fixtures = FIXTURES.map(|name| (name, repository().join("tests/oracle").join(name)));
-    let configs: Vec<(&str, PathBuf)> = std::iter::once(official).chain(fixtures).collect();
-    configs.into_iter().map(|(name, path)| (name, kernels(&path.join("config.json")))).collect()
+    let official = repository().join("examples/qwen3-next-80b-a3b/config.json");
+    let fixture = |name| (name, repository().join("tests/oracle").join(name).join("config.json"));
+    let configs: Vec<(&str, PathBuf)> =
+        std::iter::once(("official", official.clone())).chain(FIXTURES.map(fixture)).collect();
+    let whole = configs.into_iter().map(|(name, config)| (name, kernels(&config, Stored::Bf16)));
+    let of_kv = [("official --kv int8", Stored::Int8), ("official --kv fp8", Stored::Fp8)];
+    let parts = of_kv.into_iter().map(|(name, kv)| (name, with_kv(kernels(&official, kv))));
+    whole.chain(parts).collect()
+}
+
+/// The kernels that read or write KV.
+fn with_kv(module: KernelModule) -> KernelModule {
+    let kernels = module.kernels.into_iter().filter(|k| k.params.iter().any(|p| p.name == "kv")).collect();
+    KernelModule { kernels, programs: Vec::new(), ..module }
 }
 
 /// Emits and assembles a kernel, and looks at both texts.

@@ -41,7 +41,7 @@ fn rounding(model: &std::path::Path, extra: &[&str]) -> Option<Exe> {
     if !there {
         println!("skipped: no LLVM, or no matrix unit");
     }
-    there.then(|| Exe::build(model, "llvm", &[&["--activations", "bf16"], extra].concat()))
+    there.then(|| Exe::build(model, "llvm", &[&["--activations", "bf16", "--kv", "f32"], extra].concat()))
 }
 
 fn prompt(name: &str) -> Vec<i32> {

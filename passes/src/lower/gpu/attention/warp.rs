@@ -2,11 +2,12 @@
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
+use nextc_ir::shape::LANES;
 
 use super::super::super::matmul::row_ptr;
 use super::super::super::pages::Pages;
 use super::decode::{Block, CHUNK, ROWS, THREADS, WARPS};
-use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Parts, Share, across, four, pack};
+use super::words::{BLOCK_ELEMS, BLOCK_WORDS, Loaded, Parts, Share, across, four, pack, value_element};
 use super::{Attention, LOWEST, merge};
 
 /// Keys of a product.
@@ -102,7 +103,7 @@ impl Warp<'_> {
         let max = of_four(k, max[0], |k, a, b| k.fmax(a, b));
         let none = k.splat_f32(4, 0.0);
         let nothing = k.const_f32(0.0);
-        let sums = vec![none; 4 * self.attention().blocks().div_ceil(2) as usize];
+        let sums = vec![none; 4 * self.pairs() as usize];
         let carried = [values.to_vec(), sums.clone(), vec![nothing]].concat();
         let left = k.for_carry((zero, self.chunks, 1), &carried, |k, chunk, carried| {
             let (values, rest) = carried.split_at(values.len());
@@ -111,8 +112,9 @@ impl Warp<'_> {
             let more = k.cmp(Pred::Lt, next, self.chunks);
             let load = |k: &mut KernelBuilder| self.values(k, next).load(k, pages);
             let ahead = k.if_else(more, load, |_| values.to_vec());
-            let (weights, sum) = self.soften(k, chunk, max, (sum[0], self.scales(values)));
-            let sums = self.weigh(k, values, &weights, sums.to_vec());
+            let (loaded, scales) = self.loaded(values);
+            let (weights, sum) = self.soften(k, chunk, max, (sum[0], scales));
+            let sums = self.weigh(k, loaded, &weights, sums.to_vec());
             [ahead, sums, vec![sum]].concat()
         });
         let (sums, sum) = left[values.len()..].split_at(sums.len());
@@ -144,22 +146,24 @@ impl Warp<'_> {
         })
     }
 
-    /// The scales among what was loaded.
-    fn scales<'v>(&self, loaded: &'v [Val]) -> &'v [Val] {
-        let pages = &self.attention().pages;
-        let vectors = 4 * self.attention().blocks().div_ceil(2) as usize * Share::vectors(pages);
-        &loaded[vectors..]
+    /// What was loaded of keys or values, and their scales.
+    fn loaded<'v>(&self, loaded: &'v [Val]) -> (Loaded<'v>, &'v [Val]) {
+        Loaded::new(self.attention().pages, loaded, (4, self.pairs() as usize))
+    }
+
+    /// Pairs of blocks of a head.
+    fn pairs(&self) -> u64 {
+        self.attention().blocks().div_ceil(2)
     }
 
     /// Words of the keys of a chunk: of keys `g` and `g + 8`, of even and of odd blocks.
     fn keys(&self, k: &mut KernelBuilder, chunk: Val) -> Asked {
         let rows = self.rows(k, chunk);
-        let shares = [(0, 0), (0, 1), (KEYS, 0), (KEYS, 1)].map(|(key, odd)| {
+        let shares = [(0, 0), (0, 1), (KEYS, 0), (KEYS, 1)].map(|(key, second)| {
             let number = k.add_const(self.g, key);
             let number = rows.number(k, number);
             let row = self.attention().pages.row(k, rows.keys, number);
-            let odd = k.const_i64(odd);
-            Share::new(k, &self.attention().pages, row, odd, self.q)
+            Share::of_key(k, &self.attention().pages, row, self.q, second)
         });
         Asked { shares, scales: self.scale_ptrs(k, &rows, rows.keys) }
     }
@@ -167,34 +171,20 @@ impl Warp<'_> {
     /// Words of the values of a chunk: of positions `2 q`, `2 q + 1`, `2 q + 8` and `2 q + 9`, of the blocks that are this thread's.
     fn values(&self, k: &mut KernelBuilder, chunk: Val) -> Asked {
         let rows = self.rows(k, chunk);
-        let (odd, quad) = (self.odd(k), k.rem_const(self.g, 4));
         let own = k.mul_const(self.q, 2);
         let shares = [0, 1, 8, 9].map(|i| {
             let number = k.add_const(own, i);
             let number = rows.number(k, number);
             let row = self.attention().pages.row(k, rows.values, number);
-            Share::new(k, &self.attention().pages, row, odd, quad)
+            Share::of_value(k, &self.attention().pages, row, self.g)
         });
         Asked { shares, scales: self.scale_ptrs(k, &rows, rows.values) }
-    }
-
-    /// Whether this thread has the odd blocks of values: 1 or 0.
-    fn odd(&self, k: &mut KernelBuilder) -> Val {
-        k.div_const(self.g, 4)
-    }
-
-    /// The words of share `share`, of even or of odd blocks, in pair `pair` of blocks, for each part.
-    fn words(&self, k: &mut KernelBuilder, loaded: &[Val], (share, odd): (usize, Val), pair: usize) -> Vec<[Val; 4]> {
-        let pages = &self.attention().pages;
-        let each = Share::vectors(pages);
-        let pairs = self.attention().blocks().div_ceil(2) as usize;
-        let from = (share * pairs + pair) * each;
-        Share::words(k, pages, &loaded[from..from + each], odd, Parts::Sum)
     }
 
     /// The scores of this thread's row with four positions of a chunk, the lowest where it does not see them; kept in shared memory too.
     fn score(&self, k: &mut KernelBuilder, chunk: Val, keys: &[Val]) -> [Val; 4] {
         let (attention, smem) = (self.attention(), &self.block.smem);
+        let (keys, scales) = self.loaded(keys);
         let none = k.splat_f32(4, 0.0);
         let mut sums = [none; 2];
         for block in 0..attention.blocks() {
@@ -206,10 +196,8 @@ impl Warp<'_> {
                 let words = k.load(DType::I32, 4, row, at);
                 four(k, words)
             });
-            let odd = k.index(block % 2);
             for (n, sum) in sums.iter_mut().enumerate() {
-                let share = 2 * n + (block % 2) as usize;
-                for key in self.words(k, keys, (share, odd), (block / 2) as usize) {
+                for key in keys.key(k, n, block as usize) {
                     for i in [0, 2] {
                         let a = [high[i], rest[i], high[i + 1], rest[i + 1]];
                         *sum = k.mma(DType::BF16, a, [key[i], key[i + 1]], *sum);
@@ -230,7 +218,7 @@ impl Warp<'_> {
             let sees = k.cmp(Pred::Le, position, own);
             let [sum, rest] = [0, 2].map(|part| k.extract(sums[n as usize], part + i as u32));
             let score = k.fadd(sum, rest);
-            let of_key = self.scales(keys).get((2 * n + i) as usize);
+            let of_key = scales.get((2 * n + i) as usize);
             let score = of_key.map_or(score, |&of_key| k.fmul(score, of_key));
             let score = k.fmul(score, scale);
             k.select(sees, score, lowest)
@@ -269,10 +257,9 @@ impl Warp<'_> {
     }
 
     /// Adds values times probabilities: for each pair of blocks and word the thread's two elements, of two rows each.
-    fn weigh(&self, k: &mut KernelBuilder, values: &[Val], weights: &[Vec<Val>], mut sums: Vec<Val>) -> Vec<Val> {
+    fn weigh(&self, k: &mut KernelBuilder, values: Loaded<'_>, weights: &[Vec<Val>], mut sums: Vec<Val>) -> Vec<Val> {
         for (pair, sums) in sums.chunks_mut(4).enumerate() {
-            let odd = self.odd(k);
-            let rows = [0, 1, 2, 3].map(|row| self.words(k, values, (row, odd), pair));
+            let rows = [0, 1, 2, 3].map(|row| values.value(k, row, pair));
             for (part, first_row) in rows[0].iter().enumerate() {
                 for (word, sum) in sums.iter_mut().enumerate() {
                     let [a0, a1] = across(k, first_row[word], rows[1][part][word]);
@@ -288,32 +275,34 @@ impl Warp<'_> {
 
     fn store_sums(&self, k: &mut KernelBuilder, sums: &[Val]) {
         let (decode, smem) = (self.block.decode, &self.block.smem);
-        let blocks = self.block.attention().blocks();
-        let (second, quad) = (k.div_const(self.g, 4), k.rem_const(self.g, 4));
         let first_row = k.mul_const(self.block.place.warp, ROWS);
         let pair = k.mul_const(self.q, 2);
         let first_row = k.add(first_row, pair);
-        for (first, sums) in (0..).step_by(2).zip(sums.chunks(4)) {
-            let block = k.add_const(second, first);
-            let store = |k: &mut KernelBuilder| {
-                let sums: Vec<[Val; 4]> = sums.iter().map(|&sum| four(k, sum)).collect();
-                let at = k.mul_const(block, BLOCK_ELEMS);
-                let own = k.mul_const(quad, 4);
-                let at = k.add(at, own);
-                for (half, row) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                    let to = k.add_const(first_row, row);
-                    let to = row_ptr(k, smem.o, to, decode.o_stride());
-                    let at = k.add_const(at, half * BLOCK_ELEMS / 2);
-                    let values = k.quad([0, 1, 2, 3].map(|word: usize| sums[word][(2 * half + row) as usize]));
-                    k.store(to, at, values);
+        let elems = self.attention().blocks() * BLOCK_ELEMS;
+        for (first, sums) in (0..).step_by(2 * BLOCK_ELEMS as usize).zip(sums.chunks(4)) {
+            let sums: Vec<[Val; 4]> = sums.iter().map(|&sum| four(k, sum)).collect();
+            let mut word = 0;
+            while word < 4 {
+                let (at, follow) = value_element(k, &self.attention().pages, self.g, word);
+                let at = k.add_const(at, first);
+                let words = word as usize..(word + follow) as usize;
+                let store = |k: &mut KernelBuilder| {
+                    for (half, row) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                        let to = k.add_const(first_row, row);
+                        let to = row_ptr(k, smem.o, to, decode.o_stride());
+                        let at = k.add_const(at, half * LANES);
+                        let values: Vec<Val> = words.clone().map(|w| sums[w][(2 * half + row) as usize]).collect();
+                        store_all(k, to, at, &values);
+                    }
+                };
+                if first + 2 * BLOCK_ELEMS <= elems {
+                    store(k);
+                } else {
+                    let end = k.index(elems);
+                    let exists = k.cmp(Pred::Lt, at, end);
+                    k.if_then(exists, store);
                 }
-            };
-            if first + 2 <= blocks {
-                store(k);
-            } else {
-                let end = k.index(blocks);
-                let exists = k.cmp(Pred::Lt, block, end);
-                k.if_then(exists, store);
+                word += follow;
             }
         }
     }
@@ -328,6 +317,18 @@ impl Warp<'_> {
             let at = k.add_const(at, WARPS * ROWS);
             k.store(self.block.smem.found, at, sum);
         });
+    }
+}
+
+/// Stores neighbouring elements, four at once.
+fn store_all(k: &mut KernelBuilder, to: Val, at: Val, values: &[Val]) {
+    if let &[a, b, c, d] = values {
+        let values = k.quad([a, b, c, d]);
+        return k.store(to, at, values);
+    }
+    for (i, &x) in (0..).zip(values) {
+        let at = k.add_const(at, i);
+        k.store(to, at, x);
     }
 }
 

@@ -135,24 +135,40 @@ fn decode_two(k: &mut KernelBuilder, stored: Stored, word: Val, shift: Val) -> V
     k.half_fma(DType::BF16, bits, moved, none)
 }
 
-/// Four words of every other block of a row of KV, loaded first and unpacked later.
+/// A thread's part of a row of KV, loaded first and unpacked later: four words of every other block, or of codes in 8 bits, two words of every line.
 #[derive(Clone, Copy)]
 pub struct Share {
-    /// Its part of the first pair of blocks.
+    /// Where it begins.
     base: Val,
-    /// Whether it has the second of each pair: 1 or 0.
+    /// Of blocks: whether it has the second of each pair, 1 or 0.
     odd: Val,
 }
 
 impl Share {
-    /// Words `4 quad .. 4 quad + 4` of the even, or the odd, blocks of a row.
-    pub fn new(k: &mut KernelBuilder, pages: &Pages, row: Val, odd: Val, quad: Val) -> Self {
-        let own = k.mul_const(quad, 16);
-        if pages.row.stored.is_scaled() {
-            // a line holds both blocks
-            return Self { base: k.offset(row, own), odd };
+    /// The part of a key for thread `q` of four: words `4 q .. 4 q + 4` of even blocks and, as the `second` part, of odd ones; of codes words `4 q`, `4 q + 1` of
+    /// lines and, as the second part, the next two.
+    pub fn of_key(k: &mut KernelBuilder, pages: &Pages, row: Val, q: Val, second: u64) -> Self {
+        let odd = k.index(second);
+        if !pages.row.stored.is_scaled() {
+            return Self::of_blocks(k, pages, row, (odd, q));
         }
-        let block = k.mul_const(odd, block_bytes(pages));
+        let own = k.mul_const(q, 16);
+        let own = k.add_const(own, 8 * second);
+        Self { base: k.offset(row, own), odd }
+    }
+
+    /// The part of a value for thread `g` of eight: words `4 (g % 4) ..` of even or of odd blocks; of codes words `2 g` and `2 g + 1` of lines.
+    pub fn of_value(k: &mut KernelBuilder, pages: &Pages, row: Val, g: Val) -> Self {
+        let (odd, quad) = (k.div_const(g, 4), k.rem_const(g, 4));
+        if !pages.row.stored.is_scaled() {
+            return Self::of_blocks(k, pages, row, (odd, quad));
+        }
+        let own = k.mul_const(g, 8);
+        Self { base: k.offset(row, own), odd }
+    }
+
+    fn of_blocks(k: &mut KernelBuilder, pages: &Pages, row: Val, (odd, quad): (Val, Val)) -> Self {
+        let (block, own) = (k.mul_const(odd, block_bytes(pages)), k.mul_const(quad, 16));
         let bytes = k.add(block, own);
         Self { base: k.offset(row, bytes), odd }
     }
@@ -177,7 +193,7 @@ impl Share {
         for pair in 0..blocks.div_ceil(2) {
             let at = k.index(pair * 2 * bytes / 4);
             if pages.row.stored.is_scaled() {
-                vectors.push(k.load(DType::I32, 4, self.base, at));
+                vectors.push(k.load(DType::I32, 2, self.base, at));
                 continue;
             }
             let is_odd = k.cmp(Pred::Ne, self.odd, none);
@@ -206,18 +222,75 @@ impl Share {
         }
         vectors
     }
+}
 
-    /// The words of the vectors of a pair, for each part: of the even blocks or of the odd ones. Codes in 8 bits before their scale.
-    pub fn words(k: &mut KernelBuilder, pages: &Pages, vectors: &[Val], odd: Val, parts: Parts) -> Vec<[Val; 4]> {
-        match (pages.row.stored, vectors) {
-            (Stored::F32, &[low, high]) => pack_four(k, low, high, parts),
-            (Stored::F32 | Stored::Bf16, _) => vec![four(k, vectors[0])],
-            (stored, _) => {
-                let shift = shift(k, odd);
-                vec![four(k, vectors[0]).map(|word| decode_two(k, stored, word, shift))]
-            }
+/// What several shares have loaded, one after the other.
+#[derive(Clone, Copy)]
+pub struct Loaded<'v> {
+    pages: Pages,
+    vectors: &'v [Val],
+    /// Vectors of a share.
+    each: usize,
+}
+
+impl<'v> Loaded<'v> {
+    /// Of shares of `pairs` pairs of blocks; and what was loaded behind them.
+    pub fn new(pages: Pages, loaded: &'v [Val], (shares, pairs): (usize, usize)) -> (Self, &'v [Val]) {
+        let each = pairs * Share::vectors(&pages);
+        let (vectors, rest) = loaded.split_at(shares * each);
+        (Self { pages, vectors, each }, rest)
+    }
+
+    /// The vectors of share `share` of pair `pair`.
+    fn of(&self, share: usize, pair: usize) -> &'v [Val] {
+        let vectors = Share::vectors(&self.pages);
+        &self.vectors[share * self.each + pair * vectors..][..vectors]
+    }
+
+    /// Words `4 q .. 4 q + 4` of block `block` of key `key`, which has two shares, for each part; codes in 8 bits before their scale.
+    pub fn key(&self, k: &mut KernelBuilder, key: usize, block: usize) -> Vec<[Val; 4]> {
+        let (pair, odd) = (block / 2, block % 2);
+        if !self.pages.row.stored.is_scaled() {
+            return self.blocks(k, 2 * key + odd, pair);
+        }
+        let lines = [0, 1].map(|part| self.of(2 * key + part, pair)[0]);
+        vec![[0, 1, 2, 3].map(|i: usize| self.codes(k, lines[i / 2], i % 2, odd))]
+    }
+
+    /// Four words of pair `pair` of value `value`, for each part: those that [`value_element`] says; codes in 8 bits before their scale.
+    pub fn value(&self, k: &mut KernelBuilder, value: usize, pair: usize) -> Vec<[Val; 4]> {
+        if !self.pages.row.stored.is_scaled() {
+            return self.blocks(k, value, pair);
+        }
+        let line = self.of(value, pair)[0];
+        vec![[0, 1, 2, 3].map(|i: usize| self.codes(k, line, i % 2, i / 2))]
+    }
+
+    fn blocks(&self, k: &mut KernelBuilder, share: usize, pair: usize) -> Vec<[Val; 4]> {
+        match *self.of(share, pair) {
+            [low, high] => pack_four(k, low, high, Parts::Sum),
+            ref words => vec![four(k, words[0])],
         }
     }
+
+    /// The codes of block `odd` of a line in word `word` of two.
+    fn codes(&self, k: &mut KernelBuilder, words: Val, word: usize, odd: usize) -> Val {
+        let (word, shift) = (k.extract(words, word as u32), k.const_i32(16 * odd as i32));
+        decode_two(k, self.pages.row.stored, word, shift)
+    }
+}
+
+/// The element of a pair of blocks whose value is in the lower half of word `word` of [`Loaded::value`], for thread `g` of eight; that in the upper one is [`LANES`]
+/// further. How many words from this one on hold elements that follow one another: 4, or 2.
+pub fn value_element(k: &mut KernelBuilder, pages: &Pages, g: Val, word: u64) -> (Val, u64) {
+    if pages.row.stored.is_scaled() {
+        let own = k.mul_const(g, 2);
+        return (k.add_const(own, word / 2 * BLOCK_ELEMS + word % 2), 2 - word % 2);
+    }
+    let (odd, quad) = (k.div_const(g, 4), k.rem_const(g, 4));
+    let (block, own) = (k.mul_const(odd, BLOCK_ELEMS), k.mul_const(quad, 4));
+    let at = k.add(block, own);
+    (k.add_const(at, word), 4 - word)
 }
 
 /// Bytes of a block of KV.
