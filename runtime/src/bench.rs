@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
-use crate::engine::{DraftInput, Engine, LogitRows};
+use crate::engine::draft::{DraftInput, HiddenRows};
+use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::random::Random;
@@ -236,14 +237,14 @@ fn run_row(engine: &mut Engine, row: &Row, ids: &[SequenceId], sampling: &Sampli
     for _ in 0..row.kind.rounds() {
         match row.kind {
             Kind::Prefill => engine.forward(&batch_of(0..count), LogitRows::Last)?,
-            Kind::Verify => engine.forward_tentative(&batch_of(0..count))?,
+            Kind::Verify => engine.forward_tentative(&batch_of(0..count), 0)?,
             Kind::Decode => {
                 for i in 0..count {
                     engine.forward(&batch_of(i..i + 1), LogitRows::Last)?;
                     choose(engine, ids.len(), sampling, row.depth + i as u64)?;
                 }
             }
-            Kind::Draft => draft_chain(engine, ids, &tokens, row.depth, &hidden)?,
+            Kind::Draft => draft(engine, ids, &tokens, row.depth, &hidden)?,
         }
         // the host waits for the tokens, as it does when it generates
         engine.best()?;
@@ -263,27 +264,22 @@ fn choose(engine: &mut Engine, rows: usize, sampling: &Sampling, position: u64) 
     engine.sample(&rows).map(drop)
 }
 
-/// Drafts after hidden rows, one for each sequence, which give the hidden rows for the next.
-fn draft_chain(
+/// A chain of as many drafts as there are tokens, after the first token and a hidden row of each sequence.
+fn draft(
     engine: &mut Engine,
     ids: &[SequenceId],
     tokens: &[Vec<u32>],
-    depth: u64,
+    position: u64,
     hidden: &[f32],
 ) -> Result<(), Error> {
-    let width = engine.metadata().model.hidden_size as usize;
-    let shortlist = Shortlist::new(engine.metadata().model.vocab_size as usize);
-    let mut hidden = hidden.to_vec();
-    for i in 0..tokens[0].len() {
-        let input = |((&sequence, tokens), hidden)| {
-            let position = depth + i as u64;
-            DraftInput { sequence, position, tokens: &Vec::as_slice(tokens)[i..=i], hidden }
-        };
-        let inputs: Vec<_> = ids.iter().zip(tokens).zip(hidden.chunks_exact(width)).map(input).collect();
-        engine.guess(&inputs, shortlist.flags())?;
-        hidden = engine.hidden()?.iter().flatten().copied().collect();
-    }
-    Ok(())
+    let model = &engine.metadata().model;
+    let (width, shortlist) = (model.hidden_size as usize, Shortlist::new(model.vocab_size as usize));
+    let input = |((&sequence, tokens), hidden)| {
+        let (tokens, hidden) = (&Vec::as_slice(tokens)[..1], HiddenRows::Host(hidden));
+        DraftInput { sequence, position, tokens, hidden }
+    };
+    let inputs: Vec<_> = ids.iter().zip(tokens).zip(hidden.chunks_exact(width)).map(input).collect();
+    engine.draft_ahead(&inputs, tokens[0].len(), shortlist.flags())
 }
 
 /// Bytes and FLOPs a token, of steps as the engine makes them.

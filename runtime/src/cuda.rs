@@ -26,11 +26,11 @@ use nextc_abi::Metadata;
 use self::driver::{Context, Event, Stream};
 pub use self::error::CudaError;
 use self::launch::{How, Launcher, Plan};
-use self::memory::{Growing, Pinned, copy_in, copy_out};
+use self::memory::{Growing, Pinned, copy_in, copy_out, copy_rows};
 use self::module::Modules;
 use self::profile::Profile;
 use crate::artifact::Artifact;
-use crate::device::{Device, Span};
+use crate::device::{self, CopyRows, Device, Span};
 use crate::engine::EngineOptions;
 use crate::error::Error;
 use crate::info::human_bytes;
@@ -71,10 +71,26 @@ struct Memory {
 
 /// Where a step's inputs lie: on the host, from where they are copied, and on the device.
 struct Inputs {
-    host: Pinned,
+    /// In turn, so that programs may be asked for while those before them run.
+    host: [Staged; STAGED_INPUTS],
+    turn: usize,
     device: Growing,
-    /// Reached when the host's may be written again.
+}
+
+/// Inputs on the host.
+struct Staged {
+    bytes: Pinned,
+    /// Reached when they may be written again.
     copied: Event,
+}
+
+/// Programs that the host may be ahead of the device: a round of drafts is a program for each, the step, and the choice of tokens.
+const STAGED_INPUTS: usize = 8;
+
+impl Staged {
+    fn new() -> Result<Self, CudaError> {
+        Ok(Self { bytes: Pinned::new(1)?, copied: Event::new(false)? })
+    }
 }
 
 impl Cuda {
@@ -89,7 +105,7 @@ impl Cuda {
         let mut memory = Memory::reserve(&context, metadata, states)?;
         // before memory is taken: a missing file is the better message
         let host = if options.random_weights { None } else { Some(Weights::map(&artifact)?) };
-        check_memory(&context, metadata, options)?;
+        check_memory(&context, metadata, options, states.kept.bytes(options.sequences as u64))?;
         memory.weights.grow(&context, &stream, metadata.weights.bytes)?;
         stream.wait(|| "clearing the weights".to_owned())?;
         let to = memory.weights.address();
@@ -112,10 +128,11 @@ impl Cuda {
 
 /// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps.
 /// It is stated first where it is much.
-fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions) -> Result<(), CudaError> {
+fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions, kept: u64) -> Result<(), CudaError> {
     let (sequences, tokens) = (options.sequences as u64, options.step_tokens as u64);
     let page = metadata.kv_bytes_per_token().saturating_mul(metadata.page_tokens);
-    let states = metadata.state_bytes_per_sequence().saturating_add(page).saturating_mul(sequences);
+    let states =
+        metadata.state_bytes_per_sequence().saturating_add(page).saturating_mul(sequences).saturating_add(kept);
     let steps = plan::step_bytes(metadata, &[tokens, sequences, 1, sequences]);
     let (weights, (free, _)) = (metadata.weights.bytes, context.memory()?);
     let needed = weights.saturating_add(states).saturating_add(steps);
@@ -138,8 +155,10 @@ impl Memory {
     fn reserve(context: &Context, metadata: &Metadata, states: &States) -> Result<Self, CudaError> {
         let (_, total) = context.memory()?;
         let reserve = |what, bytes| Growing::reserve(context, what, bytes);
+        let staged: Vec<Staged> = (0..STAGED_INPUTS).map(|_| Staged::new()).collect::<Result<_, _>>()?;
+        let Ok(host) = staged.try_into() else { unreachable!("as many as were made") };
         Ok(Self {
-            inputs: Inputs { host: Pinned::new(1)?, device: reserve("inputs", total)?, copied: Event::new(false)? },
+            inputs: Inputs { host, turn: 0, device: reserve("inputs", total)? },
             arena: reserve("arena", total)?,
             scratch: reserve("scratch", total)?,
             states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
@@ -169,17 +188,19 @@ impl Memory {
 }
 
 impl Inputs {
-    /// Copies the inputs to the device, and gives their addresses, which depend on their lengths alone.
+    /// Copies the inputs from the host to the device, and gives their addresses, which depend on their lengths alone.
     fn copy(&mut self, context: &Context, stream: &Stream, inputs: &StepInputs) -> Result<[u64; INPUTS], CudaError> {
-        let bytes = inputs.placed_bytes();
-        self.copied.wait()?;
-        if self.host.bytes() < bytes {
-            self.host = Pinned::new(bytes.next_power_of_two())?;
+        let bytes = inputs.host_bytes();
+        let staged = &mut self.host[self.turn];
+        self.turn = (self.turn + 1) % STAGED_INPUTS;
+        staged.copied.wait()?;
+        if staged.bytes.bytes() < bytes {
+            staged.bytes = Pinned::new(bytes.next_power_of_two())?;
         }
-        self.device.grow(context, stream, bytes)?;
-        let offsets = inputs.write(self.host.as_mut_slice());
-        copy_in("inputs", self.device.address(), &self.host.as_slice()[..bytes as usize], stream)?;
-        self.copied.record(stream)?;
+        self.device.grow(context, stream, inputs.placed_bytes())?;
+        let offsets = inputs.write(staged.bytes.as_mut_slice());
+        copy_in("inputs", self.device.address(), &staged.bytes.as_slice()[..bytes as usize], stream)?;
+        staged.copied.record(stream)?;
         Ok(offsets.map(|offset| self.device.address() + offset))
     }
 }
@@ -218,11 +239,29 @@ impl Device for Cuda {
         Ok(self.stream.wait(|| "writing states".to_owned())?)
     }
 
+    fn keep(&mut self, state: usize, rows: &[CopyRows]) -> Result<(), Error> {
+        self.context.make_current()?;
+        for &(mut rows) in rows {
+            rows.from.at = self.memory.arena.check_range(rows.from.at, rows.from_bytes())?;
+            rows.to.at = self.memory.states[state].check_range(rows.to.at, rows.to_bytes())?;
+            copy_rows("results", &rows, &self.stream)?;
+        }
+        Ok(())
+    }
+
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
         let Self { plans, launcher, memory, stream, artifact, context, .. } = self;
         context.make_current()?;
         let (metadata, key) = (artifact.metadata(), (program, inputs.dims()));
         let places = memory.inputs.copy(context, stream, inputs)?;
+        for (from, mut rows) in inputs.taken_to(&places) {
+            let from = match from {
+                device::Memory::Arena => &memory.arena,
+                device::Memory::State(state) => &memory.states[state],
+            };
+            rows.from.at = from.check_range(rows.from.at, rows.from_bytes())?;
+            copy_rows("inputs", &rows, stream)?;
+        }
         let plan = plans.get_or_make(key, || memory.plan(context, stream, metadata, key, places))?;
         self.last = program;
         Ok(launcher.run(metadata, stream, plan)?)

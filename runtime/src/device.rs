@@ -23,6 +23,61 @@ pub(crate) struct Span {
     pub bytes: u64,
 }
 
+/// Where rows of bytes lie: the first, and how many bytes from one to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Strided {
+    /// Where the first begins.
+    pub at: u64,
+    /// Bytes from one to the next.
+    pub stride: u64,
+}
+
+/// Rows of bytes that are copied from one memory of a device to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CopyRows {
+    /// How many rows.
+    pub rows: u64,
+    /// Bytes of each.
+    pub bytes: u64,
+    /// Where they are.
+    pub from: Strided,
+    /// Where they go.
+    pub to: Strided,
+}
+
+impl CopyRows {
+    /// A copy of `bytes` bytes that lie together.
+    pub fn whole(from: u64, to: u64, bytes: u64) -> Self {
+        let together = |at| Strided { at, stride: bytes };
+        Self { rows: 1, bytes, from: together(from), to: together(to) }
+    }
+
+    /// True if `next`, like these rows, is one run of bytes, and begins where they end.
+    pub fn is_before(&self, next: &Self) -> bool {
+        let ends = [self.from, self.to].map(|place| place.at + self.bytes);
+        self.rows == 1 && next.rows == 1 && ends == [next.from.at, next.to.at]
+    }
+
+    /// Bytes from the first to the end of the last, where they are.
+    pub fn from_bytes(&self) -> u64 {
+        self.bytes + self.from.stride * self.rows.saturating_sub(1)
+    }
+
+    /// The same where they go.
+    pub fn to_bytes(&self) -> u64 {
+        self.bytes + self.to.stride * self.rows.saturating_sub(1)
+    }
+}
+
+/// A memory of a device that a step may take inputs from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// Where the program before this one has left its results.
+    Arena,
+    /// A state.
+    State(usize),
+}
+
 /// A machine with the weights, the states of all sequences, and memory to run steps in.
 pub(crate) trait Device: Send {
     /// Its name, and how much of it is used.
@@ -45,8 +100,11 @@ pub(crate) trait Device: Send {
     /// Overwrites bytes of a state from byte `at` on.
     fn write_state(&mut self, state: usize, at: u64, bytes: &[u8]) -> Result<(), Error>;
 
-    /// Runs an entry point. It may still be running when this returns; whatever is asked of the device afterwards
-    /// happens after it.
+    /// Copies results of the last program from the arena to a state, behind what was asked of the device before. Nobody waits.
+    fn keep(&mut self, state: usize, rows: &[CopyRows]) -> Result<(), Error>;
+
+    /// Runs an entry point, with inputs from the host and, where they say so, from memory of the device. It may still be running when this
+    /// returns; whatever is asked of the device afterwards happens after it.
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error>;
 
     /// Bytes of the arena as the last step left them, in the order of `spans`.

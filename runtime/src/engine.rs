@@ -1,5 +1,7 @@
 //! The engine: an opened executable with its device, and sequences that are fed tokens.
 
+pub mod draft;
+
 use std::sync::Arc;
 
 use nextc_abi::{Metadata, Output, StateKind, Sym};
@@ -56,19 +58,6 @@ impl LogitRows {
             Self::None => Vec::new(),
         }
     }
-}
-
-/// Tokens that the draft is fed for one sequence.
-#[derive(Clone, Copy, Debug)]
-pub struct DraftInput<'a> {
-    /// The sequence.
-    pub sequence: SequenceId,
-    /// Position of the first hidden row; its token is the one after that position.
-    pub position: u64,
-    /// The tokens after each hidden row.
-    pub tokens: &'a [u32],
-    /// As many hidden rows, `hidden_size` wide, one after the other.
-    pub hidden: &'a [f32],
 }
 
 /// An executable that can run.
@@ -184,28 +173,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. The sequences stay as they are until
-    /// [`Engine::accept`] says how many of the tokens are theirs.
-    /// # Errors
-    /// As [`Engine::forward`], and [`Error::Step`] for more tokens than a state can keep.
-    pub fn forward_tentative(&mut self, batch: &[(SequenceId, &[u32])]) -> Result<(), Error> {
-        let most = self.metadata().tentative_tokens as usize;
-        if batch.iter().any(|(_, tokens)| tokens.len() > most) {
-            return Err(Error::Step("more tentative tokens than a state keeps"));
-        }
-        let parts = self.check_batch(batch)?;
-        let mut inputs = self.inputs(&parts)?;
-        inputs.tentative.fill(1);
-        inputs.logit_rows = LogitRows::All.of(&inputs.cu_seqlens);
-        self.run(self.step, &inputs)?;
-        for part in &parts {
-            // what was replayed is done now
-            self.states.set_tokens(part.sequence, part.position, 0)?;
-        }
-        self.last = inputs;
-        Ok(())
-    }
-
     /// Chooses a token for each row of logits of the last step, which must have been the last thing that ran. -1 where there is none to
     /// choose.
     /// # Errors
@@ -243,75 +210,6 @@ impl Engine {
         let dims = self.last.dims();
         let spans = names.iter().map(|name| self.span(program, name, &dims)).collect::<Result<Vec<_>, _>>()?;
         Ok(self.device.fetch(&spans)?.into_iter().map(bytemuck::cast_slice).collect())
-    }
-
-    /// Makes the first `tokens` tokens of the sequence's last step, which was tentative, its own.
-    /// # Errors
-    /// [`Error::Step`] if the sequence has ended.
-    pub fn accept(&mut self, sequence: SequenceId, tokens: u32) -> Result<(), Error> {
-        let have = self.tokens(sequence)?;
-        self.states.set_tokens(sequence, have + u64::from(tokens), tokens)
-    }
-
-    /// Feeds the draft; the sequence's own length stays as it is. Entries of the draft's KV from `position` on are written.
-    /// # Errors
-    /// As [`Engine::forward`], and [`Error::NoMtp`].
-    pub fn draft(&mut self, batch: &[DraftInput<'_>], rows: LogitRows) -> Result<(), Error> {
-        let program = self.draft.ok_or_else(|| self.no_mtp())?;
-        self.run_draft(program, batch, rows, &[])
-    }
-
-    /// As [`Engine::draft`], of tokens after which nothing is drafted: it gives nothing.
-    /// # Errors
-    /// As [`Engine::draft`].
-    pub fn follow(&mut self, batch: &[DraftInput<'_>]) -> Result<(), Error> {
-        let program = self.follow.ok_or_else(|| self.no_mtp())?;
-        self.run_draft(program, batch, LogitRows::None, &[])
-    }
-
-    fn no_mtp(&self) -> Error {
-        Error::NoMtp { model: self.metadata().model.name.clone(), option: "--mtp" }
-    }
-
-    /// As [`Engine::draft`], for drafts that are only to be checked: with the logits after the last token of each sequence, and where the
-    /// executable can, only of the tokens that are `wanted`: a flag for each 16; those of others are minus infinity.
-    /// # Errors
-    /// As [`Engine::draft`], and [`Error::Step`] for flags of another number or without any that is set.
-    pub fn guess(&mut self, batch: &[DraftInput<'_>], wanted: &[i32]) -> Result<(), Error> {
-        let Some(program) = self.guess else { return self.draft(batch, LogitRows::Last) };
-        if wanted.len() as u64 != self.metadata().model.vocab_size.div_ceil(16) || wanted.iter().all(|&flag| flag == 0)
-        {
-            return Err(Error::Step("a guess needs a flag for each 16 tokens, and some of them wanted"));
-        }
-        self.run_draft(program, batch, LogitRows::Last, wanted)
-    }
-
-    fn run_draft(
-        &mut self,
-        program: usize,
-        batch: &[DraftInput<'_>],
-        rows: LogitRows,
-        wanted: &[i32],
-    ) -> Result<(), Error> {
-        let width = self.metadata().model.hidden_size as usize;
-        let mut parts = Vec::with_capacity(batch.len());
-        for (number, d) in batch.iter().enumerate() {
-            self.check_tokens(number, d.tokens)?;
-            if d.hidden.len() != d.tokens.len() * width {
-                return Err(Error::Step("the draft needs one hidden row a token"));
-            }
-            self.grow(d.sequence, number, d.position + d.tokens.len() as u64)?;
-            parts.push(Part { sequence: d.sequence, position: d.position, tokens: d.tokens });
-        }
-        let mut inputs = self.inputs(&parts)?;
-        inputs.logit_rows = rows.of(&inputs.cu_seqlens);
-        inputs.wanted.extend_from_slice(wanted);
-        let padded = width.next_multiple_of(16);
-        for row in batch.iter().flat_map(|d| d.hidden.chunks_exact(width)) {
-            inputs.hidden.extend_from_slice(row);
-            inputs.hidden.resize(inputs.hidden.len() + padded - width, 0.0);
-        }
-        self.run(program, &inputs)
     }
 
     /// Runs a step or a draft.

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::artifact::Artifact;
 use crate::cli::MachineArgs;
-use crate::engine::{DraftInput, Engine, LogitRows};
+use crate::engine::draft::{DraftInput, HiddenRows};
+use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
 use crate::piece::cut;
 use crate::sample::SampleError;
@@ -291,7 +292,8 @@ impl Eval<'_> {
         for draft in 0..self.drafts {
             // without windows a token's index is its position
             let position = (i + draft) as u64;
-            let input = DraftInput { sequence: piece.sequence, position, tokens: &[token], hidden: &hidden };
+            let hidden_rows = HiddenRows::Host(&hidden);
+            let input = DraftInput { sequence: piece.sequence, position, tokens: &[token], hidden: hidden_rows };
             engine.draft(&[input], LogitRows::Last)?;
             let (best, next) = (engine.best()?[0], engine.hidden()?.row(0).to_vec());
             let rows = engine.logits()?;

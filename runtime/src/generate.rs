@@ -89,15 +89,11 @@ pub trait Drafter {
     fn tentative_tokens(&self) -> usize;
     /// Says that drafts will be asked for, so that what they need is kept from now on.
     fn prepare(&mut self);
-    /// Drafts `count` tokens for each sequence after its `next` token, which the model has not been fed yet.
+    /// Drafts `drafts` tokens of each sequence after the one token of its run, and as [`Forward::forward`] feeds it all of them, but chooses a
+    /// token after each one, and what was appended counts only once it is accepted. Every run chooses.
     /// # Errors
     /// As [`Forward::forward`].
-    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError>;
-    /// As [`Forward::forward`], but chooses a token after each one, and what was appended counts only once it is accepted. Every run
-    /// chooses.
-    /// # Errors
-    /// As [`Forward::forward`].
-    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError>;
+    fn speculate(&mut self, runs: &[Run<'_>], drafts: usize) -> Result<Vec<Checked>, ModelError>;
     /// Makes the first `tokens` of a sequence's tentative tokens its own.
     /// # Errors
     /// As [`Forward::forward`].

@@ -7,7 +7,7 @@ use nextc_abi::KernelFn;
 
 use crate::artifact::Artifact;
 use crate::cpu;
-use crate::device::{Device, Span};
+use crate::device::{CopyRows, Device, Memory, Span};
 use crate::engine::{EngineOptions, check_available};
 use crate::error::Error;
 use crate::limits::Limits;
@@ -72,12 +72,11 @@ impl Host {
         })
     }
 
-    /// Makes arena and inputs large enough. What samples rows goes on from the results of the step before it: they are
-    /// kept. Addresses resolved before are void if one has moved.
+    /// Makes arena and inputs large enough. Results of the step before that this one goes on from are kept. Addresses resolved before are void if one has moved.
     fn make_room(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
         let metadata = self.artifact.metadata();
         let arena = metadata.arena.bytes_of(&metadata.programs[program], &inputs.dims()) + SLACK_BYTES;
-        let keep = if inputs.sampling.is_some() { self.used_bytes as usize } else { 0 };
+        let keep = if inputs.need_arena() { self.used_bytes as usize } else { 0 };
         self.used_bytes = arena - SLACK_BYTES;
         let regions = [(&mut self.arena, arena, "arena", keep), (&mut self.inputs, inputs.placed_bytes(), "inputs", 0)];
         for (region, bytes, what, keep) in regions {
@@ -154,11 +153,24 @@ impl Device for Host {
         Ok(())
     }
 
+    fn keep(&mut self, state: usize, rows: &[CopyRows]) -> Result<(), Error> {
+        rows.iter().for_each(|rows| copy_rows(rows, &self.arena, &mut self.states[state]));
+        Ok(())
+    }
+
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
         self.make_room(program, inputs)?;
         let dims = inputs.dims();
         let base = self.inputs.address();
-        let places = inputs.write(self.inputs.as_mut_slice()).map(|offset| base + offset);
+        let offsets = inputs.write(self.inputs.as_mut_slice());
+        for (memory, rows) in inputs.taken_to(&offsets) {
+            let from = match memory {
+                Memory::Arena => &self.arena,
+                Memory::State(state) => &self.states[state],
+            };
+            copy_rows(&rows, from, &mut self.inputs);
+        }
+        let places = offsets.map(|offset| base + offset);
         let (arena, weights, metadata) = (self.arena.address(), self.weights.address(), self.artifact.metadata());
         let states = &self.states;
         let make = || {
@@ -181,6 +193,15 @@ impl Device for Host {
     fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
         let begin = go_on.then(|| vec![KernelTime::default(); self.entries.len()]);
         std::mem::replace(&mut self.profile, begin).unwrap_or_default()
+    }
+}
+
+fn copy_rows(rows: &CopyRows, from: &Region, to: &mut Region) {
+    let (from, to) = (from.as_slice(), to.as_mut_slice());
+    for row in 0..rows.rows {
+        let [from_at, to_at] = [rows.from, rows.to].map(|place| (place.at + row * place.stride) as usize);
+        let bytes = rows.bytes as usize;
+        to[to_at..to_at + bytes].copy_from_slice(&from[from_at..from_at + bytes]);
     }
 }
 

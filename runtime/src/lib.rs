@@ -14,6 +14,8 @@ pub mod eval;
 pub mod generate;
 mod host;
 pub mod info;
+mod kept;
+mod lag;
 pub mod limits;
 pub mod memory;
 mod piece;
@@ -33,7 +35,8 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use artifact::Artifact;
-pub use engine::{DraftInput, Engine, EngineOptions, LogitRows};
+pub use engine::draft::{DraftInput, HiddenRows};
+pub use engine::{Engine, EngineOptions, LogitRows};
 pub use error::Error;
 pub use state::SequenceId;
 pub use step::KernelTime;

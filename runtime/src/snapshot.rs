@@ -96,6 +96,40 @@ impl Engine {
         self.states.set_tokens(sequence, snapshot.tokens, snapshot.replay)
     }
 
+    /// The hidden rows that the device keeps of `rows` positions of a sequence, from `position` on.
+    /// # Errors
+    /// [`Error::Step`] if it has ended, or the device's.
+    pub(crate) fn read_hidden(&self, sequence: SequenceId, position: u64, rows: u64) -> Result<Vec<u8>, Error> {
+        let (kept, slot) = (self.states.kept, self.states.get(sequence)?.slot);
+        let mut bytes = vec![0; (rows * kept.row_bytes) as usize];
+        let mut rest = bytes.as_mut_slice();
+        for (at, rows) in kept.rows(slot, position, rows) {
+            let (part, after) = rest.split_at_mut((rows * kept.row_bytes) as usize);
+            self.device.read_state(self.states.kept_state(), at, part)?;
+            rest = after;
+        }
+        Ok(bytes)
+    }
+
+    /// Puts back what [`Engine::read_hidden`] read.
+    /// # Errors
+    /// As [`Engine::read_hidden`].
+    pub(crate) fn write_hidden(
+        &mut self,
+        sequence: SequenceId,
+        position: u64,
+        rows: u64,
+        mut bytes: &[u8],
+    ) -> Result<(), Error> {
+        let (kept, slot) = (self.states.kept, self.states.get(sequence)?.slot);
+        for (at, rows) in kept.rows(slot, position, rows) {
+            let (part, after) = bytes.split_at((rows * kept.row_bytes) as usize);
+            self.device.write_state(self.states.kept_state(), at, part)?;
+            bytes = after;
+        }
+        Ok(())
+    }
+
     /// Takes a sequence back to its beginning.
     /// # Errors
     /// [`Error::Step`] if it has ended.

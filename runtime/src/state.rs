@@ -7,6 +7,7 @@
 use nextc_abi::{Metadata, StateKind};
 
 use crate::error::Error;
+use crate::kept::Kept;
 
 /// A sequence that the engine holds state for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,6 +64,8 @@ pub(crate) struct Sequence {
 #[derive(Debug)]
 pub struct States {
     pub(crate) kinds: Vec<(StateKind, u64)>,
+    /// Behind them one that no kernel reads.
+    pub(crate) kept: Kept,
     slots: Allocator,
     pages: Allocator,
     pub(crate) page_tokens: u64,
@@ -87,6 +90,7 @@ impl States {
         let pages = u32::try_from(pages).map_err(too_many)?;
         Ok(Self {
             kinds: metadata.states.iter().map(|s| (s.kind, s.bytes)).collect(),
+            kept: Kept::new(metadata, count),
             slots: Allocator::new(slots as u32),
             pages: Allocator::new(pages),
             page_tokens,
@@ -112,10 +116,16 @@ impl States {
     }
 
     fn bytes_of(&self, pages: u32, slots: u32) -> impl Iterator<Item = u64> + '_ {
-        self.kinds.iter().map(move |&(kind, bytes)| match kind {
+        let of_kernels = self.kinds.iter().map(move |&(kind, bytes)| match kind {
             StateKind::Kv => bytes.saturating_mul(self.page_tokens).saturating_mul(u64::from(pages)),
             StateKind::Conv | StateKind::Delta => bytes.saturating_mul(u64::from(slots)),
-        })
+        });
+        of_kernels.chain([self.kept.bytes(u64::from(slots))])
+    }
+
+    /// The number of the state that no kernel reads.
+    pub(crate) fn kept_state(&self) -> usize {
+        self.kinds.len()
     }
 
     /// Begins a sequence.
@@ -216,8 +226,8 @@ mod tests {
         states.grow(a, 0, 33).unwrap();
         assert_eq!(states.get(a).unwrap().pages, [0, 1, 3]);
         assert_eq!(states.get(b).unwrap().pages, [2]);
-        assert_eq!(states.used_bytes().collect::<Vec<_>>(), [512 * 16 * 4, 4096 * 2]);
-        assert_eq!(states.reserved_bytes().collect::<Vec<_>>(), [512 * 16 * 16, 4096 * 2]);
+        assert_eq!(states.used_bytes().collect::<Vec<_>>(), [512 * 16 * 4, 4096 * 2, 0]);
+        assert_eq!(states.reserved_bytes().collect::<Vec<_>>(), [512 * 16 * 16, 4096 * 2, 0]);
         states.end(a);
         assert!(states.get(a).is_err());
         let c = states.begin().unwrap();

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use nextc_abi::{Arg, Input, Metadata, Output, Program};
 
-use crate::device::Span;
+use crate::device::{CopyRows, Memory, Span};
 
 /// Bytes behind each input and the arena, so that a kernel may read whole vectors at their ends.
 pub(crate) const SLACK_BYTES: u64 = 64;
@@ -26,12 +26,27 @@ pub(crate) struct StepInputs {
     /// `[B, P]`.
     pub page_table: Vec<i32>,
     pub logit_rows: Vec<i32>,
-    /// `[T, pad(hidden_size)]`; empty but for drafts.
+    /// `[T, pad(hidden_size)]`; empty but for drafts, and where the rows are taken from the device.
     pub hidden: Vec<f32>,
+    /// Bytes of `hidden`, wherever it comes from.
+    pub hidden_bytes: u64,
     /// `[ceil(vocab_size / 16)]`; empty but for guesses.
     pub wanted: Vec<i32>,
     /// How rows are sampled, for the entry points that do that.
     pub sampling: Option<SamplingInputs>,
+    /// What is on the device already, and takes the place of what the host gives.
+    pub taken: Vec<Taken>,
+}
+
+/// Rows of an input that are copied from memory of the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Taken {
+    /// Where from.
+    pub memory: Memory,
+    /// Which input.
+    pub input: Input,
+    /// The rows; they go to a place in the input.
+    pub rows: CopyRows,
 }
 
 /// How each row of a step is sampled.
@@ -68,12 +83,22 @@ impl StepInputs {
         [self.tokens.len() as u64, sequences, width, self.logit_rows.len() as u64]
     }
 
-    /// Bytes that [`StepInputs::write`] needs.
+    /// True if they are taken from the arena, so that it must stay as it is until they are.
+    pub fn need_arena(&self) -> bool {
+        self.sampling.is_some() || self.taken.iter().any(|taken| taken.memory == Memory::Arena)
+    }
+
+    /// Bytes of all inputs, one after the other.
     pub fn placed_bytes(&self) -> u64 {
+        self.host_bytes() + self.hidden_bytes - bytemuck::cast_slice::<_, u8>(&self.hidden).len() as u64
+    }
+
+    /// Bytes from the first input to the end of the last that comes from the host: what [`StepInputs::write`] needs.
+    pub fn host_bytes(&self) -> u64 {
         self.bytes().iter().map(|b| place_bytes(b)).sum()
     }
 
-    /// Writes the inputs one after the other, and says at which offset each begins.
+    /// Writes what comes from the host, one input after the other, and says at which offset each begins.
     pub fn write(&self, memory: &mut [u8]) -> [u64; INPUTS] {
         let mut at = 0;
         self.bytes().map(|bytes| {
@@ -84,7 +109,16 @@ impl StepInputs {
         })
     }
 
-    /// The inputs as bytes, in the order of [`Input`].
+    /// What is taken from the device, with where it goes as an offset or address, where the inputs begin at `places`.
+    pub fn taken_to<'a>(&'a self, places: &'a [u64; INPUTS]) -> impl Iterator<Item = (Memory, CopyRows)> + 'a {
+        self.taken.iter().map(|taken| {
+            let mut rows = taken.rows;
+            rows.to.at += places[input_index(taken.input)];
+            (taken.memory, rows)
+        })
+    }
+
+    /// What comes from the host, as bytes; hidden rows, which may lie on the device, are the last.
     fn bytes(&self) -> [&[u8]; INPUTS] {
         use bytemuck::cast_slice as bytes;
         let none = SamplingInputs::NONE;
@@ -98,13 +132,13 @@ impl StepInputs {
             bytes(&self.tentative),
             bytes(&self.page_table),
             bytes(&self.logit_rows),
-            bytes(&self.hidden),
             bytes(&sampling.factors),
             bytes(&sampling.choices),
             bytes(&sampling.edit_tokens),
             bytes(&sampling.edit_counts),
             bytes(&sampling.edit_biases),
             bytes(&self.wanted),
+            bytes(&self.hidden),
         ]
     }
 }
@@ -119,13 +153,13 @@ const fn input_index(input: Input) -> usize {
         Input::Tentative => 5,
         Input::PageTable => 6,
         Input::LogitRows => 7,
-        Input::Hidden => 8,
-        Input::Factors => 9,
-        Input::Choices => 10,
-        Input::EditTokens => 11,
-        Input::EditCounts => 12,
-        Input::EditBiases => 13,
-        Input::Wanted => 14,
+        Input::Factors => 8,
+        Input::Choices => 9,
+        Input::EditTokens => 10,
+        Input::EditCounts => 11,
+        Input::EditBiases => 12,
+        Input::Wanted => 13,
+        Input::Hidden => 14,
     }
 }
 
@@ -263,11 +297,24 @@ mod tests {
             tentative: vec![0],
             page_table: vec![0, 1, 2, 0, 0, 0],
             logit_rows: vec![2],
-            hidden: Vec::new(),
-            sampling: None,
-            wanted: Vec::new(),
+            ..StepInputs::default()
         };
         assert_eq!(inputs.dims(), [3, 2, 3, 1]);
         assert_eq!(inputs.dims()[nextc_abi::Sym::P as usize], 3);
+    }
+
+    #[test]
+    fn what_is_taken_goes_to_the_place_of_its_input() {
+        let rows = CopyRows::whole(640, 64, 32);
+        let taken = Taken { memory: Memory::Arena, input: Input::Hidden, rows };
+        let inputs = StepInputs { tokens: vec![1], hidden_bytes: 4096, taken: vec![taken], ..StepInputs::default() };
+        let mut memory = vec![0xff; inputs.host_bytes() as usize];
+        let places = inputs.write(&mut memory);
+        assert_eq!(memory[..4], 1i32.to_le_bytes());
+        assert_eq!(inputs.placed_bytes(), memory.len() as u64 + 4096);
+        let (memory, rows) = inputs.taken_to(&places).next().unwrap();
+        let hidden = places[input_index(Input::Hidden)];
+        assert_eq!((memory, rows), (Memory::Arena, CopyRows::whole(640, hidden + 64, 32)));
+        assert!(rows.to.at + 32 <= inputs.placed_bytes() && inputs.need_arena());
     }
 }

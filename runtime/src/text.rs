@@ -4,14 +4,16 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use crate::artifact::Artifact;
-use crate::engine::{DraftInput, Engine, EngineOptions, LogitRows};
+use crate::engine::draft::{DraftInput, HiddenRows};
+use crate::engine::{Engine, EngineOptions, LogitRows};
 use crate::error::Error;
 use crate::generate::{self, Checked, Drafter, Forward, GenerateArgs, ModelError, Run, Sequence, TextFiles};
+use crate::kept::KEPT_ROWS;
+use crate::lag::Lag;
 use crate::sample::Choosing;
 use crate::sample::rows::Row;
 use crate::shortlist::Shortlist;
 use crate::state::SequenceId;
-use crate::step::Rows;
 
 /// An engine as generation sees it.
 pub(crate) struct Model {
@@ -51,7 +53,9 @@ impl Model {
     fn forward_rows(&mut self, runs: &[Run<'_>], rows: LogitRows) -> Result<Vec<u32>, ModelError> {
         let batch = Self::batch(runs);
         let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
+        self.catch_up_before(runs)?;
         self.engine.forward(&batch, rows)?;
+        self.keep_hidden(runs, &positions)?;
         let wanted: Vec<Row<'_>> = runs.iter().flat_map(|run| wanted_rows(run, rows)).collect();
         let mut tokens = Vec::new();
         if runs.iter().any(|run| run.choosing.is_some()) {
@@ -60,18 +64,14 @@ impl Model {
                 tokens.push(self.engine.token(r, chosen[r])?);
             }
         }
-        self.keep_rows(rows == LogitRows::All)?;
-        if self.drafts_wanted {
-            runs.iter().for_each(|run| self.shortlist.feed(run.tokens));
-            extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
-            let most = |tokens: usize| if tokens > 1 { FEW_ROWS } else { MOST_LAG };
-            self.catch_up(runs.iter().map(|run| (run.sequence, most(run.tokens.len()))))?;
-        }
+        self.keep_logits_of(rows == LogitRows::All)?;
+        self.follow_long_runs(runs, &positions)?;
+        self.catch_up(runs, MOST_LAG)?;
         Ok(tokens)
     }
 
     /// Copies the logits of the last step, if somebody wants them.
-    fn keep_rows(&mut self, wanted: bool) -> Result<(), ModelError> {
+    fn keep_logits_of(&mut self, wanted: bool) -> Result<(), ModelError> {
         self.logits.clear();
         if wanted || self.logits_wanted {
             self.engine.logits()?.iter().for_each(|row| self.logits.extend_from_slice(row));
@@ -79,73 +79,76 @@ impl Model {
         Ok(())
     }
 
-    /// Feeds the draft of each sequence that lags behind more than so many rows all of them but one, in steps of few tokens.
-    fn catch_up(&mut self, sequences: impl Iterator<Item = (Sequence, usize)>) -> Result<(), ModelError> {
-        let width = self.engine.metadata().model.hidden_size as usize;
-        for (sequence, most) in sequences {
-            let Some(lag) = self.lags.get_mut(&sequence) else { continue };
-            if lag.next.len() <= most {
-                continue;
+    /// Before a long run the draft is fed all that it lags behind: the rows of the run itself are not kept, but fed to it where they lie.
+    fn catch_up_before(&mut self, runs: &[Run<'_>]) -> Result<(), ModelError> {
+        for run in runs.iter().filter(|run| is_long(run)) {
+            let Some(lag) = self.lags.get_mut(&run.sequence).filter(|lag| lag.rows > 0) else { continue };
+            lag.next.push(run.tokens[0]);
+            self.engine.follow(&[lag.input(run.sequence, lag.rows)])?;
+            lag.forget(lag.rows);
+        }
+        Ok(())
+    }
+
+    /// Keeps the hidden rows of what was fed from `positions` on; of long runs only the last, whose next token is not known.
+    fn keep_hidden(&mut self, runs: &[Run<'_>], positions: &[u64]) -> Result<(), ModelError> {
+        if !self.drafts_wanted {
+            return Ok(());
+        }
+        let mut end = 0;
+        for (run, &position) in runs.iter().zip(positions) {
+            end += run.tokens.len();
+            let before = if is_long(run) { run.tokens.len() - 1 } else { 0 };
+            let (position, tokens) = (position + before as u64, &run.tokens[before..]);
+            self.engine.keep_hidden(SequenceId(run.sequence.0), position, end - tokens.len(), tokens.len())?;
+            self.lags.entry(run.sequence).or_default().extend(position, tokens);
+            self.shortlist.feed(run.tokens);
+        }
+        Ok(())
+    }
+
+    /// Feeds the draft the rows of long runs, which the last step has left, but for the last of each.
+    fn follow_long_runs(&mut self, runs: &[Run<'_>], positions: &[u64]) -> Result<(), ModelError> {
+        if !self.drafts_wanted {
+            return Ok(());
+        }
+        let (mut inputs, mut first) = (Vec::new(), 0);
+        for (run, &position) in runs.iter().zip(positions) {
+            if is_long(run) {
+                let (sequence, hidden) = (SequenceId(run.sequence.0), HiddenRows::Left(first));
+                inputs.push(DraftInput { sequence, position, tokens: &run.tokens[1..], hidden });
             }
-            while lag.next.len() > 1 {
-                let count = (lag.next.len() - 1).min(CATCH_UP_STEP);
-                self.engine.follow(&[lag.input(sequence, count, width)])?;
-                lag.forget(count, width);
-            }
+            first += run.tokens.len();
+        }
+        if !inputs.is_empty() {
+            self.engine.follow(&inputs)?;
+        }
+        Ok(())
+    }
+
+    /// Feeds the draft of each sequence that lags behind more than `most` tokens all of them but one.
+    fn catch_up(&mut self, runs: &[Run<'_>], most: usize) -> Result<(), ModelError> {
+        for run in runs {
+            let Some(lag) = self.lags.get_mut(&run.sequence).filter(|lag| lag.next.len() > most) else { continue };
+            let count = lag.next.len() - 1;
+            self.engine.follow(&[lag.input(run.sequence, count)])?;
+            lag.forget(count);
         }
         Ok(())
     }
 }
 
-/// Tokens that a draft is fed at once to catch up, at most.
-const CATCH_UP_STEP: usize = 512;
-/// Rows that it may lag behind when it drafts, and after a step of a prompt: of those it computes more than what later tokens need, which is
-/// less work than a step of its own.
+/// True for more tokens than a draft may lag behind when it drafts.
+fn is_long(run: &Run<'_>) -> bool {
+    run.tokens.len() > FEW_ROWS
+}
+
+/// Rows that a draft may lag behind when it drafts: of those it computes more than what later tokens need, which is less work than a step
+/// of its own.
 const FEW_ROWS: usize = 8;
 /// Rows that it may lag behind in all before it is fed them without being asked for drafts: where drafts do not pay, that comes seldom.
 const MOST_LAG: usize = 256;
-
-/// What the draft of a sequence has not been fed yet: it is fed the hidden row of a position with the token after it, so it
-/// lags behind the model by one token at least.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Lag {
-    /// Position of the first row.
-    pub position: u64,
-    /// Hidden rows.
-    pub hidden: Vec<f32>,
-    /// The token after each row but the last.
-    pub next: Vec<u32>,
-}
-
-impl Lag {
-    /// The model was fed `tokens` from `position` on and gave `hidden`.
-    fn extend<'r>(&mut self, position: u64, tokens: &[u32], hidden: impl Iterator<Item = &'r [f32]>) {
-        if self.hidden.is_empty() {
-            self.position = position;
-            self.next.extend_from_slice(&tokens[1..]);
-        } else {
-            self.next.extend_from_slice(tokens);
-        }
-        hidden.for_each(|row| self.hidden.extend_from_slice(row));
-    }
-
-    /// The first `count` rows as the draft is fed them.
-    fn input(&self, sequence: Sequence, count: usize, width: usize) -> DraftInput<'_> {
-        DraftInput {
-            sequence: SequenceId(sequence.0),
-            position: self.position,
-            tokens: &self.next[..count],
-            hidden: &self.hidden[..count * width],
-        }
-    }
-
-    /// The draft has been fed the first `count` rows.
-    fn forget(&mut self, count: usize, width: usize) {
-        self.position += count as u64;
-        self.next.drain(..count);
-        self.hidden.drain(..count * width);
-    }
-}
+const _: () = assert!((MOST_LAG + FEW_ROWS) < KEPT_ROWS as usize, "what lags behind is kept");
 
 impl Forward for Model {
     fn vocab_size(&self) -> usize {
@@ -200,97 +203,48 @@ impl Drafter for Model {
         self.drafts_wanted = true;
     }
 
-    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError> {
-        let width = self.engine.metadata().model.hidden_size as usize;
-        for (s, next) in runs {
-            let lag = self.lags.get_mut(s).ok_or(Error::Step("drafts were not prepared for this sequence"))?;
-            lag.next.push(*next);
-            self.shortlist.feed(&[*next]);
+    fn speculate(&mut self, runs: &[Run<'_>], drafts: usize) -> Result<Vec<Checked>, ModelError> {
+        for run in runs {
+            let lag = self.lags.get_mut(&run.sequence).filter(|lag| lag.rows > 0 && run.tokens.len() == 1);
+            let lag = lag.ok_or(Error::Step("drafts were not prepared for this sequence"))?;
+            lag.next.extend_from_slice(run.tokens);
+            self.shortlist.feed(run.tokens);
         }
-        self.catch_up(runs.iter().map(|&(s, _)| (s, FEW_ROWS)))?;
-        let mut drafts = vec![Vec::with_capacity(count); runs.len()];
-        let mut position: Vec<u64> = Vec::new();
-        let inputs: Vec<DraftInput<'_>> = runs
-            .iter()
-            .map(|(s, _)| {
-                let lag = &self.lags[s];
-                position.push(lag.position + lag.next.len() as u64);
-                lag.input(*s, lag.next.len(), width)
-            })
-            .collect();
-        let ends: Vec<usize> = inputs
-            .iter()
-            .scan(0, |end, i| {
-                *end += i.tokens.len();
-                Some(*end)
-            })
-            .collect();
-        self.engine.guess(&inputs, self.shortlist.flags())?;
-        let rows = self.engine.hidden()?;
-        let mut hidden: Vec<f32> = ends.iter().flat_map(|end| rows.row(end - 1)).copied().collect();
-        take_drafts(&mut self.engine, &mut drafts)?;
-        for (s, _) in runs {
-            if let Some(lag) = self.lags.get_mut(s) {
-                lag.forget(lag.next.len(), width);
-            }
+        self.catch_up(runs, FEW_ROWS)?;
+        let inputs: Vec<_> = runs.iter().map(|run| (run.sequence, &self.lags[&run.sequence])).collect();
+        let inputs: Vec<_> = inputs.iter().map(|(sequence, lag)| lag.input(*sequence, lag.rows)).collect();
+        self.engine.draft_ahead(&inputs, drafts, self.shortlist.flags())?;
+        let (batch, rows) = (Self::batch(runs), drafts + 1);
+        self.engine.forward_tentative(&batch, drafts)?;
+        for (i, &(sequence, _)) in batch.iter().enumerate() {
+            self.engine.keep_hidden(sequence, self.engine.tokens(sequence)?, i * rows, rows)?;
         }
-        for _ in 1..count {
-            let newest: Vec<u32> = drafts.iter().map(|d| d[d.len() - 1]).collect();
-            let inputs: Vec<DraftInput<'_>> = (0..runs.len())
-                .map(|i| DraftInput {
-                    sequence: SequenceId(runs[i].0.0),
-                    position: position[i],
-                    tokens: &newest[i..=i],
-                    hidden: &hidden[i * width..(i + 1) * width],
-                })
-                .collect();
-            self.engine.guess(&inputs, self.shortlist.flags())?;
-            hidden = self.engine.hidden()?.iter().flatten().copied().collect();
-            take_drafts(&mut self.engine, &mut drafts)?;
-            position.iter_mut().for_each(|p| *p += 1);
-        }
-        Ok(drafts)
-    }
-
-    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError> {
-        let batch = Self::batch(runs);
-        let positions: Vec<u64> = batch.iter().map(|(s, _)| self.engine.tokens(*s)).collect::<Result<_, _>>()?;
-        self.engine.forward_tentative(&batch)?;
-        let (tokens, accepted) = self.engine.verify(&tentative_rows(runs))?;
+        // the host waits here for the first time
+        let (tokens, accepted) = self.engine.verify(&tentative_rows(runs, drafts))?;
         let (tokens, accepted) = (tokens.to_vec(), accepted.to_vec());
-        self.keep_rows(false)?;
-        extend_lags(&mut self.lags, runs, &positions, self.engine.hidden()?);
-        let (mut checked, mut first) = (Vec::with_capacity(runs.len()), 0);
-        for (run, accepted) in runs.iter().zip(accepted) {
-            let own = &tokens[first..first + run.tokens.len()];
-            let accepted = usize::try_from(accepted).unwrap_or(0);
+        self.keep_logits_of(false)?;
+        let mut checked = Vec::with_capacity(runs.len());
+        for (i, (run, accepted)) in runs.iter().zip(accepted).enumerate() {
+            let (first, accepted) = (i * rows, usize::try_from(accepted).unwrap_or(0));
             // what comes after a wrong draft is of no use, and may be no token
-            let of_use = own[..=accepted].iter().enumerate();
-            let tokens = of_use.map(|(i, &token)| self.engine.token(first + i, token)).collect::<Result<_, _>>()?;
+            let of_use = tokens[first..=first + accepted].iter().enumerate();
+            let tokens: Vec<u32> =
+                of_use.map(|(i, &token)| self.engine.token(first + i, token)).collect::<Result<_, _>>()?;
+            let position = self.engine.tokens(SequenceId(run.sequence.0))?;
+            // drafts that are right are the tokens before them
+            let next = tokens[..accepted].to_vec();
+            self.lags.insert(run.sequence, Lag { position, rows, next });
             checked.push(Checked { tokens, accepted });
-            first += run.tokens.len();
         }
         Ok(checked)
     }
 
     fn accept(&mut self, sequence: Sequence, tokens: usize) -> Result<(), ModelError> {
         self.engine.accept(SequenceId(sequence.0), tokens as u32)?;
-        let width = self.engine.metadata().model.hidden_size as usize;
         if let Some(lag) = self.lags.get_mut(&sequence) {
-            let kept = (self.engine.tokens(SequenceId(sequence.0))? - lag.position) as usize;
-            lag.hidden.truncate(kept * width);
-            lag.next.truncate(kept.saturating_sub(1));
+            lag.truncate(tokens);
         }
         Ok(())
-    }
-}
-
-/// Notes the hidden rows of what each sequence was fed from its position on.
-fn extend_lags(lags: &mut HashMap<Sequence, Lag>, runs: &[Run<'_>], positions: &[u64], hidden: Rows<'_>) {
-    let mut rows = hidden.iter();
-    for (run, &position) in runs.iter().zip(positions) {
-        let own = rows.by_ref().take(run.tokens.len());
-        lags.entry(run.sequence).or_default().extend(position, run.tokens, own);
     }
 }
 
@@ -301,25 +255,16 @@ fn wanted_rows<'a>(run: &Run<'a>, rows: LogitRows) -> impl Iterator<Item = Row<'
 }
 
 /// How the token after each tentative one is chosen: those before it, but for the first, count as output.
-fn tentative_rows<'a>(runs: &[Run<'a>]) -> Vec<Row<'a>> {
+fn tentative_rows<'a>(runs: &[Run<'a>], drafts: usize) -> Vec<Row<'a>> {
     let mut rows = Vec::new();
     for run in runs {
         let first_draft = rows.len() + 1;
-        for i in 0..run.tokens.len() {
+        for i in 0..=drafts {
             let after = |c: Choosing<'a>| Choosing { position: c.position.saturating_add(i as u32), ..c };
             rows.push(Row { choosing: run.choosing.map(after), drafts: (first_draft, i) });
         }
     }
     rows
-}
-
-/// Adds to each sequence's drafts the most probable token of its row.
-fn take_drafts(engine: &mut Engine, drafts: &mut [Vec<u32>]) -> Result<(), ModelError> {
-    let best = engine.best()?.to_vec();
-    for (row, (drafts, best)) in drafts.iter_mut().zip(best).enumerate() {
-        drafts.push(engine.token(row, best)?);
-    }
-    Ok(())
 }
 
 /// Runs `generate`.

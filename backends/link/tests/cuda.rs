@@ -159,6 +159,17 @@ fn bench_makes_weights_up_and_times_kernels() {
 }
 
 #[test]
+fn drafts_go_on_from_what_lies_on_the_device() {
+    let exe = Exe::new(true);
+    let args =
+        ["bench", "--random-weights", "--json", "--prefill", "2", "--decode", "1", "--draft", "1,3", "--batch", "1,3"];
+    let report: serde_json::Value = serde_json::from_str(exe.stdout(&[], &args).lines().last().unwrap()).unwrap();
+    let drafts: Vec<_> = report["rows"].as_array().unwrap().iter().filter(|row| row["kind"] == "draft").collect();
+    assert_eq!(drafts.len(), 4);
+    assert!(drafts.iter().all(|row| row["tokens_per_s"].as_f64().unwrap() > 0.0), "{report}");
+}
+
+#[test]
 fn what_is_missing_is_said() {
     let exe = Exe::new(false);
     fs::write(exe.path("ids.json"), "[1, 2]").unwrap();

@@ -45,12 +45,14 @@ fn gather<F: Real>(x: &Array<F>, rows: &Array<i32>, what: &'static str) -> Resul
     Array::new(&[&[count], inner].concat(), data)
 }
 
-/// Rows of the embedding table.
+/// Rows of the embedding table; the first for -1, which is what a draft is where no logit is the largest: it is never right.
 /// # Errors
 /// [`EvalError::OutOfRange`] if a token id has no row.
 pub fn eval_embed<F: Real>(_: &Cx<F>, args: &[Datum<F>], _: &Attrs) -> Result<Vec<Datum<F>>, EvalError> {
     let [tokens, w] = eval::operands(args)?;
-    Ok(vec![gather(w.float()?, tokens.int()?, "token id")?.into()])
+    let tokens = tokens.int()?;
+    let rows = tokens.data().iter().map(|&token| if token == -1 { 0 } else { token }).collect();
+    Ok(vec![gather(w.float()?, &Array::new(tokens.dims(), rows)?, "token id")?.into()])
 }
 
 /// Rows of an activation.

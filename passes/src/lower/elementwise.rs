@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use nextc_ir::graph::{NodeId, Value};
-use nextc_ir::kernel::{KernelBuilder, Val};
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, pad, padded_elems};
 use nextc_ir::{DType, Op, Type};
@@ -32,7 +32,7 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
     let t = k.task();
     let (tokens, w, out) = (k.param(tokens), k.param(w), k.param(out));
-    let token = k.load_index(tokens, t);
+    let token = token_row(&mut k, tokens, t);
     let (tile, lane) = (k.div_const(token, LANES), Lanes::One(k.rem_const(token, LANES)));
     let tile = matrix.tile(&mut k, w, tile);
     let out = row_ptr(&mut k, out, t, planes.columns);
@@ -52,6 +52,13 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
     });
     Ok(ports.finish(k.finish()))
+}
+
+/// The row of token `t`: the first for -1, a draft that there is none of.
+pub fn token_row(k: &mut KernelBuilder, tokens: Val, t: Val) -> Val {
+    let (token, first) = (k.load_index(tokens, t), k.index(0));
+    let none = k.cmp(Pred::Lt, token, first);
+    k.select(none, first, token)
 }
 
 /// `gather_rows`.

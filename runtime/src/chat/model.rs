@@ -4,9 +4,10 @@ use std::io::{self, Read, Write};
 
 use crate::error::Error;
 use crate::generate::{Forward, ModelError, Run, Sequence};
+use crate::lag::{Lag, SavedLag};
 use crate::snapshot::Snapshot;
 use crate::state::SequenceId;
-use crate::text::{Lag, Model};
+use crate::text::Model;
 
 /// A model with one sequence.
 pub trait ChatModel: Forward {
@@ -61,15 +62,19 @@ impl OneSequence {
         SequenceId(self.sequence.0)
     }
 
-    fn lag(&self) -> Option<&Lag> {
-        self.model.lags.get(&self.sequence)
+    /// What the draft lags behind: nothing, where drafts are not wanted.
+    fn lag(&self) -> Lag {
+        self.model.lags.get(&self.sequence).cloned().unwrap_or_default()
     }
 
-    fn set_lag(&mut self, lag: Option<Lag>) {
-        match lag {
-            Some(lag) => self.model.lags.insert(self.sequence, lag),
-            None => self.model.lags.remove(&self.sequence),
-        };
+    fn save_lag(&self) -> Result<SavedLag, Error> {
+        SavedLag::of(&self.lag(), &self.model.engine, self.id())
+    }
+
+    fn restore_lag(&mut self, saved: &SavedLag) -> Result<(), Error> {
+        let lag = saved.restore(&mut self.model.engine, SequenceId(self.sequence.0))?;
+        self.model.lags.insert(self.sequence, lag);
+        Ok(())
     }
 }
 
@@ -117,7 +122,7 @@ impl Forward for OneSequence {
 
 impl ChatModel for OneSequence {
     /// States, and what the draft lags behind.
-    type Kept = (Snapshot, Option<Lag>);
+    type Kept = (Snapshot, SavedLag);
 
     fn sequence(&self) -> Sequence {
         self.sequence
@@ -133,71 +138,33 @@ impl ChatModel for OneSequence {
 
     fn keep(&self) -> Result<(Self::Kept, u64), ModelError> {
         let snapshot = self.model.engine.snapshot(self.id())?;
-        let bytes = snapshot.bytes.len() as u64 + lag_bytes(self.lag());
-        Ok(((snapshot, self.lag().cloned()), bytes))
+        let bytes = snapshot.bytes.len() as u64 + SavedLag::bytes(&self.lag(), &self.model.engine);
+        Ok(((snapshot, self.save_lag()?), bytes))
     }
 
     fn go_back(&mut self, (snapshot, lag): &Self::Kept) -> Result<(), ModelError> {
-        self.set_lag(lag.clone());
+        self.restore_lag(lag)?;
         Ok(self.model.engine.restore(self.id(), snapshot)?)
     }
 
     fn rewind(&mut self) -> Result<(), ModelError> {
-        self.set_lag(None);
+        self.model.lags.remove(&self.sequence);
         Ok(self.model.engine.rewind(self.id())?)
     }
 
     fn state_bytes(&self) -> u64 {
         let tokens = self.model.engine.tokens(self.id()).unwrap_or(0);
-        self.model.engine.state_bytes(tokens) + lag_bytes(self.lag())
+        self.model.engine.state_bytes(tokens) + SavedLag::bytes(&self.lag(), &self.model.engine)
     }
 
     fn write_state(&self, out: &mut dyn Write) -> io::Result<()> {
-        write_lag(self.lag(), out)?;
+        self.save_lag().map_err(io::Error::other)?.write(out)?;
         self.model.engine.write_state(self.id(), out)
     }
 
     fn read_state(&mut self, tokens: usize, input: &mut dyn Read) -> io::Result<()> {
-        let lag = read_lag(input, self.model.engine.metadata().model.hidden_size)?;
-        self.set_lag(lag);
-        self.model.engine.read_state(self.id(), tokens as u64, input)
+        let lag = SavedLag::read(input, self.model.engine.states.kept.row_bytes)?;
+        self.model.engine.read_state(self.id(), tokens as u64, input)?;
+        self.restore_lag(&lag).map_err(io::Error::other)
     }
-}
-
-/// Position, number of following tokens, number of floats.
-const LAG_HEAD_BYTES: usize = 24;
-
-fn lag_bytes(lag: Option<&Lag>) -> u64 {
-    let data = lag.map_or(0, |lag| 4 * (lag.next.len() + lag.hidden.len()));
-    (LAG_HEAD_BYTES + data) as u64
-}
-
-fn write_lag(lag: Option<&Lag>, out: &mut dyn Write) -> io::Result<()> {
-    let none = Lag::default();
-    let lag = lag.unwrap_or(&none);
-    for number in [lag.position, lag.next.len() as u64, lag.hidden.len() as u64] {
-        out.write_all(&number.to_le_bytes())?;
-    }
-    out.write_all(bytemuck::cast_slice(&lag.next))?;
-    out.write_all(bytemuck::cast_slice(&lag.hidden))
-}
-
-fn read_lag(input: &mut dyn Read, width: u64) -> io::Result<Option<Lag>> {
-    let mut head = [0; LAG_HEAD_BYTES];
-    input.read_exact(&mut head)?;
-    let number = |i: usize| u64::from_le_bytes(std::array::from_fn(|b| head[i * 8 + b]));
-    let (position, next, hidden) = (number(0), number(1), number(2));
-    let rows = hidden / width.max(1);
-    if rows * width != hidden || next != rows.saturating_sub(1) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "what the draft lags behind is no whole rows"));
-    }
-    let mut bytes = Vec::new();
-    input.take(next.saturating_add(hidden).saturating_mul(4)).read_to_end(&mut bytes)?;
-    let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes(std::array::from_fn(|i| b[i]))).collect();
-    if words.len() as u64 != next + hidden {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    let (next, hidden) = words.split_at(next as usize);
-    let hidden: Vec<f32> = hidden.iter().map(|&x| f32::from_bits(x)).collect();
-    Ok((!hidden.is_empty()).then(|| Lag { position, hidden, next: next.to_vec() }))
 }

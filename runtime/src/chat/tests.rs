@@ -118,24 +118,17 @@ impl Drafter for Fake {
         8
     }
     fn prepare(&mut self) {}
-    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError> {
+    fn speculate(&mut self, runs: &[Run<'_>], drafts: usize) -> Result<Vec<Checked>, ModelError> {
         let (fed, state) = (self.fed.clone(), self.state);
-        let mut drafts = Vec::new();
-        let mut newest = runs[0].1;
-        for _ in 0..count {
-            self.fed.push(newest);
-            self.state = mix(self.state, newest);
-            newest = self.next() + u32::from(self.fed.len().is_multiple_of(3));
-            drafts.push(newest);
-        }
-        (self.fed, self.state) = (fed, state);
-        Ok(vec![drafts])
-    }
-    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError> {
-        let (fed, state) = (self.fed.clone(), self.state);
-        let tokens = runs[0].tokens.iter().map(|&token| self.feed(&[token])).collect::<Result<Vec<_>, _>>()?;
-        (self.fed, self.state) = (fed, state);
         self.tentative = runs[0].tokens.to_vec();
+        let mut tokens = Vec::new();
+        for i in 0..=drafts {
+            let newest = self.feed(&[self.tentative[i]])?;
+            tokens.push(newest);
+            self.tentative.push(newest + u32::from(self.fed.len().is_multiple_of(3)));
+        }
+        self.tentative.truncate(drafts + 1);
+        (self.fed, self.state) = (fed, state);
         let accepted = tokens.iter().zip(&self.tentative[1..]).take_while(|(chosen, draft)| chosen == draft).count();
         Ok(vec![Checked { tokens, accepted }])
     }

@@ -393,22 +393,18 @@ impl Decoder {
         drafts: usize,
         told: &mut Told<'_>,
     ) -> Result<Vec<usize>, GenerateError> {
-        let known: Vec<_> = jobs.iter().map(|job| (job.sequence, job.newest())).collect();
+        let newest: Vec<u32> = jobs.iter().map(Job::newest).collect();
+        let runs: Vec<Run<'_>> = jobs.iter().zip(newest.chunks(1)).map(|(job, tokens)| job.run(tokens)).collect();
         let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
-        let drafted = drafter.draft(&known, drafts).map_err(GenerateError::Model)?;
-        let fed: Vec<Vec<u32>> =
-            known.iter().zip(&drafted).map(|(&(_, newest), d)| [&[newest], d.as_slice()].concat()).collect();
-        let runs: Vec<Run<'_>> = jobs.iter().zip(&fed).map(|(job, tokens)| job.run(tokens)).collect();
-        let checked = drafter.forward_tentative(&runs).map_err(GenerateError::Model)?;
-        let (mut own, mut first_row) = (Vec::with_capacity(known.len()), 0);
-        for ((job, checked), fed) in jobs.iter_mut().zip(checked).zip(&fed) {
-            job.drafted += fed.len() - 1;
+        let checked = drafter.speculate(&runs, drafts).map_err(GenerateError::Model)?;
+        let (mut own, first_rows) = (Vec::with_capacity(jobs.len()), (0..).step_by(drafts + 1));
+        for ((job, checked), first_row) in jobs.iter_mut().zip(checked).zip(first_rows) {
+            job.drafted += drafts;
             own.push(self.take_checked(model, job, &checked, first_row, told)?);
-            first_row += fed.len();
         }
         let Some(drafter) = model.drafter() else { return Err(GenerateError::NoDrafts(drafts)) };
-        for (&(sequence, _), &tokens) in known.iter().zip(&own) {
-            drafter.accept(sequence, tokens).map_err(GenerateError::Model)?;
+        for (job, &tokens) in jobs.iter().zip(&own) {
+            drafter.accept(job.sequence, tokens).map_err(GenerateError::Model)?;
         }
         Ok(own)
     }

@@ -100,6 +100,22 @@ impl Counter {
     }
 }
 
+impl Counter {
+    /// Two of three are what it would choose itself.
+    fn draft(&self, run: &Run<'_>, count: usize) -> Result<Vec<u32>, ModelError> {
+        let mut history = self.history(run.sequence)?.clone();
+        let &[mut newest] = run.tokens else { panic!("drafts follow one token") };
+        let next = |_| {
+            history.push(newest);
+            let (sampling, edits) = (Sampling::default(), Edits::default());
+            let greedy = Choosing { sampling: &sampling, edits: &edits, sequence: 0, position: 0 };
+            newest = plain::choose(&self.row(&history), &greedy).unwrap();
+            if history.len() % 3 == 0 { newest / 2 } else { newest }
+        };
+        Ok((0..count).map(next).collect())
+    }
+}
+
 impl Forward for Counter {
     fn vocab_size(&self) -> usize {
         self.vocab_size
@@ -156,32 +172,18 @@ impl Drafter for Counter {
         4
     }
     fn prepare(&mut self) {}
-    fn draft(&mut self, runs: &[(Sequence, u32)], count: usize) -> Result<Vec<Vec<u32>>, ModelError> {
-        let draft = |&(sequence, next): &(Sequence, u32)| {
-            let mut history = self.history(sequence)?.clone();
-            let mut newest = next;
-            let next = |_| {
-                history.push(newest);
-                let (sampling, edits) = (Sampling::default(), Edits::default());
-                let greedy = Choosing { sampling: &sampling, edits: &edits, sequence: 0, position: 0 };
-                newest = plain::choose(&self.row(&history), &greedy).unwrap();
-                if history.len() % 3 == 0 { newest / 2 } else { newest }
-            };
-            Ok((0..count).map(next).collect())
-        };
-        runs.iter().map(draft).collect()
-    }
-    fn forward_tentative(&mut self, runs: &[Run<'_>]) -> Result<Vec<Checked>, ModelError> {
+    fn speculate(&mut self, runs: &[Run<'_>], drafts: usize) -> Result<Vec<Checked>, ModelError> {
         self.logits.clear();
         let mut checked = Vec::new();
         for run in runs {
-            let rows = self.rows(run.sequence, run.tokens)?;
-            let mut tokens = Self::choose(&rows, run.tokens, run.choosing.as_ref().expect("every run chooses"))?;
-            let accepted = tokens.iter().zip(&run.tokens[1..]).take_while(|(chosen, draft)| chosen == draft).count();
+            let fed = [run.tokens, &self.draft(run, drafts)?].concat();
+            let rows = self.rows(run.sequence, &fed)?;
+            let mut tokens = Self::choose(&rows, &fed, run.choosing.as_ref().expect("every run chooses"))?;
+            let accepted = tokens.iter().zip(&fed[1..]).take_while(|(chosen, draft)| chosen == draft).count();
             tokens.truncate(accepted + 1);
             checked.push(Checked { tokens, accepted });
             self.logits.extend(rows.concat());
-            self.pending.push((run.sequence, run.tokens.to_vec()));
+            self.pending.push((run.sequence, fed));
         }
         Ok(checked)
     }

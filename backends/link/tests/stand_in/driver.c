@@ -161,6 +161,16 @@ status cuEventElapsedTime_v2(float *ms, event *a, event *b) { *ms = (float)(b->a
 status cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, stream *s) { return push(s, (op){ .kind = COPY, .to = (void *)to, .from = from, .bytes = n }); }
 status cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, stream *s) { return push(s, (op){ .kind = COPY, .to = to, .from = (void *)from, .bytes = n }); }
 status cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, stream *s) { return push(s, (op){ .kind = COPY, .to = (void *)to, .from = (void *)from, .bytes = n }); }
+typedef struct {
+    size_t from_x, from_y; int from_type; void *from_host; uint64_t from; void *from_array; size_t from_pitch;
+    size_t to_x, to_y; int to_type; void *to_host; uint64_t to; void *to_array; size_t to_pitch;
+    size_t width, height;
+} copy_2d;
+status cuMemcpy2DAsync_v2(const copy_2d *c, stream *s) {
+    if (c->from_type != 2 || c->to_type != 2 || c->width > c->from_pitch || c->width > c->to_pitch) return INVALID;
+    for (size_t row = 0; row < c->height; row++) cuMemcpyDtoDAsync_v2(c->to + row * c->to_pitch, c->from + row * c->from_pitch, c->width, s);
+    return broken;
+}
 status cuMemsetD8Async(uint64_t to, unsigned char v, size_t n, stream *s) { return push(s, (op){ .kind = CLEAR, .to = (void *)to, .value = v, .bytes = n }); }
 
 status cuModuleLoadDataEx(module **m, const char *text, unsigned n, const int *options, void **values) {

@@ -44,6 +44,8 @@ fn lower(site: &Site<'_>) -> Result<Lowered, LowerError> {
             place: Place::here(k),
         };
         begin_row(k);
+        // rows are fewer than multiprocessors, so nothing is won by keeping a thread's registers few
+        k.together(2);
         (threads, parts, near)
     };
     choose::lower(

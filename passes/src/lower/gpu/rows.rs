@@ -10,6 +10,7 @@ use nextc_ir::shape::{LANES, pad};
 use nextc_ir::{DType, Op};
 
 use super::super::LowerError;
+use super::super::elementwise::token_row;
 use super::super::matmul::{mean_rsqrt, row_ptr};
 use super::super::ports::{Lowered, Ports, Site};
 use super::super::sample::{Blocks, bounded, is_finite};
@@ -41,7 +42,7 @@ pub fn lower_embed(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let mut k = ports.builder(site, Extent::from(site.rows(site.result(0))?));
     begin_row(&mut k);
     let (t, tokens, w, out) = (k.task(), k.param(tokens), k.param(w), k.param(out));
-    let token = k.load_index(tokens, t);
+    let token = token_row(&mut k, tokens, t);
     let (tile, row) = (k.div_const(token, LANES), k.rem_const(token, LANES));
     let tile = fragments.own_tile(&mut k, w, tile);
     let out = row_ptr(&mut k, out, t, fragments.planes.columns);

@@ -24,6 +24,8 @@ use super::tile::{Product, Row, SUMS, Split, TOKENS, sum_of};
 const TILES: u64 = 4;
 /// Groups of eight tokens of a block, at most.
 const MOST_GROUPS: u64 = 4;
+/// Threads of a multiprocessor that have 255 registers each.
+const FULL_THREADS: u32 = 256;
 
 /// How blocks share some rows of a step.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +55,8 @@ impl Blocks {
     /// Begins a kernel of such blocks.
     pub fn begin(&self, k: &mut KernelBuilder) -> Memory {
         k.threads(self.split.threads());
+        // a thread may have all the registers that it can name
+        k.together((FULL_THREADS / self.split.threads()).max(1));
         Memory {
             sums: k.shared(DType::F32, self.groups * self.split.warps * self.split.tiles * SUMS),
             scales: k.shared(DType::F32, self.tokens()),
