@@ -242,8 +242,8 @@ impl Device for Cuda {
     fn keep(&mut self, state: usize, rows: &[CopyRows]) -> Result<(), Error> {
         self.context.make_current()?;
         for &(mut rows) in rows {
-            rows.from.at = self.memory.arena.check_range(rows.from.at, rows.from_bytes())?;
-            rows.to.at = self.memory.states[state].check_range(rows.to.at, rows.to_bytes())?;
+            rows.from.at = self.memory.arena.check_range(rows.from.at, rows.source_bytes())?;
+            rows.to.at = self.memory.states[state].check_range(rows.to.at, rows.target_bytes())?;
             copy_rows("results", &rows, &self.stream)?;
         }
         Ok(())
@@ -259,7 +259,7 @@ impl Device for Cuda {
                 device::Memory::Arena => &memory.arena,
                 device::Memory::State(state) => &memory.states[state],
             };
-            rows.from.at = from.check_range(rows.from.at, rows.from_bytes())?;
+            rows.from.at = from.check_range(rows.from.at, rows.source_bytes())?;
             copy_rows("inputs", &rows, stream)?;
         }
         let plan = plans.get_or_make(key, || memory.plan(context, stream, metadata, key, places))?;

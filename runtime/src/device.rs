@@ -58,13 +58,13 @@ impl CopyRows {
         self.rows == 1 && next.rows == 1 && ends == [next.from.at, next.to.at]
     }
 
-    /// Bytes from the first to the end of the last, where they are.
-    pub fn from_bytes(&self) -> u64 {
+    /// Bytes from the beginning of the first to the end of the last, where they are.
+    pub fn source_bytes(&self) -> u64 {
         self.bytes + self.from.stride * self.rows.saturating_sub(1)
     }
 
     /// The same where they go.
-    pub fn to_bytes(&self) -> u64 {
+    pub fn target_bytes(&self) -> u64 {
         self.bytes + self.to.stride * self.rows.saturating_sub(1)
     }
 }
