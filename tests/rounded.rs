@@ -92,11 +92,16 @@ fn products_in_tiles_keep_to_the_published_logits() {
     assert!(own <= published, "sum of mean KL {own:e}, of the published implementation in bfloat16 {published:e}");
 }
 
+/// The tokens of a fixture again and again, so many in all.
+fn repeated(name: &str, tokens: usize) -> Vec<i32> {
+    prompt(name).into_iter().cycle().take(tokens).collect()
+}
+
 /// A token's bits follow from its class: they are the same whole and in long pieces, alone and beside others of either class.
 #[test]
 fn bits_depend_on_the_class_alone() {
     for name in ["odd", "int4"] {
-        let long = prompt(name);
+        let long = repeated(name, 75);
         let reversed: Vec<i32> = long.iter().rev().copied().collect();
         let short = long[3..8].to_vec();
         let kernels = Interpreter::kernels(&fixture(name), &target(Activations::Bf16));
@@ -111,11 +116,29 @@ fn bits_depend_on_the_class_alone() {
             }
         }
         let Some(exe) = exe else { continue };
-        let whole = one(&exe, &long, Feed::Prefill).logits;
-        for pieces in [17, 20, 31] {
-            let got = one(&exe, &long, Feed::Pieces(pieces)).logits;
+        // 200 = 3 * 64 + 8: the last 72 tokens stay together, as 8 would be decoded
+        let longer = repeated(name, 200);
+        let whole = one(&exe, &longer, Feed::Prefill).logits;
+        for pieces in [80, 97, 130, 192] {
+            let got = one(&exe, &longer, Feed::Pieces(pieces)).logits;
             same_bits(&got, &whole, &format!("{name}: in pieces of {pieces}"));
         }
+    }
+}
+
+/// What a prompt's batch and its steps are does not show in what is generated.
+#[test]
+fn generated_tokens_depend_on_neither_batch_nor_steps() {
+    let Some(exe) = rounding(&fixture("tiny"), &[]) else { return };
+    let prompts: Vec<Vec<i32>> = [200, 90, 150, 131].map(|tokens| repeated("tiny", tokens)).into();
+    let tokens = |prompts: &[Vec<i32>], args: &[&str]| {
+        let fixed = ["--max-new-tokens", "24", "--temperature", "1", "--seed", "7"];
+        exe.generate(prompts, &[&fixed, args].concat()).0
+    };
+    let whole = tokens(&prompts, &["--step-tokens", "1000"]);
+    for args in [["--step-tokens", "80", "--batch", "4"], ["--step-tokens", "150", "--batch", "2"]] {
+        assert_eq!(tokens(&prompts, &args), whole, "{args:?}");
+        assert_eq!(tokens(&prompts, &[&args[..], &["--draft-tokens", "2"]].concat()), whole, "{args:?}, with drafts");
     }
 }
 

@@ -63,6 +63,9 @@ pub const TENTATIVE_TOKENS: u64 = 8;
 /// token's arithmetic is the same whatever else the step holds; a tentative run is always decoded.
 pub const DECODE_TOKENS: u64 = TENTATIVE_TOKENS;
 
+/// Tokens of a chunk of the delta rule where long runs are computed in chunks: positions from one multiple of this to the next.
+pub const CHUNK_TOKENS: u64 = 64;
+
 impl StateKind {
     /// Every kind.
     pub const ALL: [Self; 3] = [Self::Kv, Self::Conv, Self::Delta];

@@ -11,7 +11,7 @@ use crate::device::{self, Device, Span};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::memory;
-use crate::piece::{cut, kept};
+use crate::piece::{Steps, Unread};
 use crate::random::Random;
 use crate::sample::SampleError;
 use crate::sample::rows::{Row, tables};
@@ -283,12 +283,14 @@ impl Engine {
 
     /// Runs steps without logits until what is left fits one step, but for the tokens that each sequence keeps.
     fn feed_ahead(&mut self, parts: &mut [Part<'_>]) -> Result<(), Error> {
-        let keep = kept(self.step_tokens);
+        let steps = Steps::of(self.step_tokens);
+        let keep = steps.kept();
         while parts.iter().map(|p| p.tokens.len()).sum::<usize>() > self.step_tokens.max(keep * parts.len()) {
             let mut room = self.step_tokens;
             let mut pieces = Vec::new();
             for part in parts.iter_mut() {
-                let count = cut(part.tokens.len(), room.min(part.tokens.len() - 1), keep == 1);
+                let unread = Unread { position: part.position as usize, tokens: part.tokens.len() };
+                let count = steps.cut(unread, room.min(unread.tokens - 1), keep == 1);
                 if count > 0 {
                     let (now, later) = part.tokens.split_at(count);
                     pieces.push(Part { sequence: part.sequence, position: part.position, tokens: now });

@@ -11,7 +11,7 @@ use crate::cli::MachineArgs;
 use crate::engine::draft::{DraftInput, HiddenRows};
 use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
-use crate::piece::cut;
+use crate::piece::{Steps, Unread};
 use crate::sample::SampleError;
 use crate::state::SequenceId;
 use crate::step::Rows;
@@ -215,7 +215,7 @@ impl Eval<'_> {
             let pieces: Vec<Piece<'_>> = (self.batch.sequences.iter().zip(&ids).zip(&mut read).enumerate())
                 .filter_map(|(number, ((tokens, &sequence), at))| {
                     let (first, left) = (*at, end.min(tokens.len()).checked_sub(*at)?);
-                    *at += cut(left, step, true);
+                    *at += Steps::of(step).cut(Unread { position: first - begin, tokens: left }, step, true);
                     (left > 0).then(|| Piece { number, sequence, first, tokens: &tokens[first..*at] })
                 })
                 .collect();

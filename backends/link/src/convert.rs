@@ -19,6 +19,7 @@ use crate::{LinkInputs, Version, pack};
 
 // kernels and the runtime that cuts prompts for them mean the same
 const _: () = assert!(abi::DECODE_TOKENS as u64 == nextc_ir::types::DECODE_TOKENS);
+const _: () = assert!(abi::CHUNK_TOKENS as u64 == nextc_ir::types::CHUNK_TOKENS);
 
 /// The metadata, without what only packing finds out: checksums and fingerprints.
 pub(crate) fn metadata(inputs: &LinkInputs<'_>, images: &[Image]) -> Result<abi::Metadata, LinkError> {

@@ -465,16 +465,28 @@ impl KernelBuilder {
     }
     /// `c = Σ a·b` in tiles, `depth` of them one after the other; with tile `i` of each goes `beside(builder, i)`.
     pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64, beside: impl FnOnce(&mut Self, Val)) {
-        const TILE_BYTES: u64 = 1024;
-        let (rows, columns) = (a.len() as u32, b.len() as u32);
         self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
+        self.tile_steps((a, b), depth, beside);
+        self.push(KOp::TileStore { rows: a.len() as u32, columns: b.len() as u32 }, &[c], Vec::new(), Vec::new());
+    }
+    /// The sum of several such products of two strips by two: of each its strips and its depth.
+    pub fn tile_dots(&mut self, c: Val, dots: &[([Val; 2], [Val; 2], u64)]) {
+        self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
+        for (a, b, depth) in dots {
+            self.tile_steps((a, b), *depth, |_, _| {});
+        }
+        self.push(KOp::TileStore { rows: 2, columns: 2 }, &[c], Vec::new(), Vec::new());
+    }
+
+    fn tile_steps(&mut self, (a, b): (&[Val], &[Val]), depth: u64, beside: impl FnOnce(&mut Self, Val)) {
+        const TILE_BYTES: u64 = 1024;
+        let step = KOp::TileStep { rows: a.len() as u32, columns: b.len() as u32 };
         self.for_range(depth, 1, |k, i| {
             let bytes = k.mul_const(i, TILE_BYTES);
             let tiles: Vec<Val> = a.iter().chain(b).map(|&strip| k.offset(strip, bytes)).collect();
-            k.push(KOp::TileStep { rows, columns }, &tiles, Vec::new(), Vec::new());
+            k.push(step, &tiles, Vec::new(), Vec::new());
             beside(k, i);
         });
-        self.push(KOp::TileStore { rows, columns }, &[c], Vec::new(), Vec::new());
     }
 
     /// `to` becomes the tile `from` with lines and words exchanged.

@@ -238,7 +238,7 @@ impl RowTiles {
         k.offset(strip, bytes)
     }
 
-    /// Rounds a row, all of whose vectors are given, into row `i`.
+    /// Rounds a row, whose vectors are given, into row `i`; of the last columns some may be left as they are.
     pub fn put(&self, k: &mut KernelBuilder, i: Val, row: &[Val]) {
         let to = self.line(k, i);
         let nothing = k.splat_f32(16, 0.0);
@@ -247,6 +247,31 @@ impl RowTiles {
             let at = k.index(tile * TILE_BYTES / 4);
             k.store(to, at, words);
         }
+    }
+
+    /// Rounds vectors of rows `i`, which is even, and `i + 1` of a B, those from column `column` on.
+    pub fn put_pair(&self, k: &mut KernelBuilder, (i, column): (Val, Val), [even, odd]: [&[Val]; 2]) {
+        let (strip, bytes) = (self.line(k, column), k.mul_const(i, LINE_BYTES / 2));
+        let to = k.offset(strip, bytes);
+        for (strip, (&a, &b)) in (0..).zip(even.iter().zip(odd)) {
+            let words = k.bf16_pairs(a, b);
+            let at = k.index(strip * self.depth() * TILE_BYTES / 4);
+            k.store(to, at, words);
+        }
+    }
+
+    /// The strip with row `i`, a multiple of 32, and the one behind it.
+    pub fn two_strips(&self, k: &mut KernelBuilder, i: Val) -> [Val; 2] {
+        let first = self.line(k, i);
+        [first, self.next(k, first)]
+    }
+
+    /// Turns all tiles into `to`: what were rows of an A are columns of a B there.
+    pub fn turn(&self, k: &mut KernelBuilder, to: &Self, rows: u64) {
+        k.for_range(rows.div_ceil(LANES) * self.depth() * TILE_BYTES, TILE_BYTES, |k, tile| {
+            let (to, from) = (k.offset(to.at, tile), k.offset(self.at, tile));
+            k.tile_turn(to, from);
+        });
     }
 
     /// Rounds a row, whose 16 numbers from column `c` on `numbers(c)` gives, into row `i`.

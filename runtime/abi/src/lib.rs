@@ -34,6 +34,9 @@ pub const PAGE_BYTES: u64 = 4096;
 /// of this name is the same: the linker checks it.
 pub const DECODE_TOKENS: usize = 8;
 
+/// Long runs may be computed in chunks from one multiple of so many positions to the next. Again the compiler has the same constant.
+pub const CHUNK_TOKENS: usize = 64;
+
 /// Machine code of a kernel, or of its tail. `args` points to the four dimensions of the step (`T`, `B`, `P`, `R`) and then the
 /// addresses of the kernel's parameters; `scratch` to memory of the calling thread alone, aligned to 64 bytes; it
 /// runs the tasks `first .. last` (a tail ignores them).

@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::draft::Planner;
 use super::requests::Request;
 use super::{Checked, Forward, GenerateError, Run, Sequence};
-use crate::piece::cut;
+use crate::piece::{CHUNKED_TOKENS, Steps, Unread};
 use crate::sample::logprobs::Logprobs;
 use crate::sample::{Choosing, Edits};
 
@@ -182,11 +182,12 @@ impl<'a> Job<'a> {
     }
 
     /// What a step that has room for `most` tokens reads of the prompt, and the token after it; nothing if that is too little room, though not if it is
-    /// `all` that a step has.
-    fn next_piece(&self, most: usize, all: bool) -> (&'a [u32], Option<&'a u32>) {
+    /// `all` that small steps have.
+    fn next_piece(&self, steps: Steps, most: usize, all: bool) -> (&'a [u32], Option<&'a u32>) {
         let unread = &self.request.tokens[self.read..];
         let until_halt = self.halt.checked_sub(self.read).filter(|&n| n > 0).unwrap_or(unread.len());
-        let (piece, later) = unread.split_at(cut(until_halt.min(unread.len()), most, all));
+        let next = Unread { position: self.read, tokens: until_halt.min(unread.len()) };
+        let (piece, later) = unread.split_at(steps.cut(next, most, all));
         (piece, later.first())
     }
 
@@ -238,7 +239,7 @@ pub struct Decoder {
 }
 
 /// Most tokens of a prompt in a step that gives the logits of all of them.
-const ALL_LOGITS_TOKENS: usize = 64;
+const ALL_LOGITS_TOKENS: usize = CHUNKED_TOKENS;
 
 impl Decoder {
     /// Has the model keep what drafts need, if there may be any, and logits, if probabilities are noted. To be said before sequences are
@@ -278,13 +279,20 @@ impl Decoder {
         told: &mut Told<'_>,
     ) -> Result<Gained, GenerateError> {
         job.begun.get_or_insert_with(Instant::now);
-        let (piece, later) = job.next_piece(self.step_tokens.clamp(1, ALL_LOGITS_TOKENS), true);
+        let most = self.step_tokens.clamp(1, ALL_LOGITS_TOKENS);
+        let (piece, later) = job.next_piece(Steps::of(most), most, true);
         let token = model.forward_all(job.run(piece)).map_err(GenerateError::Model)?;
         for (row, &token) in piece[1..].iter().chain(later).enumerate() {
             job.prompt_logprobs.push(Logprobs::of(model.logits(row), token, top));
         }
         self.read(job, piece.len(), token, self.note(model, piece.len() - 1, token), told)?;
         Ok(Gained { prompt: piece.len(), new: 0 })
+    }
+
+    /// How many tokens of prompts a step has room for beside so many sequences that decode: as many as the first prompt needs to go on.
+    fn room(&self, decoding: usize) -> usize {
+        let least = if self.step_tokens >= CHUNKED_TOKENS { CHUNKED_TOKENS } else { 1 };
+        self.step_tokens.saturating_sub(decoding).max(least)
     }
 
     /// Feeds pieces of prompts, in all at most `step_tokens`, and the newest token of each sequence that is past its prompt.
@@ -295,7 +303,7 @@ impl Decoder {
         told: &mut Told<'_>,
     ) -> Result<Gained, GenerateError> {
         let decoding = jobs.iter().filter(|job| !job.is_reading()).count();
-        let mut room = self.step_tokens.saturating_sub(decoding).max(1);
+        let mut room = self.room(decoding);
         let newest: Vec<[u32; 1]> = jobs.iter().map(|job| [job.tokens.last().copied().unwrap_or(0)]).collect();
         let mut parts: Vec<(usize, &[u32])> = Vec::new();
         for (i, job) in jobs.iter_mut().enumerate() {
@@ -303,7 +311,7 @@ impl Decoder {
                 parts.push((i, &newest[i]));
             } else if room > 0 {
                 job.begun.get_or_insert_with(Instant::now);
-                let (piece, _) = job.next_piece(room, decoding == 0 && parts.is_empty());
+                let (piece, _) = job.next_piece(Steps::of(self.step_tokens), room, decoding == 0 && parts.is_empty());
                 if !piece.is_empty() {
                     room -= piece.len();
                     parts.push((i, piece));

@@ -1,5 +1,6 @@
 //! Graph IR: its text, its verifier, the passes over it.
 
+use nextc_ir::target::Activations;
 use nextc_ir::verify::{VerifyError, verify};
 use nextc_ir::{Module, Target, parse, print};
 use nextc_passes::{PIPELINE, Pass, rewrite};
@@ -14,6 +15,12 @@ pub fn target() -> Target {
 /// The same with vectors of 512 bits, for which other tiles are chosen.
 pub fn wide_target() -> Target {
     Target { threads: 8, ..Target::named("x86-64-v4").expect("it is in the table of CPUs") }
+}
+
+/// One with a matrix unit, in which activations are rounded.
+pub fn tiles_target() -> Target {
+    let named = Target::named("sapphirerapids").expect("it is in the table of CPUs");
+    Target { threads: 8, activations: Activations::Bf16, ..named }
 }
 
 /// A GPU.

@@ -14,7 +14,7 @@ use nextc_ir::kernel::Kernel;
 use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
 use nextc_ir::kernel::verify::verify_kernel;
 use nextc_ir::schedule::KernelModule;
-use nextc_ir::types::DECODE_TOKENS;
+use nextc_ir::types::{CHUNK_TOKENS, DECODE_TOKENS};
 use nextc_ir::verify::verify;
 use nextc_ir::{Module, Op, Target, Type};
 use nextc_passes::lower::{lower_group, ports::Bind};
@@ -68,14 +68,22 @@ struct Backend {
 
 type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
 
-/// One for each width of vectors, and blocks of threads.
-fn backends() -> [Backend; 5] {
+/// One for each width of vectors, a matrix unit, and blocks of threads.
+fn backends() -> [Backend; 6] {
     let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
-    let runs_wide = Target::native().is_ok_and(|native| native.vector_bits == 512);
+    let native = Target::native();
+    let runs_wide = native.as_ref().is_ok_and(|native| native.vector_bits == 512);
+    let runs_tiles = native.is_ok_and(|native| native.has_tiles());
     [
         Backend { name: "cranelift", target: graph::target().for_cranelift(), objects: Some(cranelift), rounds: None },
         Backend { name: "256 bits", target: graph::target(), objects: LLVM, rounds: None },
         Backend { name: "512 bits", target: graph::wide_target(), objects: LLVM.filter(|_| runs_wide), rounds: None },
+        Backend {
+            name: "tiles",
+            target: graph::tiles_target(),
+            objects: LLVM.filter(|_| runs_tiles),
+            rounds: Some("tiles"),
+        },
         Backend { name: "gpu", target: graph::gpu_target(), objects: None, rounds: Some("half") },
         Backend { name: "small gpu", target: graph::small_gpu_target(), objects: None, rounds: Some("half") },
     ]
@@ -120,7 +128,8 @@ impl Backend {
         let kernels = kernels(plain, &self.target)?;
         let load = |compile: Compile| Loaded::new(&compile(&kernels.module, &self.target)?);
         let loaded = self.objects.map(load).transpose()?;
-        Ok(Code { backend: self.name, rounds: self.rounds, kernels, loaded })
+        let in_tiles = self.target.bulk_tile().is_some();
+        Ok(Code { backend: self.name, rounds: self.rounds, in_tiles, kernels, loaded })
     }
 }
 
@@ -128,6 +137,8 @@ impl Backend {
 struct Code {
     backend: &'static str,
     rounds: Option<&'static str>,
+    /// Whether long runs are multiplied in tiles.
+    in_tiles: bool,
     kernels: Kernels,
     loaded: Option<Loaded>,
 }
@@ -162,9 +173,14 @@ impl Code {
         Ok(())
     }
 
-    /// Whether long runs are computed in another way than those that are decoded.
-    fn has_classes(&self) -> bool {
-        self.rounds.is_some() && self.kernels.function.graph.node_weights().any(|n| n.op == Op::GatedAttention)
+    /// Whether a part of a sequence is computed in the way in which its tokens are in the whole step: long runs may be another class than those that are decoded,
+    /// and begin in the middle of a chunk.
+    fn computes_alike(&self, whole: &Step, part: &Step) -> bool {
+        let has = |op: Op| self.kernels.function.graph.node_weights().any(|n| n.op == op);
+        let has_classes = self.in_tiles || self.rounds.is_some() && has(Op::GatedAttention);
+        let has_chunks = self.in_tiles && has(Op::GatedDeltaNet);
+        let same_class = is_long(whole) == is_long(part);
+        (same_class || !has_classes) && (part.position().is_multiple_of(CHUNK_TOKENS) || !has_chunks)
     }
 
     /// A step in parts, each on the states that the one before has left, must give the bits of the whole step, where both compute in the same way.
@@ -172,7 +188,7 @@ impl Code {
         let args = arguments(case, plain, whole)?;
         let mut frame = Frame::new(&self.kernels.function, whole, &args)?;
         self.run(&mut frame)?;
-        let mut left: Option<Frame<'_>> = None;
+        let (mut left, mut all_alike): (Option<Frame<'_>>, bool) = (None, true);
         for (part, first) in parts.iter().zip(starts(parts)) {
             let typed = plain.params.iter().map(|&p| &plain.node(p).types[0]).zip(&args);
             let rows = typed.map(|(ty, arg)| part.rows_of(ty, arg, first)).collect::<Checked<Vec<_>>>()?;
@@ -181,12 +197,15 @@ impl Code {
                 next.take_states(left);
             }
             self.run(&mut next)?;
-            if !self.has_classes() || is_long(whole) == is_long(part) {
+            let alike = self.computes_alike(whole, part);
+            // in tiles, what is kept of a token depends on its class too, and what comes after it on that
+            all_alike &= alike || !self.in_tiles;
+            if alike && all_alike {
                 frame.same_rows(&next, first)?;
             }
             left = Some(next);
         }
-        left.map_or(Ok(()), |left| frame.same_states(&left))
+        left.filter(|_| all_alike).map_or(Ok(()), |left| frame.same_states(&left))
     }
 }
 

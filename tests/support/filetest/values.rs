@@ -93,6 +93,11 @@ impl Step {
         if kind == StateKind::Kv { self.pages() * self.runs.len() } else { self.runs.len() }
     }
 
+    /// The position of its first token.
+    pub fn position(&self) -> u64 {
+        self.runs.first().map_or(0, |r| r.0 as u64)
+    }
+
     /// T, B, P and R.
     pub fn syms(&self) -> [u64; 4] {
         [self.tokens(), self.runs.len(), self.pages(), self.rows.len()].map(|n| n as u64)
