@@ -22,7 +22,7 @@ const REL_L2: f64 = 0.02;
 const TOP_1: f64 = 0.98;
 /// Tokens of the demo model's text that are compared with float32, and every how many of them.
 const TEXT_TOKENS: usize = 2000;
-const TEXT_STRIDE: usize = 16;
+const TEXT_STRIDE: usize = 20;
 /// How much further from float32 the last quarter of them may be than the first.
 const DRIFT: f64 = 1.5;
 

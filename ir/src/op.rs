@@ -140,7 +140,7 @@ ops! {
     Sequences = "sequences" ("positions", "cu_seqlens", "slot", "replay", "tentative", "page_table"; ) Structure => step::shape_sequences, cost::free, step::eval_sequences;
 
     // ---- layout: rows in and out
-    /// Row `tokens[t]` of the embedding table: `[T, hidden_size]`.
+    /// Row `tokens[t]` of the embedding table, the first for -1: `[T, hidden_size]`.
     Embed = "embed" ("tokens", "w"; ) Kernel => layout::shape_embed, cost::rows_of_weight, layout::eval_embed;
     /// Rows `rows[r]` of `x`: `[R, ...]`.
     GatherRows = "gather_rows" ("x", "rows"; ) Kernel => layout::shape_gather_rows, cost::streaming, layout::eval_gather_rows;

@@ -113,9 +113,16 @@ fn penalties_and_biases_are_those_computed_by_hand() {
 }
 
 #[test]
+fn a_draft_that_there_is_none_of_embeds_as_the_first_token() {
+    let args = vec![ints(&[2], &[2, -1]), floats(&[3, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])];
+    let rows = eval("%i: tensor<T x i32>, %w: weight<3 x 2 x f32>", "%0 = embed %i, %w", args).unwrap();
+    assert_eq!(rows, [[5.0, 6.0, 1.0, 2.0]]);
+}
+
+#[test]
 fn what_points_outside_is_an_error() {
     let types = "%i: tensor<T x i32>, %w: weight<3 x 2 x f32>";
-    for id in [3, -1] {
+    for id in [3, -2] {
         let args = vec![ints(&[1], &[id]), floats(&[3, 2], &[0.0; 6])];
         let error = eval(types, "%0 = embed %i, %w", args).unwrap_err().to_string();
         assert_eq!(error, format!("@f: embed: token id `{id}` is out of range, there are 3"));

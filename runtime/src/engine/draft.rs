@@ -1,13 +1,14 @@
 //! Drafts: tokens that the MTP layer guesses after the newest ones, and the tentative step that checks them.
 //!
 //! Nothing of a round needs the host. What the next program is fed lies on the device: a draft's token and hidden row where the program
-//! before it has left them, older hidden rows and the drafts of the round in what the device keeps ([`crate::kept`]).
+//! before it has left them, older hidden rows and the drafts of the round in what the device keeps (`kept.rs`).
 
 use nextc_abi::Input;
 
 use super::{Engine, LogitRows, Part};
 use crate::device::{CopyRows, Memory, Span, Strided};
 use crate::error::Error;
+use crate::kept::KEPT_ROWS;
 use crate::state::SequenceId;
 use crate::step::{StepInputs, Taken};
 
@@ -85,14 +86,11 @@ impl Engine {
 
     /// Keeps hidden rows of the last step on the device: from row `first` on those of `rows` positions of a sequence from `position` on.
     /// # Errors
-    /// The device's, and [`Error::Step`] if the sequence has ended, or nothing gave hidden rows.
-    pub(crate) fn keep_hidden(
-        &mut self,
-        sequence: SequenceId,
-        position: u64,
-        first: usize,
-        rows: usize,
-    ) -> Result<(), Error> {
+    /// The device's, and [`Error::Step`] if the sequence has ended, nothing gave hidden rows, or they are more than are kept.
+    pub fn keep_hidden(&mut self, sequence: SequenceId, position: u64, first: usize, rows: usize) -> Result<(), Error> {
+        if rows as u64 > KEPT_ROWS {
+            return Err(Error::Step("more hidden rows than are kept"));
+        }
         let (kept, slot) = (self.states.kept, self.states.get(sequence)?.slot);
         let mut from = self.hidden_span()?.at + first as u64 * kept.row_bytes;
         let mut copies = Vec::with_capacity(2);
