@@ -2,7 +2,7 @@
 //!
 //! task     one key head of one sequence, with the value heads that share it
 //! begin    zero states where the sequence begins with the step's first token; windows move on by the accepted tokens of a tentative step
-//! forms    token by token ([`sweep`]); where a CPU has a matrix unit, long runs in chunks of tokens ([`chunks`])
+//! forms    token by token (`sweep.rs`); where a CPU has a matrix unit, long runs in chunks of tokens (`chunks.rs`)
 //! prologue q ← scale · q / |q|,  k ← k / |k|,  α = exp(-exp(a_log) · softplus(a + dt_bias)),  β = sigmoid(b)
 //! epilogue out = rms_norm(o, norm) · silu(z)
 

@@ -134,7 +134,7 @@ impl<'a> Chunks<'a> {
     }
 
     /// Elements of a key with whole tiles.
-    pub fn key_elems(&self) -> u64 {
+    fn key_elems(&self) -> u64 {
         self.dk().next_multiple_of(TILE_COLUMNS)
     }
 
@@ -165,8 +165,8 @@ impl<'a> Chunks<'a> {
 
     /// Zeros where nothing is put: what fills tiles up.
     fn clear(&self, k: &mut KernelBuilder) {
-        let (zero, keys, values) = (k.const_i64(0), k.index(self.key_elems()), k.index(self.dv()));
-        let values = super::super::bulk::round_up(k, values, TOGETHER);
+        let value_elems = self.dv().next_multiple_of(TOGETHER);
+        let (zero, keys, values) = (k.const_i64(0), k.index(self.key_elems()), k.index(value_elems));
         self.key_pairs.fill(k, (zero, keys));
         for tiles in [&self.state, &self.errors, &self.updates.high, &self.updates.low, &self.kept] {
             tiles.fill(k, (zero, values));
