@@ -79,6 +79,8 @@ pub struct MatmulTile {
     pub row_tiles: u64,
     /// Tokens that are computed together.
     pub tokens: u64,
+    /// Columns of scaled formats in one turn of the inner loop, if a word has no more.
+    pub columns: u64,
 }
 
 /// How products of many tokens are cut for a matrix unit.
@@ -341,9 +343,10 @@ impl Target {
     /// The micro-kernel that fits the registers: two accumulators for each 16 rows and token, and room for weights.
     pub fn matmul_tile(&self) -> MatmulTile {
         match self.vector_bits {
-            512 => MatmulTile { row_tiles: 2, tokens: 4 },
-            256 => MatmulTile { row_tiles: 1, tokens: 2 },
-            _ => MatmulTile { row_tiles: 1, tokens: 1 },
+            512 => MatmulTile { row_tiles: 2, tokens: 4, columns: 32 },
+            256 => MatmulTile { row_tiles: 1, tokens: 2, columns: 32 },
+            // what is unpacked at once takes registers too
+            _ => MatmulTile { row_tiles: 1, tokens: 1, columns: 4 },
         }
     }
 }

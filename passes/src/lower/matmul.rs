@@ -26,8 +26,8 @@ use super::ports::{Lowered, Port, Ports, Site};
 
 /// Row tiles of one task, for matrices of many rows.
 pub const GROUP_TILES: u64 = 4;
-/// Columns in one turn of the inner loop, if a word has no more: of plain formats, and of scaled ones.
-const TURN_COLUMNS: (u64, u64) = (4, 32);
+/// Columns of plain formats in one turn of the inner loop, if a word has no more.
+const TURN_COLUMNS: u64 = 4;
 
 /// Dot products of every tile with every row: `[tile][row]`, each a vector of 16 weight rows.
 pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>> {
@@ -78,10 +78,10 @@ fn sum_columns(
 ) -> Vec<Val> {
     let format = tiles[0].matrix.planes.format;
     let per_word = format.group_columns();
-    let turn = match format.blocks() {
-        None => TURN_COLUMNS.0.max(per_word),
-        Some(_) if columns.is_multiple_of(TURN_COLUMNS.1) => TURN_COLUMNS.1,
-        Some(_) => LANES,
+    let turn = match (format.blocks(), tiles[0].matrix.turn_columns.max(per_word)) {
+        (None, _) => TURN_COLUMNS.max(per_word),
+        (Some(_), turn) if columns.is_multiple_of(turn) => turn,
+        (Some(_), _) => LANES,
     };
     let zero = k.splat_f32(16, 0.0);
     let init = vec![zero; 2 * tiles.len() * rows.len()];

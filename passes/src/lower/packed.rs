@@ -21,6 +21,8 @@ pub struct Matrix {
     pub planes: Planes,
     /// Whether vectors hold all rows of a tile, so that what needs 512 bits may be used.
     pub wide: bool,
+    /// Columns in one turn of the inner loop, where the format is scaled: see [`MatmulTile`](nextc_ir::target::MatmulTile).
+    pub turn_columns: u64,
     /// How far ahead of its use a tile is asked for, in bytes; 0 where nothing is.
     ahead_bytes: u64,
 }
@@ -32,7 +34,8 @@ impl Matrix {
         let (out_dims, in_dims) = w.shape.split_at(w.shape.len() - in_rank);
         let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
         let wide = site.target.vector_bits == 512 && site.target.gpu.is_none();
-        Self { planes, wide, ahead_bytes: site.target.ahead_bytes() }
+        let (turn_columns, ahead_bytes) = (site.target.matmul_tile().columns, site.target.ahead_bytes());
+        Self { planes, wide, turn_columns, ahead_bytes }
     }
 
     /// Its row tiles.
