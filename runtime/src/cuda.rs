@@ -8,6 +8,7 @@
 //! The variable `NEXTC_LAUNCH` says how kernels are launched: `graph` (the default), `stream` (one after the other,
 //! without graphs), or `trace`, which waits after each one, so that an error names its kernel.
 
+mod copy;
 mod driver;
 mod error;
 mod graph;
@@ -23,10 +24,11 @@ use std::sync::Arc;
 
 use nextc_abi::Metadata;
 
+use self::copy::Copier;
 use self::driver::{Context, Event, Stream};
 pub use self::error::CudaError;
 use self::launch::{How, Launcher, Plan};
-use self::memory::{Growing, Pinned, copy_in, copy_out, copy_rows};
+use self::memory::{Growing, Pinned, copy_in, copy_out};
 use self::module::Modules;
 use self::profile::Profile;
 use crate::artifact::Artifact;
@@ -51,6 +53,7 @@ pub(crate) struct Cuda {
     // in this order: what is dropped first needs what is dropped last
     plans: Recent<(usize, [u64; 4]), Plan>,
     launcher: Launcher,
+    copier: Copier,
     outputs: Pinned,
     memory: Memory,
     stream: Stream,
@@ -121,8 +124,8 @@ impl Cuda {
         let modules = modules?;
         copied?;
         let launcher = Launcher { how, modules, profile: None };
-        let (plans, outputs) = (Recent::new(MAX_PLANS), Pinned::new(1)?);
-        Ok(Self { plans, launcher, outputs, memory, stream, last: 0, artifact, context })
+        let (plans, copier, outputs) = (Recent::new(MAX_PLANS), Copier::new()?, Pinned::new(1)?);
+        Ok(Self { plans, launcher, copier, outputs, memory, stream, last: 0, artifact, context })
     }
 }
 
@@ -164,6 +167,19 @@ impl Memory {
             states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
             weights: reserve("weights", metadata.weights.bytes)?,
         })
+    }
+
+    /// The copies of what a step takes from memory of the device, to inputs at `places`.
+    fn taken(&self, inputs: &StepInputs, places: &[u64; INPUTS]) -> Result<Vec<CopyRows>, CudaError> {
+        let copies = inputs.taken_to(places).map(|(from, mut rows)| {
+            let from = match from {
+                device::Memory::Arena => &self.arena,
+                device::Memory::State(state) => &self.states[state],
+            };
+            rows.from.at = from.check_range(rows.from.at, rows.source_bytes())?;
+            Ok(rows)
+        });
+        copies.collect()
     }
 
     /// Works out the launches of a program for steps of `dims`, and makes room for them.
@@ -241,27 +257,21 @@ impl Device for Cuda {
 
     fn keep(&mut self, state: usize, rows: &[CopyRows]) -> Result<(), Error> {
         self.context.make_current()?;
-        for &(mut rows) in rows {
-            rows.from.at = self.memory.arena.check_range(rows.from.at, rows.source_bytes())?;
-            rows.to.at = self.memory.states[state].check_range(rows.to.at, rows.target_bytes())?;
-            copy_rows("results", &rows, &self.stream)?;
+        let (arena, state) = (&self.memory.arena, &self.memory.states[state]);
+        let mut copies = rows.to_vec();
+        for rows in &mut copies {
+            rows.from.at = arena.check_range(rows.from.at, rows.source_bytes())?;
+            rows.to.at = state.check_range(rows.to.at, rows.target_bytes())?;
         }
-        Ok(())
+        Ok(self.copier.copy(&copies, &self.stream)?)
     }
 
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
-        let Self { plans, launcher, memory, stream, artifact, context, .. } = self;
+        let Self { plans, launcher, copier, memory, stream, artifact, context, .. } = self;
         context.make_current()?;
         let (metadata, key) = (artifact.metadata(), (program, inputs.dims()));
         let places = memory.inputs.copy(context, stream, inputs)?;
-        for (from, mut rows) in inputs.taken_to(&places) {
-            let from = match from {
-                device::Memory::Arena => &memory.arena,
-                device::Memory::State(state) => &memory.states[state],
-            };
-            rows.from.at = from.check_range(rows.from.at, rows.source_bytes())?;
-            copy_rows("inputs", &rows, stream)?;
-        }
+        copier.copy(&memory.taken(inputs, &places)?, stream)?;
         let plan = plans.get_or_make(key, || memory.plan(context, stream, metadata, key, places))?;
         self.last = program;
         Ok(launcher.run(metadata, stream, plan)?)

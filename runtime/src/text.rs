@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use crate::artifact::Artifact;
-use crate::engine::draft::{DraftInput, HiddenRows};
+use crate::engine::draft::{DraftInput, HiddenRows, HiddenRun};
 use crate::engine::{Engine, EngineOptions, LogitRows};
 use crate::error::Error;
 use crate::generate::{self, Checked, Drafter, Forward, GenerateArgs, ModelError, Run, Sequence, TextFiles};
@@ -95,16 +95,17 @@ impl Model {
         if !self.drafts_wanted {
             return Ok(());
         }
-        let mut end = 0;
+        let (mut kept, mut end) = (Vec::with_capacity(runs.len()), 0);
         for (run, &position) in runs.iter().zip(positions) {
             end += run.tokens.len();
             let before = if is_long(run) { run.tokens.len() - 1 } else { 0 };
             let (position, tokens) = (position + before as u64, &run.tokens[before..]);
-            self.engine.keep_hidden(SequenceId(run.sequence.0), position, end - tokens.len(), tokens.len())?;
+            let (sequence, rows) = (SequenceId(run.sequence.0), tokens.len());
+            kept.push(HiddenRun { sequence, position, first: end - rows, rows });
             self.lags.entry(run.sequence).or_default().extend(position, tokens);
             self.shortlist.feed(run.tokens);
         }
-        Ok(())
+        Ok(self.engine.keep_hidden(&kept)?)
     }
 
     /// Feeds the draft the rows of long runs, which the last step has left, but for the last of each.
@@ -216,9 +217,12 @@ impl Drafter for Model {
         self.engine.draft_ahead(&inputs, drafts, self.shortlist.flags())?;
         let (batch, rows) = (Self::batch(runs), drafts + 1);
         self.engine.forward_tentative(&batch, drafts)?;
-        for (i, &(sequence, _)) in batch.iter().enumerate() {
-            self.engine.keep_hidden(sequence, self.engine.tokens(sequence)?, i * rows, rows)?;
-        }
+        let kept = batch.iter().enumerate().map(|(i, &(sequence, _))| {
+            let position = self.engine.tokens(sequence)?;
+            Ok(HiddenRun { sequence, position, first: i * rows, rows })
+        });
+        let kept = kept.collect::<Result<Vec<_>, Error>>()?;
+        self.engine.keep_hidden(&kept)?;
         // the host waits here for the first time
         let (tokens, accepted) = self.engine.verify(&tentative_rows(runs, drafts))?;
         let (tokens, accepted) = (tokens.to_vec(), accepted.to_vec());

@@ -6,7 +6,6 @@ use cudarc::driver::sys;
 
 use super::CudaError;
 use super::driver::{Context, Stream, driver};
-use crate::device::CopyRows;
 
 /// Device addresses, of which a prefix has memory. Its address never changes.
 #[derive(Debug)]
@@ -201,36 +200,6 @@ pub(super) fn copy_out(what: &str, bytes: &mut [u8], from: u64, stream: &Stream)
         format!("copying {} B of {what} from the GPU", bytes.len()),
         cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), stream.raw())
     )
-}
-
-/// Lets the stream copy rows on the device; both places are addresses.
-pub(super) fn copy_rows(what: &str, rows: &CopyRows, stream: &Stream) -> Result<(), CudaError> {
-    let (from, to, bytes) = (rows.from, rows.to, rows.bytes as usize);
-    let doing = || format!("copying {} rows of {bytes} B of {what} on the GPU", rows.rows);
-    if rows.rows == 1 || (from.stride == rows.bytes && to.stride == rows.bytes) {
-        let bytes = bytes * rows.rows as usize;
-        return driver!(doing(), cuMemcpyDtoDAsync_v2(to.at, from.at, bytes, stream.raw()));
-    }
-    let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
-    let copy = sys::CUDA_MEMCPY2D {
-        srcXInBytes: 0,
-        srcY: 0,
-        srcMemoryType: device,
-        srcHost: ptr::null(),
-        srcDevice: from.at,
-        srcArray: ptr::null_mut(),
-        srcPitch: from.stride as usize,
-        dstXInBytes: 0,
-        dstY: 0,
-        dstMemoryType: device,
-        dstHost: ptr::null_mut(),
-        dstDevice: to.at,
-        dstArray: ptr::null_mut(),
-        dstPitch: to.stride as usize,
-        WidthInBytes: bytes,
-        Height: rows.rows as usize,
-    };
-    driver!(doing(), cuMemcpy2DAsync_v2(&copy, stream.raw()))
 }
 
 #[cfg(test)]

@@ -36,6 +36,19 @@ pub enum HiddenRows<'a> {
     Left(usize),
 }
 
+/// Rows that a step has left of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct HiddenRun {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Position of the first.
+    pub position: u64,
+    /// The row of the step that it is.
+    pub first: usize,
+    /// How many.
+    pub rows: usize,
+}
+
 impl Engine {
     /// Feeds each sequence tokens that may be taken back, and gives logits of all of them. Each has its tokens, then `drafts` of those that
     /// [`Engine::draft_ahead`] has kept, in the same order of sequences. The sequences stay as they are until [`Engine::accept`] says how
@@ -84,20 +97,23 @@ impl Engine {
         self.states.set_tokens(sequence, have + u64::from(tokens), tokens)
     }
 
-    /// Keeps hidden rows of the last step on the device: from row `first` on those of `rows` positions of a sequence from `position` on.
+    /// Keeps hidden rows of the last step on the device.
     /// # Errors
-    /// The device's, and [`Error::Step`] if the sequence has ended, nothing gave hidden rows, or they are more than are kept.
-    pub fn keep_hidden(&mut self, sequence: SequenceId, position: u64, first: usize, rows: usize) -> Result<(), Error> {
-        if rows as u64 > KEPT_ROWS {
-            return Err(Error::Step("more hidden rows than are kept"));
-        }
-        let (kept, slot) = (self.states.kept, self.states.get(sequence)?.slot);
-        let mut from = self.hidden_span()?.at + first as u64 * kept.row_bytes;
-        let mut copies = Vec::with_capacity(2);
-        for (to, rows) in kept.rows(slot, position, rows as u64) {
-            let bytes = rows * kept.row_bytes;
-            copies.push(CopyRows::whole(from, to, bytes));
-            from += bytes;
+    /// The device's, and [`Error::Step`] if a sequence has ended, nothing gave hidden rows, or they are more than are kept.
+    pub fn keep_hidden(&mut self, runs: &[HiddenRun]) -> Result<(), Error> {
+        let (kept, hidden) = (self.states.kept, self.hidden_span()?.at);
+        let mut copies = Vec::with_capacity(runs.len());
+        for run in runs {
+            if run.rows as u64 > KEPT_ROWS {
+                return Err(Error::Step("more hidden rows than are kept"));
+            }
+            let slot = self.states.get(run.sequence)?.slot;
+            let mut from = hidden + run.first as u64 * kept.row_bytes;
+            for (to, rows) in kept.rows(slot, run.position, run.rows as u64) {
+                let bytes = rows * kept.row_bytes;
+                copies.push(CopyRows::whole(from, to, bytes));
+                from += bytes;
+            }
         }
         self.device.keep(self.states.kept_state(), &copies)
     }
