@@ -108,11 +108,24 @@ pub struct Run {
     positions: Port,
 }
 
+/// How many tokens ahead rows of a run are asked for.
+const TOKENS_AHEAD: u64 = 8;
+
 impl Run {
     /// The position of its first token.
     fn position(&self, k: &mut KernelBuilder) -> Val {
         let positions = k.param(self.positions);
         k.load_index(positions, self.begin)
+    }
+
+    /// Asks for the elements of a head some tokens after token `t` of the run: the heads of tokens lie so far apart that nothing else does. `rows` is the head of
+    /// token 0, and how many elements there are from one token to the next.
+    fn ask_row(&self, k: &mut KernelBuilder, (rows, stride): (Val, u64), t: Val, elems: u64) {
+        let (further, one, zero) = (k.add_const(t, TOKENS_AHEAD), k.const_i64(1), k.const_i64(0));
+        let last = k.sub(self.end, one);
+        let further = k.min_i64(further, last);
+        let (row, bytes) = (row_ptr(k, rows, further, stride), k.index(pad(elems) * 4));
+        k.prefetch(row, zero, bytes);
     }
 
     /// Whether the sequence begins with its first token, so that its states are zeros.

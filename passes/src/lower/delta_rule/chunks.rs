@@ -8,7 +8,7 @@
 //! out      O = (exp(g) ∘ Q)·S + P·D, then the epilogue
 //! state    S ← exp(g_C) S + Kᵀ·(exp(g_C − g) ∘ D), in f32
 //! products 720 of tiles (16 by 16 by 32) a chunk and value head, if heads have 128 elements and two share a key head: 4 us at the unit's limit. Bound by what is
-//!          around them, SiLU of q, k, v and z above all
+//!          around them, SiLU of q, k, v and z and the reading of their rows above all
 //!
 //! Operands of products are rounded to bf16, their sums are f32; Q and K in Q·Kᵀ and K·Kᵀ, P and D in P·D are sums of two bf16, as what they lose is most of what all would
 //! ([`super::split`]). Convolutions, norms, gates and L are f32. What a token may not see is multiplied with zeros, so
@@ -397,8 +397,11 @@ impl<'a> Chunks<'a> {
         });
         let end = k.index(row + TOGETHER);
         let end = k.min_i64(end, chunk.count);
+        let start = k.const_i64(0);
+        let gates = self.mixer.z_row(k, start, head);
         k.for_each((low, end, 1), |k, i| {
             let (t, within) = (k.add(chunk.first, i), k.sub(i, low));
+            chunk.run.ask_row(k, (gates, self.mixer.v.row()), t, self.mixer.v.width);
             let sums = row_ptr(k, self.sums, within, TOGETHER);
             self.mixer.epilogue(k, t, head, &|k, c| {
                 let (block, within) = (k.div_const(c, TOGETHER), k.rem_const(c, TOGETHER));

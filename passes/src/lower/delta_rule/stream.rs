@@ -121,6 +121,7 @@ impl Stream {
                 row_ptr(k, base, at, self.row())
             })
             .collect();
+        run.ask_row(k, (x, self.row()), t, self.width);
         k.for_range(pad(self.width), LANES, |k, c| {
             let start = k.splat_f32(16, 0.0);
             let sum = (0..).zip(&rows).fold(start, |sum, (tap, &row)| {
