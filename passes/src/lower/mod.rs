@@ -15,7 +15,7 @@ pub mod elementwise;
 pub mod experts;
 pub mod gpu;
 mod kv_codes;
-mod matmul;
+pub mod matmul;
 pub mod packed;
 mod pages;
 pub mod ports;
