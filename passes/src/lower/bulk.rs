@@ -202,6 +202,21 @@ pub fn takes(matrix: &Matrix) -> bool {
     p.format != Format::F32 && p.layout == Layout::Tile16 && !p.format.blocks().is_some_and(|b| b.ordered)
 }
 
+/// Rows and columns of a product that are computed together: two strips of each.
+pub const TOGETHER: u64 = 2 * LANES;
+/// Numbers of its sums.
+pub const SUMS: u64 = TOGETHER * TOGETHER;
+
+/// The numbers 0 to 15 in scratch. Call it at the top level of the body.
+pub fn lane_numbers(k: &mut KernelBuilder) -> Val {
+    let lanes = k.alloc(DType::I32, LANES);
+    for i in 0..LANES {
+        let (at, value) = (k.index(i), k.const_i32(i as i32));
+        k.store(lanes, at, value);
+    }
+    lanes
+}
+
 /// Tiles in scratch, of rows of an A or columns of a B: strips of 16 rows, in each the tiles of 32 columns one after the other. What is said of an A is
 /// so of the turned B.
 #[derive(Clone, Copy, Debug)]

@@ -12,10 +12,9 @@
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 
-use super::super::bulk::{RowTiles, round_up};
+use super::super::bulk::{RowTiles, SUMS, TOGETHER, lane_numbers, round_up};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_BYTES;
 use super::Attention;
@@ -24,10 +23,6 @@ use super::Attention;
 const POSITIONS: u64 = 128;
 /// Queries of a task, unless a token alone has more.
 const QUERIES: u64 = 256;
-/// Queries that are scored together: two strips.
-const TOGETHER: u64 = 2 * LANES;
-/// Numbers of the sums of two strips by two.
-const SUMS: u64 = TOGETHER * TOGETHER;
 
 /// Scratch of a task.
 pub(super) struct Tiles {
@@ -76,11 +71,7 @@ impl Tiles {
     pub fn alloc(k: &mut KernelBuilder, bound: Attention) -> Self {
         let elems = bound.elems();
         let queries = (Self::tokens(&bound) * bound.shared).next_multiple_of(TOGETHER);
-        let lanes = k.alloc(DType::I32, LANES);
-        for i in 0..LANES {
-            let (at, value) = (k.index(i), k.const_i32(i as i32));
-            k.store(lanes, at, value);
-        }
+        let lanes = lane_numbers(k);
         Self {
             bound,
             q: RowTiles::alloc(k, queries, elems),
@@ -184,25 +175,18 @@ impl Tiles {
                 let row = self.bound.pages.load_row(k, values, number);
                 row.iter().map(|&x| k.select(exists, x, nothing)).collect::<Vec<_>>()
             });
-            let bytes = k.mul_const(i, LINE_BYTES / 2);
-            let to = k.offset(self.values.at, bytes);
-            for (strip, (&a, &b)) in (0..).zip(pair[0].iter().zip(&pair[1])) {
-                let words = k.bf16_pairs(a, b);
-                let at = k.index(strip * self.values.depth() * TILE_BYTES / 4);
-                k.store(to, at, words);
-            }
+            let zero = k.const_i64(0);
+            self.values.put_pair(k, (i, zero), [&pair[0], &pair[1]]);
         });
     }
 
     /// Products of queries and keys: matrices of 32 queries by 32 positions, one after the other.
     fn score(&self, k: &mut KernelBuilder, query: Val) {
-        let low = self.q.line(k, query);
-        let high = self.q.next(k, low);
+        let queries = self.q.two_strips(k, query);
         k.for_range(POSITIONS, TOGETHER, |k, position| {
             let c = row_ptr(k, self.c, position, SUMS / TOGETHER);
-            let first = self.keys.line(k, position);
-            let second = self.keys.next(k, first);
-            k.tile_dot(c, (&[low, high], &[first, second]), self.keys.depth(), |_, _| {});
+            let keys = self.keys.two_strips(k, position);
+            k.tile_dots(c, &[(queries, keys, self.keys.depth())]);
         });
     }
 
@@ -258,12 +242,10 @@ impl Tiles {
 
     /// `o ← o·keep + p·V`, 32 columns at once.
     fn weigh(&self, k: &mut KernelBuilder, query: Val) {
-        let low = self.p.at;
-        let high = self.p.next(k, low);
+        let p = [self.p.at, self.p.next(k, self.p.at)];
         let columns = |k: &mut KernelBuilder, column: Val, count: u64| {
-            let first = self.values.line(k, column);
-            let strips = [first, self.values.next(k, first)];
-            k.tile_dot(self.c, (&[low, high], &strips[..count as usize]), self.p.depth(), |_, _| {});
+            let strips = self.values.two_strips(k, column);
+            k.tile_dot(self.c, (&p, &strips[..count as usize]), self.p.depth(), |_, _| {});
             k.for_range(TOGETHER, 1, |k, i| {
                 let row = k.add(query, i);
                 let (o, c) = (row_ptr(k, self.o, row, self.bound.elems()), row_ptr(k, self.c, i, count * LANES));

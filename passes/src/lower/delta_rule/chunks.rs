@@ -23,16 +23,11 @@ use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, pad};
 use nextc_ir::types::{CHUNK_TOKENS, DECODE_TOKENS};
 
-use super::super::bulk::RowTiles;
+use super::super::bulk::{RowTiles, SUMS, TOGETHER, lane_numbers};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_COLUMNS;
 use super::split::Split;
 use super::{Mixer, Run, Stream, l2_normalise};
-
-/// Rows and columns of products that are computed together: two strips of each.
-pub(super) const TOGETHER: u64 = 2 * LANES;
-/// Numbers of their sums.
-pub(super) const SUMS: u64 = TOGETHER * TOGETHER;
 
 /// Chunks of a key head and the value heads that share it, in scratch.
 pub(super) struct Chunks<'a> {
@@ -448,16 +443,6 @@ const LEAST_LOG_DECAY: f32 = -128.0;
 /// The first rows, or columns, of products of a chunk.
 fn blocks() -> impl Iterator<Item = u64> {
     (0..CHUNK_TOKENS).step_by(TOGETHER as usize)
-}
-
-/// The numbers 0 to 15 in scratch.
-fn lane_numbers(k: &mut KernelBuilder) -> Val {
-    let lanes = k.alloc(DType::I32, LANES);
-    for i in 0..LANES {
-        let (at, value) = (k.index(i), k.const_i32(i as i32));
-        k.store(lanes, at, value);
-    }
-    lanes
 }
 
 /// All vectors of row `i`.

@@ -13,8 +13,9 @@ use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::LANES;
 use nextc_ir::types::CHUNK_TOKENS;
 
+use super::super::bulk::TOGETHER;
 use super::super::matmul::row_ptr;
-use super::chunks::{Chunks, TOGETHER, put_vectors, some_vectors};
+use super::chunks::{Chunks, put_vectors, some_vectors};
 
 /// Rows that are solved together.
 const ROWS: u64 = 4;
