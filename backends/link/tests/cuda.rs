@@ -33,14 +33,7 @@ impl Exe {
     fn run(&self, settings: &[(&str, &str)], args: &[&str]) -> Output {
         let mut command = Command::new(self.path("toy"));
         command.args(args).current_dir(self.dir.path()).env("LD_LIBRARY_PATH", self.path("driver"));
-        command.envs(settings.iter().copied());
-        loop {
-            // another test's child may hold the file open for a moment
-            match command.output() {
-                Err(e) if e.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
-                output => return output.unwrap(),
-            }
-        }
+        sample::output(command.envs(settings.iter().copied()))
     }
 
     fn stdout(&self, settings: &[(&str, &str)], args: &[&str]) -> String {

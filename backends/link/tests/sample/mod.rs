@@ -1,7 +1,9 @@
 //! A toy model for tests of link and runtime: the logits of a token are the sum of the embeddings of its sequence so far, once
 //! summed in a `delta` state and once more over the pages of `kv`.
 
+use std::io::ErrorKind;
 use std::path::Path;
+use std::process::{self, Command};
 
 use nextc_ir::format::Format;
 use nextc_ir::graph::{ModelInfo, Origin, Placement, RowRun, WeightDecl};
@@ -351,6 +353,17 @@ fn stand_in_texts(output: &Path, module: &KernelModule, object: &[u8]) -> Vec<Ve
 
 /// Lets the C compiler make a shared library.
 pub fn compile_c(from: &Path, to: &Path) {
-    let status = std::process::Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(to).arg(from).status();
+    let status = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(to).arg(from).status();
     assert!(status.expect("there is a C compiler").success(), "{}", from.display());
+}
+
+/// Runs a command to its end; again while its file counts as open for writing: a file is written here, and a child that another test starts meanwhile
+/// holds all descriptors until it is itself.
+pub fn output(command: &mut Command) -> process::Output {
+    loop {
+        match command.output() {
+            Err(e) if e.kind() == ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+            output => return output.unwrap(),
+        }
+    }
 }
