@@ -212,9 +212,9 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    /// Number `number` of a run's chunks.
-    pub fn of(k: &mut KernelBuilder, run: &Run, number: Val) -> Self {
-        let (begin, tokens) = (run.position(k), k.sub(run.end, run.begin));
+    /// Number `number` of the chunks of a run, whose first token has position `begin`.
+    pub fn of(k: &mut KernelBuilder, run: &Run, begin: Val, number: Val) -> Self {
+        let tokens = k.sub(run.end, run.begin);
         let end = k.add(begin, tokens);
         let before = k.div_const(begin, CHUNK_TOKENS);
         let number = k.add(before, number);
@@ -226,10 +226,9 @@ impl Chunk {
         Self { first: k.add(run.begin, skipped), count: k.sub(high, low) }
     }
 
-    /// How many a long run has.
-    pub fn all(k: &mut KernelBuilder, run: &Run) -> Val {
-        let (begin, tokens) = (run.position(k), k.sub(run.end, run.begin));
-        let within = k.rem_const(begin, CHUNK_TOKENS);
+    /// How many it has.
+    pub fn all(k: &mut KernelBuilder, run: &Run, begin: Val) -> Val {
+        let (within, tokens) = (k.rem_const(begin, CHUNK_TOKENS), k.sub(run.end, run.begin));
         let end = k.add(within, tokens);
         let end = k.add_const(end, CHUNK_TOKENS - 1);
         k.div_const(end, CHUNK_TOKENS)

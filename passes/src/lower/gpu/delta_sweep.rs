@@ -109,7 +109,8 @@ const STEP: u64 = 16;
 
 impl Sweep<'_> {
     fn run(&self, k: &mut KernelBuilder) {
-        let (zero, chunks) = (k.const_i64(0), Chunk::all(k, &self.run));
+        let (zero, position) = (k.const_i64(0), self.run.position(k));
+        let chunks = Chunk::all(k, &self.run, position);
         let (none, nothing) = (k.splat_f32(4, 0.0), k.splat_f32(2, 0.0));
         let (tiles, values) = (2 * self.steps() as usize, 2 * PRODUCTS);
         let empty = [vec![none; tiles], vec![nothing; values]].concat();
@@ -135,7 +136,7 @@ impl Sweep<'_> {
                     let (state, values) = carried.split_at(tiles);
                     // of the last chunk again where there is none
                     let next = k.select(more, next, chunk);
-                    self.chunk(k, (chunk, next), stage, (state, values))
+                    self.chunk(k, (position, chunk, next), stage, (state, values))
                 },
                 |k| {
                     k.if_then(more, |k| self.bring(k, next, other));
@@ -176,53 +177,49 @@ impl Sweep<'_> {
         let first = k.index(self.first_bringer);
         let thread = k.sub(self.place.thread, first);
         let row_quads = self.handed.row_words() / 4;
-        self.copy(k, thread, from, to, 2 * CHUNK_TOKENS * row_quads, |k, quad| {
-            let (row, at) = (k.div_const(quad, row_quads), k.rem_const(quad, row_quads));
-            let (row, at) = (k.mul_const(row, self.handed.stride()), k.mul_const(at, 4));
-            k.add(row, at)
-        });
-        let bytes = k.index(2 * CHUNK_TOKENS * self.handed.stride() * 4);
+        let (row, at) = (k.div_const(thread, row_quads), k.rem_const(thread, row_quads));
+        let (row, at) = (k.mul_const(row, self.handed.stride()), k.mul_const(at, 4));
+        let own = k.add(row, at);
+        let rows = row_ptr(k, to, own, 1);
+        let rows_further = self.bringers() / row_quads * self.handed.stride();
+        self.copy(k, thread, (from, rows), 2 * CHUNK_TOKENS * row_quads, rows_further);
+        let (bytes, own) = (k.index(2 * CHUNK_TOKENS * self.handed.stride() * 4), k.mul_const(thread, 4));
         let to = k.offset(to, bytes);
-        self.copy(k, thread, head, to, Handed::VALUES_AT / 4, |k, quad| k.mul_const(quad, 4));
+        let to = row_ptr(k, to, own, 1);
+        self.copy(k, thread, (head, to), Handed::VALUES_AT / 4, 4 * self.bringers());
     }
 
-    /// Copies quads; `place` says where one goes.
-    fn copy(
-        &self,
-        k: &mut KernelBuilder,
-        thread: Val,
-        from: Val,
-        to: Val,
-        quads: u64,
-        place: impl Fn(&mut KernelBuilder, Val) -> Val,
-    ) {
-        let threads = THREADS - self.first_bringer;
-        for first in (0..quads).step_by((threads * LOADS) as usize) {
-            let numbers: Vec<Val> = (first..quads.min(first + threads * LOADS))
-                .step_by(threads as usize)
-                .map(|from| k.add_const(thread, from))
-                .collect();
-            let last = k.index(quads - 1);
-            let loaded: Vec<Val> = numbers
-                .iter()
-                .map(|&number| {
-                    let number = k.min_i64(number, last);
-                    let at = k.mul_const(number, 4);
-                    k.load(DType::I32, 4, from, at)
-                })
-                .collect();
-            for (begin, (number, words)) in (first..).step_by(threads as usize).zip(numbers.into_iter().zip(loaded)) {
-                let put = |k: &mut KernelBuilder| {
-                    let at = place(k, number);
-                    k.store(to, at, words);
-                };
-                if begin + threads <= quads {
-                    put(k);
-                    continue;
-                }
-                let exists = k.cmp(Pred::Le, number, last);
-                k.if_then(exists, put);
-            }
+    /// Threads that bring what is next: whole rows at once.
+    const fn bringers(&self) -> u64 {
+        THREADS - self.first_bringer
+    }
+
+    /// Copies quads: of each round this thread's goes to a place so many words further than that of the round before.
+    fn copy(&self, k: &mut KernelBuilder, thread: Val, (from, to): (Val, Val), quads: u64, further: u64) {
+        let own = k.mul_const(thread, 4);
+        let from = row_ptr(k, from, own, 1);
+        let load = |k: &mut KernelBuilder, round: u64| {
+            let at = k.index(round * 4 * self.bringers());
+            k.load(DType::I32, 4, from, at)
+        };
+        let store = |k: &mut KernelBuilder, round: u64, words: Val| {
+            let at = k.index(round * further);
+            k.store(to, at, words);
+        };
+        let whole = quads / self.bringers();
+        for first in (0..whole).step_by(LOADS as usize) {
+            let rounds = first..whole.min(first + LOADS);
+            let loaded: Vec<Val> = rounds.clone().map(|round| load(k, round)).collect();
+            rounds.zip(loaded).for_each(|(round, words)| store(k, round, words));
+        }
+        let left = quads % self.bringers();
+        if left > 0 {
+            let end = k.index(left);
+            let exists = k.cmp(Pred::Lt, thread, end);
+            k.if_then(exists, |k| {
+                let words = load(k, whole);
+                store(k, whole, words);
+            });
         }
     }
 
@@ -360,39 +357,53 @@ impl Sweep<'_> {
     fn chunk(
         &self,
         k: &mut KernelBuilder,
-        (chunk, next): (Val, Val),
+        (position, number, next): (Val, Val, Val),
         stage: Val,
         (state, values): (&[Val], &[Val]),
     ) -> Vec<Val> {
         let stage = Stage::at(k, self, stage);
         let operand = self.state_operand(k, state);
         let known = self.times_rows(k, &operand, stage.keys);
+        let errors = self.errors(k, &stage, &known, values);
         let out = self.times_rows(k, &operand, stage.queries);
-        let [begin, beta, end] = [0, 1, 2].map(|which| stage.gates(k, self.q, which));
-        let errors: Vec<Val> = (0..PRODUCTS)
-            .map(|n| {
-                let [first, second] = [values[2 * n], values[2 * n + 1]].map(|x| lanes_of(k, x));
-                let v = k.quad([first[0], first[1], second[0], second[1]]);
-                let known = k.fmul(begin[n], known[n]);
-                let missing = k.fsub(v, known);
-                k.fmul(beta[n], missing)
-            })
-            .collect();
-        let out: Vec<Val> = out.iter().zip(&begin).map(|(&o, &factor)| k.fmul(factor, o)).collect();
-        let values = self.values(k, next);
+        let out = stage.scaled(k, self.q, BEGIN, out);
         let updates = self.updates(k, &stage, errors);
-        self.say(k, &stage, chunk, (&updates, out));
-        let kept: Vec<Val> = updates.iter().zip(&end).map(|(&d, &left)| k.fmul(left, d)).collect();
+        let kept = stage.scaled(k, self.q, END, updates.clone());
+        let kept = token_operands(k, &kept, Parts::One);
+        let updates = token_operands(k, &updates, Parts::Sum);
+        let chunk = Chunk::of(k, &self.run, position, number);
+        self.say(k, &stage, &chunk, (&updates, out));
+        let values = self.values(k, next);
         [self.update(k, &stage, state, &kept), values].concat()
     }
 
-    /// The state as operand A: for each step 16 rows of S.
-    fn state_operand(&self, k: &mut KernelBuilder, state: &[Val]) -> Vec<[Val; 4]> {
-        let step = |tiles: &[Val]| {
-            let [even, odd] = [four(k, tiles[0]), four(k, tiles[1])];
-            [0, 2, 1, 3].map(|i: usize| k.pack(DType::BF16, even[i], odd[i]))
+    /// `Rᵀ = β (Vᵀ − exp(g) ∘ Sᵀ·Kᵀ)`.
+    fn errors(&self, k: &mut KernelBuilder, stage: &Stage, known: &[Val], values: &[Val]) -> Vec<Val> {
+        let error = |(n, &known): (usize, &Val)| {
+            let [first, second] = [values[2 * n], values[2 * n + 1]].map(|x| lanes_of(k, x));
+            let v = k.quad([first[0], first[1], second[0], second[1]]);
+            let [begin, beta] = [BEGIN, BETA].map(|which| stage.gate(k, self.q, which, n as u64));
+            let known = k.fmul(begin, known);
+            let missing = k.fsub(v, known);
+            k.fmul(beta, missing)
         };
-        state.chunks(2).map(step).collect()
+        known.iter().enumerate().map(error).collect()
+    }
+
+    /// The state as operand A of the steps of [`operands`].
+    fn state_operand(&self, k: &mut KernelBuilder, state: &[Val]) -> Vec<[Val; 4]> {
+        let mut steps = Vec::new();
+        for group in state.chunks(8) {
+            let tiles: Vec<[Val; 4]> = group.iter().map(|&tile| four(k, tile)).collect();
+            for word in 0..2 {
+                for blocks in tiles.chunks(4) {
+                    let words = blocks.chunks(2).flat_map(|tile| [word, word + 2].map(|i| [tile[0][i], tile[1][i]]));
+                    let words: Vec<Val> = words.map(|[even, odd]| k.pack(DType::BF16, even, odd)).collect();
+                    steps.push([words[0], words[1], words[2], words[3]]);
+                }
+            }
+        }
+        steps
     }
 
     /// `Sᵀ·Xᵀ` for the rows of K or Q: for each eight tokens.
@@ -432,10 +443,9 @@ impl Sweep<'_> {
     }
 
     /// Stores `Oᵀ`, which is `out` and `Dᵀ·Pᵀ`.
-    fn say(&self, k: &mut KernelBuilder, stage: &Stage, chunk: Val, (updates, mut out): (&[Val], Vec<Val>)) {
-        let operands = token_operands(k, updates, Parts::Sum);
+    fn say(&self, k: &mut KernelBuilder, stage: &Stage, chunk: &Chunk, (updates, mut out): (&[Vec<[Val; 4]>], Vec<Val>)) {
         for (n, sum) in out.iter_mut().enumerate() {
-            for (step, a) in operands.iter().enumerate().take(n / 2 + 1) {
+            for (step, a) in updates.iter().enumerate().take(n / 2 + 1) {
                 let at = 2 * fragment(n / 2, step) + n as u64 % 2;
                 let [high0, high1, low0, low1] = stage.fragment(k, &self.place, stage.seen, at);
                 *sum = k.mma(DType::BF16, a[0], [high0, high1], *sum);
@@ -443,19 +453,19 @@ impl Sweep<'_> {
                 *sum = k.mma(DType::BF16, a[1], [high0, high1], *sum);
             }
         }
-        let chunk = Chunk::of(k, &self.run, chunk);
         let pair = k.mul_const(self.q, 2);
+        let (first, left) = (k.add(chunk.first, pair), k.sub(chunk.count, pair));
+        let to = self.mixer.out_row(k, first, self.value_head);
+        let to = row_ptr(k, to, self.column, 1);
         for (n, sum) in (0..).zip(out) {
             let sum = four(k, sum);
             for i in 0..2 {
-                let row = k.add_const(pair, n * TOKENS + i);
-                let exists = k.cmp(Pred::Lt, row, chunk.count);
+                let row = k.index(n * TOKENS + i);
+                let exists = k.cmp(Pred::Lt, row, left);
                 k.if_then(exists, |k| {
-                    let t = k.add(chunk.first, row);
-                    let to = self.mixer.out_row(k, t, self.value_head);
                     for half in 0..2 {
-                        let column = k.add_const(self.column, 8 * half);
-                        k.store(to, column, sum[(2 * half + i) as usize]);
+                        let at = k.index((n * TOKENS + i) * self.mixer.v.row() + 8 * half);
+                        k.store(to, at, sum[(2 * half + i) as usize]);
                     }
                 });
             }
@@ -463,12 +473,11 @@ impl Sweep<'_> {
     }
 
     /// `Sᵀ ← exp(g_C) Sᵀ + (exp(g_C − g) ∘ Dᵀ)·K`.
-    fn update(&self, k: &mut KernelBuilder, stage: &Stage, state: &[Val], kept: &[Val]) -> Vec<Val> {
-        let operands = token_operands(k, kept, Parts::One);
+    fn update(&self, k: &mut KernelBuilder, stage: &Stage, state: &[Val], kept: &[Vec<[Val; 4]>]) -> Vec<Val> {
         let left = stage.left(k);
         let mut state: Vec<Val> = state.iter().map(|&s| k.fmul(left, s)).collect();
         let pair = k.mul_const(self.q, 2);
-        for (step, a) in (0..).zip(operands) {
+        for (step, a) in (0..).zip(kept) {
             let rows = [0, 1, 8, 9].map(|n| {
                 let row = k.add_const(pair, step * STEP + n);
                 row_ptr(k, stage.keys, row, self.handed.stride())
@@ -512,6 +521,13 @@ fn token_operands(k: &mut KernelBuilder, numbers: &[Val], parts: Parts) -> Vec<V
     numbers.chunks(2).map(of).collect()
 }
 
+/// Which of the gates is `exp(g)`.
+const BEGIN: u64 = 0;
+/// Which is β.
+const BETA: u64 = 1;
+/// Which is `exp(g_C − g)`.
+const END: u64 = 2;
+
 /// What a chunk needs, in shared memory.
 struct Stage {
     keys: Val,
@@ -533,17 +549,22 @@ impl Stage {
         Self { keys, queries, seen, inverse, gates }
     }
 
-    /// Gate number `which` of the tokens of each product that this thread has sums of.
-    fn gates(&self, k: &mut KernelBuilder, q: Val, which: u64) -> Vec<Val> {
+    /// Gate `which` of the tokens of product `n` that this thread has sums of.
+    fn gate(&self, k: &mut KernelBuilder, q: Val, which: u64, n: u64) -> Val {
         let pair = k.mul_const(q, 2);
-        (0..PRODUCTS as u64)
-            .map(|n| {
-                let at = k.add_const(pair, which * CHUNK_TOKENS + n * TOKENS);
-                let both = k.load(DType::F32, 2, self.gates, at);
-                let both = lanes_of(k, both);
-                k.quad([both[0], both[1], both[0], both[1]])
-            })
-            .collect()
+        let at = k.add_const(pair, which * CHUNK_TOKENS + n * TOKENS);
+        let both = k.load(DType::F32, 2, self.gates, at);
+        let both = lanes_of(k, both);
+        k.quad([both[0], both[1], both[0], both[1]])
+    }
+
+    /// Numbers of all products times a gate of their tokens.
+    fn scaled(&self, k: &mut KernelBuilder, q: Val, which: u64, numbers: Vec<Val>) -> Vec<Val> {
+        let one = |(n, x): (u64, Val)| {
+            let gate = self.gate(k, q, which, n);
+            k.fmul(gate, x)
+        };
+        (0..).zip(numbers).map(one).collect()
     }
 
     /// What is left of the state after the chunk, as often as a tile has numbers.

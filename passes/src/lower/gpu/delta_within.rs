@@ -53,7 +53,8 @@ impl Long<'_> {
         let out = row_ptr(k, partials, task, handed.words());
         let (g, q) = (k.div_const(place.lane, 4), k.rem_const(place.lane, 4));
         k.if_then(works, |k| {
-            let (chunk, none) = (Chunk::of(k, &run, number), k.const_i64(0));
+            let (begin, none) = (run.position(k), k.const_i64(0));
+            let chunk = Chunk::of(k, &run, begin, number);
             let has = k.cmp(Pred::Gt, chunk.count, none);
             let within = Within { mixer, handed, place, g, q, run, chunk, head, rows, scores, gates, together, out };
             k.if_then(has, |k| within.run(k));
@@ -575,7 +576,8 @@ impl Within<'_> {
     }
 }
 
-/// Words `2 q` and `2 q + 1` of the four blocks of a group of a row: for each step of a product the thread's operands of it.
+/// Words `2 q` and `2 q + 1` of the four blocks of a group of a row, as the thread's operands of four steps of a product: of the first two blocks and the others the
+/// former words, then the latter. So a step's two words are neighbours in registers as they are in memory.
 pub(super) fn operands(k: &mut KernelBuilder, row: Val, q: Val, group: u64) -> [[Val; 2]; 4] {
     let (group, first) = (k.index(group), k.mul_const(q, 2));
     let at = Handed::word_at(k, group, first);
@@ -584,5 +586,5 @@ pub(super) fn operands(k: &mut KernelBuilder, row: Val, q: Val, group: u64) -> [
         let words = k.load(DType::I32, 4, row, at);
         four(k, words)
     });
-    [0, 1, 2, 3].map(|i: usize| [first[i], second[i]])
+    [[first[0], first[1]], [first[2], first[3]], [second[0], second[1]], [second[2], second[3]]]
 }
