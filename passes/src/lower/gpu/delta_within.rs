@@ -1,7 +1,7 @@
 //! What the chunks of [`super::delta_long`] need that does not depend on the state: a block a chunk and a key head.
 //!
 //! gates    a warp a value head: g summed up from the chunk's first token, β
-//! rows     a warp eight tokens: convolutions, SiLU and norms of q and k; as sums of two bf16 to shared memory, rounded to what is handed over
+//! rows     a warp four tokens at a time: convolutions, SiLU and norms of q and k; as sums of two bf16 to shared memory, rounded to what is handed over
 //! scores   Q·Kᵀ and K·Kᵀ on and below the diagonal: a warp 16 rows of one of them
 //! decays   P = Q·Kᵀ ∘ exp(g_i − g_j) for j ≤ i;  −A = −β_i K·Kᵀ ∘ exp(g_i − g_j) for j < i
 //! solve    L = (I + A)⁻¹ − I in f32, a thread a column: L_i = −(A_i + Σ_{j<i} A_ij L_j), eight rows at once over all rows before them; meanwhile the other warps do
@@ -23,8 +23,10 @@ use super::{Place, begin, lanes_before, lanes_of, warp_sum};
 
 /// Warps of a block.
 const WARPS: u64 = THREADS / 32;
-/// Tokens that a warp convolves at once.
-const TOKENS: u64 = 8;
+/// Tokens that a warp convolves at once: so few that two blocks have room for their registers.
+const TOKENS: u64 = 4;
+/// So many tokens in a chunk.
+const GROUPS: u64 = CHUNK_TOKENS / TOKENS;
 /// Rows that are solved together.
 const ROWS: u64 = 8;
 /// Elements from one row of scores to the next: so that rows lie in different banks.
@@ -82,6 +84,13 @@ impl Long<'_> {
         let begins = Self::first_chunk(k, b, run.begin);
         (exists, run, k.sub(number, begins))
     }
+}
+
+/// Pointers to a head of token 0 of a step, of the oldest tap, and of the oldest place of the window.
+struct Inputs {
+    x: Val,
+    w: Val,
+    window: Val,
 }
 
 /// A block at work on a chunk.
@@ -184,15 +193,26 @@ impl Within<'_> {
 
     /// Convolutions and norms of q and k.
     fn keys(&self, k: &mut KernelBuilder) {
-        let first = k.mul_const(self.place.warp, TOKENS);
-        for (which, stream, scale) in [(0, &self.mixer.q, self.mixer.scale), (1, &self.mixer.k, 1.0)] {
-            let rows = self.convolved(k, stream, self.head, first);
+        let (mixer, end) = (self.mixer, k.index(2 * GROUPS));
+        k.for_each((self.place.warp, end, WARPS), |k, item| {
+            let (which, group, zero) = (k.div_const(item, GROUPS), k.rem_const(item, GROUPS), k.const_i64(0));
+            let is_query = k.cmp(Pred::Eq, which, zero);
+            let [q, key] = [&mixer.q, &mixer.k].map(|stream| self.inputs(k, stream, self.head));
+            let inputs = Inputs {
+                x: k.select(is_query, q.x, key.x),
+                w: k.select(is_query, q.w, key.w),
+                window: k.select(is_query, q.window, key.window),
+            };
+            let [scale, one] = [mixer.scale, 1.0].map(|scale| k.const_f32(scale));
+            let scale = k.select(is_query, scale, one);
+            let first = k.mul_const(group, TOKENS);
+            let rows = self.convolved(k, &mixer.k, &inputs, first);
             for (i, row) in (0..).zip(rows) {
                 let row = self.normed(k, row, scale);
                 let i = k.add_const(first, i);
                 self.put_row(k, which, i, &row);
             }
-        }
+        });
     }
 
     /// Quads of a head that this thread has, and whether it has: of those beyond the last.
@@ -207,15 +227,23 @@ impl Within<'_> {
             .collect()
     }
 
-    /// `silu(conv1d(x))` of a head for eight tokens from row `first` of the chunk on: this thread's quads of each; zeros where there is none.
-    fn convolved(&self, k: &mut KernelBuilder, stream: &Stream, head: Val, first: Val) -> Vec<Vec<Val>> {
-        let (x, w, window) = (k.param(stream.x), k.param(stream.w), stream.window(k, self.run.slot, head));
-        let [x, w] = [x, w].map(|p| row_ptr(k, p, head, pad(stream.width)));
+    /// Where a convolution of a head reads.
+    fn inputs(&self, k: &mut KernelBuilder, stream: &Stream, head: Val) -> Inputs {
+        let [x, w] = [stream.x, stream.w].map(|port| {
+            let base = k.param(port);
+            row_ptr(k, base, head, pad(stream.width))
+        });
+        Inputs { x, w, window: stream.window(k, self.run.slot, head) }
+    }
+
+    /// `silu(conv1d(x))` of a head for some tokens from row `first` of the chunk on: this thread's quads of each; zeros where there is none.
+    fn convolved(&self, k: &mut KernelBuilder, stream: &Stream, inputs: &Inputs, first: Val) -> Vec<Vec<Val>> {
+        let Inputs { x, w, window } = *inputs;
         let fresh = self.run.is_fresh(k);
         let (begun, zero, one, nothing) = (k.not(fresh), k.const_i64(0), k.const_i64(1), k.splat_f32(4, 0.0));
         let newest = k.add(self.chunk.first, first);
         let last = k.sub(self.run.end, one);
-        let inputs: Vec<(Val, Val)> = (0..TOKENS + stream.taps - 1)
+        let rows: Vec<(Val, Val)> = (0..TOKENS + stream.taps - 1)
             .map(|row| {
                 let (t, back) = (k.add_const(newest, row), k.index(stream.taps - 1));
                 let t = k.sub(t, back);
@@ -239,7 +267,7 @@ impl Within<'_> {
                 k.cmp(Pred::Lt, row, self.chunk.count)
             })
             .collect();
-        let mut rows = vec![Vec::new(); TOKENS as usize];
+        let mut convolved = vec![Vec::new(); TOKENS as usize];
         for (quad, has) in quads {
             let at = k.mul_const(quad, 4);
             let at = has.map_or(at, |has| k.select(has, at, zero));
@@ -249,30 +277,30 @@ impl Within<'_> {
                     k.load(DType::F32, 4, w, at)
                 })
                 .collect();
-            let seen: Vec<Val> = inputs
+            let seen: Vec<Val> = rows
                 .iter()
                 .map(|&(row, there)| {
                     let x = k.load(DType::F32, 4, row, at);
                     k.select(there, x, nothing)
                 })
                 .collect();
-            for (i, row) in rows.iter_mut().enumerate() {
+            for (i, row) in convolved.iter_mut().enumerate() {
                 let sum = taps.iter().zip(&seen[i..]).fold(nothing, |sum, (&w, &x)| k.fma(w, x, sum));
                 let value = k.silu(sum);
                 let has = has.map_or(exist[i], |has| k.and(has, exist[i]));
                 row.push(k.select(has, value, nothing));
             }
         }
-        rows
+        convolved
     }
 
     /// `scale · x / |x|` of a row that a warp has.
-    fn normed(&self, k: &mut KernelBuilder, row: Vec<Val>, scale: f32) -> Vec<Val> {
+    fn normed(&self, k: &mut KernelBuilder, row: Vec<Val>, scale: Val) -> Vec<Val> {
         let nothing = k.splat_f32(4, 0.0);
         let squares = row.iter().fold(nothing, |sum, &x| k.fma(x, x, sum));
         let sum = k.reduce_add(squares);
         let sum = warp_sum(k, sum);
-        let (eps, scale) = (k.const_f32(self.mixer.eps), k.const_f32(scale));
+        let eps = k.const_f32(self.mixer.eps);
         let sum = k.fadd(sum, eps);
         let root = k.rsqrt(sum);
         let factor = k.fmul(root, scale);
@@ -289,13 +317,13 @@ impl Within<'_> {
     }
 
     /// Puts row `i` of Q (0) or K (1) where products find it, zeros behind its last element.
-    fn put_row(&self, k: &mut KernelBuilder, which: u64, i: Val, row: &[Val]) {
-        let nothing = k.splat_f32(4, 0.0);
+    fn put_row(&self, k: &mut KernelBuilder, which: Val, i: Val, row: &[Val]) {
+        let (nothing, one) = (k.splat_f32(4, 0.0), k.const_i64(1));
         // K is handed over first
-        let number = k.index((1 - which) * CHUNK_TOKENS);
+        let number = k.sub(one, which);
+        let number = k.mul_const(number, CHUNK_TOKENS);
         let number = k.add(number, i);
         let out = row_ptr(k, self.out, number, self.handed.row_words());
-        let which = k.index(which);
         let parts = [0, 1].map(|part| {
             let rows = self.rows_of(k, which, part);
             row_ptr(k, rows, i, self.handed.stride())
@@ -470,9 +498,9 @@ impl Within<'_> {
                 Vec::new()
             },
             |k| {
-                let (own, end) = (k.sub(self.place.warp, end), k.index(self.together * CHUNK_TOKENS / TOKENS));
+                let (own, end) = (k.sub(self.place.warp, end), k.index(self.together * GROUPS));
                 k.for_each((own, end, WARPS - solvers), |k, item| {
-                    let (number, group) = (k.div_const(item, CHUNK_TOKENS / TOKENS), k.rem_const(item, CHUNK_TOKENS / TOKENS));
+                    let (number, group) = (k.div_const(item, GROUPS), k.rem_const(item, GROUPS));
                     let (own, row) = (k.add(first, number), k.mul_const(group, TOKENS));
                     self.put_values(k, own, row);
                 });
@@ -528,10 +556,11 @@ impl Within<'_> {
         });
     }
 
-    /// Hands eight tokens of V of a value head over.
+    /// Hands some tokens of V of a value head over.
     fn put_values(&self, k: &mut KernelBuilder, own: Val, row: Val) {
         let head = self.mixer.value_head(k, self.head, own);
-        let rows = self.convolved(k, &self.mixer.v, head, row);
+        let inputs = self.inputs(k, &self.mixer.v, head);
+        let rows = self.convolved(k, &self.mixer.v, &inputs, row);
         let (out, bytes) = (self.head_out(k, own), k.index(Handed::VALUES_AT * 4));
         let out = k.offset(out, bytes);
         for (n, (quad, has)) in self.quads(k, self.handed.values).into_iter().enumerate() {
@@ -541,11 +570,8 @@ impl Within<'_> {
                 for c in 0..4 {
                     let column = k.add_const(column, c);
                     let to = row_ptr(k, out, column, CHUNK_TOKENS);
-                    for (half, tokens) in (0..).zip(tokens.chunks(4)) {
-                        let at = k.add_const(row, 4 * half);
-                        let x = k.quad([0, 1, 2, 3].map(|i: usize| tokens[i][c as usize]));
-                        k.store(to, at, x);
-                    }
+                    let x = k.quad([0, 1, 2, 3].map(|i: usize| tokens[i][c as usize]));
+                    k.store(to, row, x);
                 }
             };
             match has {
