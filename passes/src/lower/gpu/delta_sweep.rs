@@ -443,7 +443,13 @@ impl Sweep<'_> {
     }
 
     /// Stores `Oᵀ`, which is `out` and `Dᵀ·Pᵀ`.
-    fn say(&self, k: &mut KernelBuilder, stage: &Stage, chunk: &Chunk, (updates, mut out): (&[Vec<[Val; 4]>], Vec<Val>)) {
+    fn say(
+        &self,
+        k: &mut KernelBuilder,
+        stage: &Stage,
+        chunk: &Chunk,
+        (updates, mut out): (&[Vec<[Val; 4]>], Vec<Val>),
+    ) {
         for (n, sum) in out.iter_mut().enumerate() {
             for (step, a) in updates.iter().enumerate().take(n / 2 + 1) {
                 let at = 2 * fragment(n / 2, step) + n as u64 % 2;
