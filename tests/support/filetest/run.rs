@@ -128,8 +128,8 @@ impl Backend {
         let kernels = kernels(plain, &self.target)?;
         let load = |compile: Compile| Loaded::new(&compile(&kernels.module, &self.target)?);
         let loaded = self.objects.map(load).transpose()?;
-        let in_tiles = self.target.bulk_tile().is_some();
-        Ok(Code { backend: self.name, rounds: self.rounds, in_tiles, kernels, loaded })
+        let (in_tiles, in_chunks) = (self.target.bulk_tile().is_some(), self.target.has_chunks());
+        Ok(Code { backend: self.name, rounds: self.rounds, in_tiles, in_chunks, kernels, loaded })
     }
 }
 
@@ -139,6 +139,8 @@ struct Code {
     rounds: Option<&'static str>,
     /// Whether long runs are multiplied in tiles.
     in_tiles: bool,
+    /// Whether the delta rule of long runs goes by chunks.
+    in_chunks: bool,
     kernels: Kernels,
     loaded: Option<Loaded>,
 }
@@ -176,11 +178,19 @@ impl Code {
     /// Whether a part of a sequence is computed in the way in which its tokens are in the whole step: long runs may be another class than those that are decoded,
     /// and begin in the middle of a chunk.
     fn computes_alike(&self, whole: &Step, part: &Step) -> bool {
-        let has = |op: Op| self.kernels.function.graph.node_weights().any(|n| n.op == op);
-        let has_classes = self.in_tiles || self.rounds.is_some() && has(Op::GatedAttention);
-        let has_chunks = self.in_tiles && has(Op::GatedDeltaNet);
+        let has_chunks = self.in_chunks && self.has(Op::GatedDeltaNet);
+        let has_classes = self.keeps_classes() || self.rounds.is_some() && self.has(Op::GatedAttention);
         let same_class = is_long(whole) == is_long(part);
         (same_class || !has_classes) && (part.position().is_multiple_of(CHUNK_TOKENS) || !has_chunks)
+    }
+
+    /// Whether what is kept of a token depends on its class.
+    fn keeps_classes(&self) -> bool {
+        self.in_tiles || self.in_chunks && self.has(Op::GatedDeltaNet)
+    }
+
+    fn has(&self, op: Op) -> bool {
+        self.kernels.function.graph.node_weights().any(|n| n.op == op)
     }
 
     /// A step in parts, each on the states that the one before has left, must give the bits of the whole step, where both compute in the same way.
@@ -198,8 +208,8 @@ impl Code {
             }
             self.run(&mut next)?;
             let alike = self.computes_alike(whole, part);
-            // in tiles, what is kept of a token depends on its class too, and what comes after it on that
-            all_alike &= alike || !self.in_tiles;
+            // in tiles and in chunks, what is kept of a token depends on its class too, and what comes after it on that
+            all_alike &= alike || !self.keeps_classes();
             if alike && all_alike {
                 frame.same_rows(&next, first)?;
             }
