@@ -4,7 +4,7 @@
 //! .long    body: a block a chunk and key head does what does not depend on the state ([`super::delta_within`]), and hands it to the tail;
 //!          tail: a block some columns of one value head of a sequence goes through its chunks ([`super::delta_sweep`])
 //! .norm    a block a token: out = rms_norm(o, norm) · silu(z); after the last token of a run its windows take its last inputs
-//! traffic  what the body hands over ([`Handed`]) once in and once out for each slice of a value head; bound by products and by shared memory
+//! traffic  what the body hands over (`Handed`) once in and once out for each slice of a value head; bound by products and by shared memory
 //!
 //! Operands of products are rounded to bf16, their sums are f32; Q and K in Q·Kᵀ and K·Kᵀ, P and D in P·D are sums of two bf16. Convolutions, norms, gates, the
 //! inverse and the state itself are f32. What a token may not see is multiplied with zeros, so its bits depend on the tokens of its run before it, and on where in
