@@ -18,7 +18,7 @@ use nextc_ir::types::CHUNK_TOKENS;
 use super::super::delta_rule::{Mixer, Run};
 use super::super::matmul::row_ptr;
 use super::Place;
-use super::attention::{Parts, across, four, pack};
+use super::attention::{Parts, across, four, pack_f16};
 use super::delta_long::{Chunk, FRAGMENT_WORDS, Handed, Long, THREADS, TILE, is_swept};
 use super::delta_within::operands;
 use super::lanes_of;
@@ -398,7 +398,7 @@ impl Sweep<'_> {
             for word in 0..2 {
                 for blocks in tiles.chunks(4) {
                     let words = blocks.chunks(2).flat_map(|tile| [word, word + 2].map(|i| [tile[0][i], tile[1][i]]));
-                    let words: Vec<Val> = words.map(|[even, odd]| k.pack(DType::BF16, even, odd)).collect();
+                    let words: Vec<Val> = words.map(|[even, odd]| k.pack(DType::F16, even, odd)).collect();
                     steps.push([words[0], words[1], words[2], words[3]]);
                 }
             }
@@ -420,7 +420,7 @@ impl Sweep<'_> {
             for (sum, &row) in sums.iter_mut().zip(&rows) {
                 let b = operands(k, row, self.q, group);
                 for (&a, b) in steps.iter().zip(b) {
-                    *sum = k.mma(DType::BF16, a, b, *sum);
+                    *sum = k.mma(DType::F16, a, b, *sum);
                 }
             }
         }
@@ -435,7 +435,7 @@ impl Sweep<'_> {
                 let words = stage.fragment(k, &self.place, stage.inverse, fragment(block, step));
                 for half in 0..2 {
                     let sum = &mut updates[2 * block + half];
-                    *sum = k.mma(DType::BF16, a[0], [words[2 * half], words[2 * half + 1]], *sum);
+                    *sum = k.mma(DType::F16, a[0], [words[2 * half], words[2 * half + 1]], *sum);
                 }
             }
         }
@@ -454,9 +454,9 @@ impl Sweep<'_> {
             for (step, a) in updates.iter().enumerate().take(n / 2 + 1) {
                 let at = 2 * fragment(n / 2, step) + n as u64 % 2;
                 let [high0, high1, low0, low1] = stage.fragment(k, &self.place, stage.seen, at);
-                *sum = k.mma(DType::BF16, a[0], [high0, high1], *sum);
-                *sum = k.mma(DType::BF16, a[0], [low0, low1], *sum);
-                *sum = k.mma(DType::BF16, a[1], [high0, high1], *sum);
+                *sum = k.mma(DType::F16, a[0], [high0, high1], *sum);
+                *sum = k.mma(DType::F16, a[0], [low0, low1], *sum);
+                *sum = k.mma(DType::F16, a[1], [high0, high1], *sum);
             }
         }
         let pair = k.mul_const(self.q, 2);
@@ -498,7 +498,7 @@ impl Sweep<'_> {
                 for (i, tiles) in tiles.chunks_mut(2).enumerate() {
                     let [first, second] = [0, 2].map(|n: usize| across(k, words[n][i], words[n + 1][i]));
                     for (odd, tile) in tiles.iter_mut().enumerate() {
-                        *tile = k.mma(DType::BF16, a[0], [first[odd], second[odd]], *tile);
+                        *tile = k.mma(DType::F16, a[0], [first[odd], second[odd]], *tile);
                     }
                 }
             }
@@ -519,7 +519,7 @@ fn token_operands(k: &mut KernelBuilder, numbers: &[Val], parts: Parts) -> Vec<V
             .iter()
             .flat_map(|&x| {
                 let x = four(k, x);
-                [[x[0], x[1]], [x[2], x[3]]].map(|pair| pack(k, pair, parts))
+                [[x[0], x[1]], [x[2], x[3]]].map(|pair| pack_f16(k, pair, parts))
             })
             .collect();
         (0..words[0].len()).map(|part| [0, 1, 2, 3].map(|i: usize| words[i][part])).collect()

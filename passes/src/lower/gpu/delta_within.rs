@@ -1,7 +1,7 @@
 //! What the chunks of [`super::delta_long`] need that does not depend on the state: a block a chunk and a key head.
 //!
 //! gates    a warp a value head: g summed up from the chunk's first token, β
-//! rows     a warp four tokens at a time: convolutions, SiLU and norms of q and k; as sums of two bf16 to shared memory, rounded to what is handed over
+//! rows     a warp four tokens at a time: convolutions, SiLU and norms of q and k; as sums of two f16 to shared memory, rounded to what is handed over
 //! scores   Q·Kᵀ and K·Kᵀ on and below the diagonal: a warp 16 rows of one of them
 //! decays   P = Q·Kᵀ ∘ exp(g_i − g_j) for j ≤ i;  −A = −β_i K·Kᵀ ∘ exp(g_i − g_j) for j < i
 //! solve    L = (I + A)⁻¹ − I in f32, a thread a column: L_i = −(A_i + Σ_{j<i} A_ij L_j), eight rows at once over all rows before them; meanwhile the other warps do
@@ -17,7 +17,7 @@ use nextc_ir::types::CHUNK_TOKENS;
 
 use super::super::delta_rule::{LEAST_LOG_DECAY, Mixer, Run, Stream};
 use super::super::matmul::row_ptr;
-use super::attention::{Parts, four, pack};
+use super::attention::{Parts, four, pack_f16};
 use super::delta_long::{Chunk, FRAGMENT_WORDS, FRAGMENTS, Handed, Long, THREADS, TILE, is_swept};
 use super::{Place, begin, lanes_before, lanes_of, warp_sum};
 
@@ -331,7 +331,7 @@ impl Within<'_> {
         for (n, (quad, has)) in self.quads(k, self.handed.keys).into_iter().enumerate() {
             let x = row.get(n).copied().unwrap_or(nothing);
             let x = four(k, x);
-            let words = [[x[0], x[1]], [x[2], x[3]]].map(|pair| pack(k, pair, Parts::Sum));
+            let words = [[x[0], x[1]], [x[2], x[3]]].map(|pair| pack_f16(k, pair, Parts::Sum));
             let (block, first) = (k.div_const(quad, 4), k.rem_const(quad, 4));
             let (group, step, first) = (k.div_const(block, 4), k.rem_const(block, 4), k.mul_const(first, 2));
             let at = Handed::word_at(k, group, first);
@@ -385,9 +385,9 @@ impl Within<'_> {
                         operands(k, row, self.q, group)
                     });
                     for i in 0..4 {
-                        sums[0] = k.mma(DType::BF16, a[0][i], b[0][i], sums[0]);
-                        sums[1] = k.mma(DType::BF16, a[0][i], b[1][i], sums[1]);
-                        sums[1] = k.mma(DType::BF16, a[1][i], b[0][i], sums[1]);
+                        sums[0] = k.mma(DType::F16, a[0][i], b[0][i], sums[0]);
+                        sums[1] = k.mma(DType::F16, a[0][i], b[1][i], sums[1]);
+                        sums[1] = k.mma(DType::F16, a[1][i], b[0][i], sums[1]);
                     }
                 }
             }
@@ -469,7 +469,7 @@ impl Within<'_> {
                     k.store(to, i, a);
                     k.select(sees, p, nothing)
                 });
-                seen.push(pack(k, p, Parts::Sum));
+                seen.push(pack_f16(k, p, Parts::Sum));
             }
             let words = k.quad([seen[0][0], seen[1][0], seen[0][1], seen[1][1]]);
             let out = self.head_out(k, own);
@@ -592,7 +592,7 @@ impl Within<'_> {
                 let row = row_ptr(k, solution, i, CHUNK_TOKENS);
                 let x = k.load(DType::F32, 2, row, j);
                 let x = lanes_of(k, x);
-                pack(k, [x[0], x[1]], Parts::One)[0]
+                pack_f16(k, [x[0], x[1]], Parts::One)[0]
             });
             let (own, words) = (k.add(first, number), k.quad(words));
             let (out, bytes) = (self.head_out(k, own), k.index(Handed::INVERSE_AT * 4));

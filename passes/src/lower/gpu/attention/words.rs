@@ -23,7 +23,7 @@ pub struct Quad {
     pub quad: Val,
 }
 
-/// How many bf16 a number becomes.
+/// How many 16-bit floats a number becomes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Parts {
     /// One: it is rounded.
@@ -32,15 +32,34 @@ pub enum Parts {
     Sum,
 }
 
-/// Two numbers as words: rounded, and where a sum is wanted what that left over.
-pub fn pack(k: &mut KernelBuilder, [low, high]: [Val; 2], parts: Parts) -> Vec<Val> {
-    let word = k.pack(DType::BF16, low, high);
+/// Two numbers as words of bf16: rounded, and where a sum is wanted what that left over.
+pub fn pack(k: &mut KernelBuilder, pair: [Val; 2], parts: Parts) -> Vec<Val> {
+    pack_as(k, DType::BF16, pair, parts, |k, word| (Format::Bf16.def().unpack)(k, &[word]))
+}
+
+/// The same as words of f16.
+pub fn pack_f16(k: &mut KernelBuilder, pair: [Val; 2], parts: Parts) -> Vec<Val> {
+    pack_as(k, DType::F16, pair, parts, |k, word| {
+        let sixteen = k.const_i32(16);
+        let upper = k.ushr(word, sixteen);
+        vec![k.half_to_float(word), k.half_to_float(upper)]
+    })
+}
+
+fn pack_as(
+    k: &mut KernelBuilder,
+    dtype: DType,
+    [low, high]: [Val; 2],
+    parts: Parts,
+    unpack: impl FnOnce(&mut KernelBuilder, Val) -> Vec<Val>,
+) -> Vec<Val> {
+    let word = k.pack(dtype, low, high);
     if parts == Parts::One {
         return vec![word];
     }
-    let rounded = (Format::Bf16.def().unpack)(k, &[word]);
+    let rounded = unpack(k, word);
     let (low, high) = (k.fsub(low, rounded[0]), k.fsub(high, rounded[1]));
-    vec![word, k.pack(DType::BF16, low, high)]
+    vec![word, k.pack(dtype, low, high)]
 }
 
 /// Four words of numbers in f32, for each part.
