@@ -43,7 +43,7 @@ use crate::step::{Addresses, INPUTS, KernelTime, SLACK_BYTES, StepInputs, resolv
 use crate::weights::Weights;
 
 /// Programs with dimensions whose plans and graphs are kept.
-const MAX_PLANS: usize = 32;
+const MAX_PLANS: usize = 64;
 
 /// From so many bytes of weights on it is said what memory will be needed.
 const STATED_BYTES: u64 = 1 << 30;
@@ -129,9 +129,9 @@ impl Cuda {
     }
 }
 
-/// How many sequences a step of `sequences` is filled up to, so that few batches need a plan and a graph of their own. Less than a quarter is added.
+/// How many sequences a step of `sequences` is filled up to, so that few batches need a plan and a graph of their own. Less than an eighth is added.
 fn batch_width(sequences: usize) -> usize {
-    sequences.next_multiple_of((sequences.next_power_of_two() / 8).max(1))
+    sequences.next_multiple_of((sequences.next_power_of_two() / 16).max(1))
 }
 
 /// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps.
@@ -319,8 +319,8 @@ mod tests {
 
     #[test]
     fn batches_have_few_sizes_and_little_padding() {
-        assert_eq!([1, 7, 8, 9, 16, 17, 33, 64, 65].map(batch_width), [1, 7, 8, 10, 16, 20, 40, 64, 80]);
+        assert_eq!([1, 7, 8, 9, 16, 17, 33, 64, 65].map(batch_width), [1, 7, 8, 9, 16, 18, 36, 64, 72]);
         let widths: std::collections::BTreeSet<_> = (1..=64).map(batch_width).collect();
-        assert!(widths.len() <= 20 && (1..=64).all(|n| 4 * (batch_width(n) - n) < n), "{widths:?}");
+        assert!(widths.len() <= 32 && (1..=64).all(|n| 8 * (batch_width(n) - n) < n), "{widths:?}");
     }
 }
