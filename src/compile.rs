@@ -72,16 +72,20 @@ fn targets(args: &ModelArgs, backend: Backend) -> anyhow::Result<Vec<Target>> {
     targets.into_iter().map(rounds).collect()
 }
 
-/// What activations are rounded to: bfloat16 where that is faster, unless something else is asked for.
+/// What activations are rounded to: what is fastest, unless something else is asked for.
 fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding> {
     match wanted {
         Activations::Auto | Activations::Bf16 if target.has_tiles() => Ok(Rounding::Bf16),
+        Activations::Auto | Activations::Int8 if target.has_byte_dots() => Ok(Rounding::Int8),
         Activations::Auto | Activations::F32 => Ok(Rounding::F32),
         Activations::Bf16 => bail!(
             "`--activations bf16`: `{}` has no matrix unit that the backend uses (AMX, through LLVM); expected `auto` or `f32`",
             target.cpu
         ),
-        Activations::Int8 => bail!("`--activations int8` is not there yet, expected `auto`, `f32` or `bf16`"),
+        Activations::Int8 => bail!(
+            "`--activations int8`: `{}` has no vectors of 512 bits that multiply bytes (AVX-512 VNNI, through LLVM); expected `auto` or `f32`",
+            target.cpu
+        ),
     }
 }
 
@@ -136,7 +140,12 @@ pub fn target_of(plan: &Plan, model: &Model) -> Target {
 }
 
 fn with_model(target: &Target, module: &Module) -> Target {
-    Target { max_context: module.info.max_context, ..target.clone() }
+    // bytes are multiplied with weights of bytes only
+    let activations = match target.activations {
+        Rounding::Int8 if !module.weights.values().any(|w| w.format.is_bytes()) => Rounding::F32,
+        activations => activations,
+    };
+    Target { max_context: module.info.max_context, activations, ..target.clone() }
 }
 
 /// The graph after all passes.
@@ -245,7 +254,7 @@ mod tests {
             ("--target cuda --backend cranelift", "`--target cuda`"),
             ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
-            ("--activations int8", "`--activations int8`"),
+            ("--backend cranelift --activations int8", "`--activations int8`"),
             ("--backend cranelift --activations bf16", "`--activations bf16`"),
             ("--cpu pentium", "`pentium` is unknown"),
         ] {

@@ -90,6 +90,11 @@ impl Blocks {
         1 + self.zero as u64
     }
 
+    /// True if each 32 columns of a row share a scale and nothing else, and lie in their own order.
+    pub const fn scales_bytes(self) -> bool {
+        self.rows == 1 && self.columns.is_multiple_of(32) && !self.zero && !self.ordered
+    }
+
     /// Bytes of a scale as it is stored.
     pub const fn scale_bytes(self) -> u64 {
         if self.unit > 0 { 1 } else { self.scale.bytes() }
@@ -225,6 +230,11 @@ impl Format {
     pub fn def(self) -> &'static FormatDef {
         let same = |d: &&FormatDef| std::mem::discriminant(&d.format) == std::mem::discriminant(&self);
         FORMATS.iter().find(same).expect("every format has its row: tested")
+    }
+
+    /// True if its numbers are integers of at most eight bits times a scale that 32 columns of a row share, and nothing else: what is multiplied as bytes.
+    pub fn is_bytes(self) -> bool {
+        matches!(self, Self::Q8(blocks) | Self::Q4(blocks) if blocks.scales_bytes())
     }
 
     /// Its blocks, if it is scaled.
