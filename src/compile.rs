@@ -238,6 +238,8 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
+    #[cfg(feature = "llvm")]
+    use nextc_ir::format::{Blocks, Format};
 
     fn plan(options: &str) -> anyhow::Result<Plan> {
         let line = format!("nextc build model {options}");
@@ -290,6 +292,33 @@ mod tests {
         let several = plan("--cpu x86-64-v4,sapphirerapids").expect("they are known");
         assert_eq!((several.target.activations, several.others[0].activations), (Rounding::Bf16, Rounding::F32));
         assert!(plan("--cpu x86-64-v4,sapphirerapids --activations bf16").is_err());
+    }
+
+    #[test]
+    #[cfg(feature = "llvm")]
+    fn activations_are_rounded_to_bytes_where_vectors_multiply_them_and_weights_are_bytes() {
+        let of = |options: &str| plan(options).expect(options).target.activations;
+        assert_eq!(of("--cpu icelake-server"), Rounding::Int8);
+        assert_eq!(of("--cpu icelake-server --activations int8"), Rounding::Int8);
+        assert_eq!(of("--cpu icelake-server --activations f32"), Rounding::F32);
+        assert_eq!(of("--cpu sapphirerapids --activations int8"), Rounding::Int8);
+        let error = plan("--cpu x86-64-v4 --activations int8").expect_err("it has no VNNI").to_string();
+        assert!(error.contains("`x86-64-v4`") && error.contains("expected `auto` or `f32`"), "{error}");
+        let several = plan("--cpu x86-64-v3,znver4,sapphirerapids").expect("they are known");
+        let others: Vec<Rounding> = several.others.iter().map(|target| target.activations).collect();
+        assert_eq!((several.target.activations, others), (Rounding::Bf16, vec![Rounding::Int8, Rounding::F32]));
+
+        let target = plan("--cpu znver4").expect("it is known").target;
+        let with = |format| {
+            let origin = nextc_ir::graph::Origin::Values(Vec::new());
+            let weight = nextc_ir::graph::WeightDecl { shape: vec![16, 64], in_rank: 1, format, origin };
+            let weights = [("w".to_owned(), weight)].into_iter().collect();
+            with_model(&target, &Module { weights, ..Module::default() })
+        };
+        let q4 = Format::Q4(Blocks::group(32));
+        assert_eq!([with(q4), with(Format::Bf16)].map(|t| t.activations), [Rounding::Int8, Rounding::F32]);
+        assert!(with(q4).required_features().contains(&"avx512vnni"));
+        assert!(!with(Format::Bf16).required_features().contains(&"avx512vnni"));
     }
 
     #[test]

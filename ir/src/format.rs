@@ -403,6 +403,14 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_integers_with_a_scale_for_32_columns_or_more() {
+        let is_bytes = |name: &str| Format::from_name(name).expect("it is one").is_bytes();
+        assert!(["q8<g32>", "q4<g32>", "q4<g128,bf16>", "q8<g64,f32>"].into_iter().all(is_bytes));
+        let others = ["bf16", "fp8<128x128>", "q8<g16>", "q4<g32,zero>", "q4<g32,ordered>", "u4<g32>", "q6<g32>"];
+        assert!(!others.into_iter().any(is_bytes));
+    }
+
+    #[test]
     fn bytes_count_scales() {
         let bytes = |name: &str| Format::from_name(name).expect(name).bytes(1 << 20) as f64 / f64::from(1 << 20);
         assert_eq!(bytes("bf16"), 2.0);

@@ -368,7 +368,9 @@ impl Target {
             Activations::Int8 if self.has_byte_dots() => BulkKind::Bytes,
             _ => return None,
         };
-        Some(BulkTile { kind, panel_bytes: 1 << 20, most_tokens: 256, row_tiles: 64 })
+        // whole blocks, two of which are enough for 512 tokens
+        let most_tokens = 256_u64.next_multiple_of(kind.together());
+        Some(BulkTile { kind, panel_bytes: 1 << 20, most_tokens, row_tiles: 64 })
     }
 
     /// True if what many tokens need is computed in tiles of bfloat16.
@@ -504,7 +506,7 @@ mod tests {
         assert!(!exact.required_features().contains(&"avx512vnni"));
         let rounding = Target { activations: Activations::Int8, ..exact };
         let tile = rounding.bulk_tile().expect("it multiplies bytes");
-        assert_eq!([64, 2048, 1 << 15].map(|row_bytes| tile.tokens(row_bytes)), [252, 252, 30]);
+        assert_eq!([64, 2048, 1 << 15].map(|row_bytes| tile.tokens(row_bytes)), [258, 258, 30]);
         assert!(rounding.required_features().contains(&"avx512vnni") && !rounding.rounds_to_tiles());
         assert!(rounding.for_cranelift().bulk_tile().is_none());
         for without in ["x86-64-v4", "alderlake"].map(|name| Target::named(name).expect("it is in the table")) {

@@ -246,3 +246,119 @@ impl Bytes {
 const fn codes_words(columns: u64) -> u64 {
     columns.next_multiple_of(LINE_BYTES) / LINE_COLUMNS
 }
+
+#[cfg(test)]
+mod tests {
+    use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
+
+    use super::super::super::matmul::row_ptr;
+    use super::*;
+
+    /// A strip of codes from -127 to 127, and their scales: `[row][column]`, `[block][row]`.
+    struct Strip {
+        codes: Vec<Vec<i32>>,
+        scales: Vec<Vec<f32>>,
+    }
+
+    impl Strip {
+        fn new(columns: usize) -> Self {
+            let code = |row: usize, column: usize| (row * 31 + column * 17) as i32 % 255 - 127;
+            let codes = (0..16).map(|row| (0..columns).map(|column| code(row, column)).collect()).collect();
+            let scale = |block: usize, row: usize| 0.01 * (1 + block + row) as f32;
+            let blocks = columns.div_ceil(BLOCK as usize);
+            Self { codes, scales: (0..blocks).map(|b| (0..16).map(|row| scale(b, row)).collect()).collect() }
+        }
+
+        /// As [`Bytes::unpack`] writes it.
+        fn words(&self) -> Vec<i32> {
+            let byte = |row: &[i32], column: usize| row.get(column).map_or(0, |code| (code + 128) as u8);
+            let word = |row: &[i32], column| i32::from_le_bytes(std::array::from_fn(|i| byte(row, column + i)));
+            let block = |(block, scales): (usize, &Vec<f32>)| {
+                let columns =
+                    (0..LINES as usize).map(move |line| block * BLOCK as usize + line * LINE_COLUMNS as usize);
+                let codes = columns.flat_map(|column| self.codes.iter().map(move |row| word(row, column)));
+                codes.chain(scales.iter().map(|s| s.to_bits().cast_signed())).collect::<Vec<_>>()
+            };
+            self.scales.iter().enumerate().flat_map(block).collect()
+        }
+
+        /// The product with a row, and how far a rounded one may be from it.
+        fn product(&self, x: &[f32], row: usize) -> (f64, f64) {
+            let (mut product, mut room) = (0.0, 0.0);
+            for (b, block) in x.chunks(BLOCK as usize).enumerate() {
+                let scale = f64::from(self.scales[b][row]);
+                let step = f64::from(Stored::Int8.scale(block));
+                for (i, &x) in block.iter().enumerate() {
+                    let w = f64::from(self.codes[row][b * BLOCK as usize + i]) * scale;
+                    product += w * f64::from(x);
+                    room += w.abs() * step * 0.501;
+                }
+            }
+            (product, room)
+        }
+    }
+
+    /// Products of six rows with a strip: of each row 16 numbers.
+    fn products(rows: &[Vec<f32>; 6], strip: &Strip) -> Vec<f32> {
+        let columns = rows[0].len() as u64;
+        let mut k = KernelBuilder::new("bytes", &[("x", false), ("strip", false), ("out", true)], 1.into());
+        let (x, weights, out) = (k.param(0), k.param(1), k.param(2));
+        let bytes = Bytes::alloc(&mut k, 6, columns);
+        let rounded: Vec<Val> = (0..6)
+            .map(|i| {
+                let i = k.index(i);
+                let row = row_ptr(&mut k, x, i, columns);
+                bytes.pack(&mut k, i, |k, c| k.load_f32x16(row, c));
+                bytes.row(&mut k, i)
+            })
+            .collect();
+        let (zero, depth, nothing) = (k.const_i64(0), k.index(bytes.depth()), k.splat_f32(16, 0.0));
+        let sums = k.for_carry((zero, depth, 1), &[nothing; 6], |k, block, sums| {
+            bytes.add_block(k, (&[weights], &rounded), block, sums)
+        });
+        for (i, sum) in (0..).zip(sums) {
+            let at = k.index(16 * i);
+            k.store(out, at, sum);
+        }
+        let x: Vec<f32> = rows.concat();
+        let mut buffers = [Buffer::from_f32(&x), Buffer::from_i32(&strip.words()), Buffer::uninit(6 * 64)];
+        run(&k.finish(), [1; 4], &mut buffers, &[0, 1, 2].map(Place::start), Options::default())
+            .expect("the kernel runs");
+        buffers[2].to_f32()
+    }
+
+    /// Numbers of all magnitudes, the largest of each block another.
+    fn row(columns: usize, seed: usize) -> Vec<f32> {
+        let number = |i: usize| ((i * 7919 + seed * 104_729) % 2001) as f32 / 1000.0 - 1.0;
+        (0..columns).map(|i| number(i) * 2.0_f32.powi((i / 32 * 5 + seed) as i32 % 9 - 4)).collect()
+    }
+
+    #[test]
+    fn products_are_as_far_from_exact_ones_as_numbers_were_rounded() {
+        for columns in [16, 32, 48, 64, 80, 112, 128, 208] {
+            let rows: [Vec<f32>; 6] = std::array::from_fn(|i| row(columns, i));
+            let strip = Strip::new(columns);
+            for (i, got) in products(&rows, &strip).into_iter().enumerate() {
+                let (want, room) = strip.product(&rows[i / 16], i % 16);
+                let far = (f64::from(got) - want).abs();
+                assert!(far <= room, "{columns} columns, row {}: {got} for {want}, at most {room} apart", i / 16);
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_stay_and_what_is_no_number_spoils_its_row_alone() {
+        for columns in [16, 48, 64, 176] {
+            let mut rows: [Vec<f32>; 6] = std::array::from_fn(|i| row(columns, i));
+            rows[0].fill(0.0);
+            rows[1].fill(-0.0);
+            rows[2][columns - 1] = f32::NAN;
+            rows[3][columns / 2] = f32::INFINITY;
+            rows[4][0] = f32::NEG_INFINITY;
+            let got = products(&rows, &Strip::new(columns));
+            assert!(got[..32].iter().all(|&x| x == 0.0), "{columns} columns: {:?}", &got[..32]);
+            assert!(got[32..80].iter().all(|x| x.is_nan()), "{columns} columns: {:?}", &got[32..80]);
+            assert!(got[80..].iter().all(|x| x.is_finite()), "{columns} columns: {:?}", &got[80..]);
+        }
+    }
+}
