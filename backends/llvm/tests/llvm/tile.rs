@@ -209,7 +209,7 @@ fn bytes_of_four_vectors_lie_in_a_row() {
     });
     let row = k.byte_row(vectors);
     k.store(out, zero, row);
-    let words: Vec<u32> = (0..64).map(|i| i * 0x0103_0700 | (255 - i)).collect();
+    let words: Vec<u32> = (0..64).map(|i| (i * 0x0103_0700) | (255 - i)).collect();
     let out = check_on(machine_of_bytes(), &k.finish(), &[words, vec![0; 16]], "bytes in a row");
     let bytes: Vec<u8> = out.iter().flat_map(|word| word.to_le_bytes()).collect();
     assert_eq!(bytes, (0..64).map(|i| 255 - i).collect::<Vec<u8>>());
