@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nextc_frontend::{Quantise, RopeScaling};
 
+use crate::ptxas::Ptxas;
+
 /// Compiles a Qwen3-Next model to one native executable.
 #[derive(Debug, Parser)]
 #[command(name = "nextc", version, arg_required_else_help = true, after_help = EXAMPLES)]
@@ -102,6 +104,12 @@ pub struct ModelArgs {
     /// The GPU that code is made for.
     #[arg(long, value_name = "NAME")]
     pub gpu: Option<String>,
+    /// What makes GPU code of PTX when the executable is built: `auto`, `none`, or the file of NVIDIA's ptxas (CUDA 12.8 or newer).
+    ///
+    /// With it an executable starts at once. Without it the GPU's driver compiles the PTX when the executable first starts on a machine, some seconds for a large
+    /// model, and keeps what it made. `auto` takes the one that NEXTC_PTXAS names, else one on PATH, in CUDA_HOME, or that `make ptxas` fetched.
+    #[arg(long, value_name = "auto|none|FILE", default_value = "auto")]
+    pub ptxas: Ptxas,
     /// The most tokens a sequence may hold [default: the model's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_context: Option<u64>,
@@ -298,7 +306,7 @@ mod tests {
 
     #[test]
     fn every_option_of_build_is_one_of_dump_and_explain() {
-        let options = "m --target cpu+cuda --backend cranelift --quant q4,head=q8 --activations f32 --kv bf16 --cpu x86-64-v3 --gpu sm_90a --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
+        let options = "m --target cpu+cuda --backend cranelift --quant q4,head=q8 --activations f32 --kv bf16 --cpu x86-64-v3 --gpu sm_90a --ptxas none --max-context 9 --rope-scaling yarn,factor=4 --embed-weights";
         for command in ["build", "run", "dump", "explain"] {
             assert!(parses(&format!("{command} {options}")), "{command}");
         }

@@ -12,6 +12,7 @@ use nextc_passes::lower::lower;
 use nextc_passes::{legalise, run_all};
 
 use crate::cli::{Activations, Backend, Kv, ModelArgs, TargetKind};
+use crate::ptxas::{Assembled, Ptxas};
 use crate::show;
 
 /// What code is made for, and by what.
@@ -25,6 +26,8 @@ pub struct Plan {
     pub backend: Backend,
     /// What KV is stored in.
     pub kv: Stored,
+    /// What assembles PTX.
+    pub ptxas: Ptxas,
 }
 
 impl Plan {
@@ -40,7 +43,7 @@ impl Plan {
             );
         }
         let mut targets = targets(args, backend)?;
-        Ok(Self { target: targets.remove(0), others: targets, backend, kv: kv(args) })
+        Ok(Self { target: targets.remove(0), others: targets, backend, kv: kv(args), ptxas: args.ptxas.clone() })
     }
 
     /// Its backend's name.
@@ -179,6 +182,24 @@ fn emit(kernels: &KernelModule, plan: &Plan, target: &Target) -> anyhow::Result<
     }
 }
 
+/// Binaries for a GPU of the kernels' texts; none for a CPU, or if the driver is to compile them.
+/// # Errors
+/// What an assembler that was named says.
+fn assemble(texts: &[Vec<u8>], plan: &Plan, target: &Target) -> anyhow::Result<Vec<Vec<u8>>> {
+    let Some(gpu) = target.gpu else { return Ok(Vec::new()) };
+    show::progress(&format!("assembling {} kernels with ptxas", texts.len()));
+    Ok(match plan.ptxas.assemble(gpu.name, texts)? {
+        Assembled::Binaries(binaries) => binaries,
+        Assembled::Texts(reason) => {
+            show::progress(&format!(
+                "no binaries for {}, so its driver compiles the kernels at the first start: {reason}",
+                gpu.name
+            ));
+            Vec::new()
+        }
+    })
+}
+
 /// Compiles a model to an executable.
 /// # Errors
 /// Whatever went wrong; then there is no output file.
@@ -213,11 +234,18 @@ fn link(
         let fused = fuse(module.clone(), &target)?;
         let kernels = lower_to_kernels(&fused, &target)?;
         let objects = emit(&kernels, plan, &target)?;
-        compiled.push((target, fused, kernels, objects));
+        let binaries = assemble(&objects, plan, &target)?;
+        compiled.push((target, fused, kernels, objects, binaries));
     }
     let versions: Vec<_> = compiled
         .iter()
-        .map(|(target, graph, module, objects)| nextc_link::Version { objects, module, graph: Some(graph), target })
+        .map(|(target, graph, module, objects, binaries)| nextc_link::Version {
+            objects,
+            binaries,
+            module,
+            graph: Some(graph),
+            target,
+        })
         .collect();
     let report = nextc_link::link(&LinkInputs {
         versions: &versions,

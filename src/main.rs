@@ -10,6 +10,7 @@ mod compile;
 mod diff;
 mod interrupt;
 mod measure;
+mod ptxas;
 mod show;
 
 use std::process::ExitCode;

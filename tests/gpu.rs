@@ -138,18 +138,25 @@ fn logits_are_near_those_in_float32() {
     });
 }
 
-/// A token's logits have the same bits alone and in a batch, whole and in pieces: long runs in long pieces, and decoded tokens in any of at most eight.
+/// A token's logits have the same bits alone and in a batch, whole and in pieces: long runs in pieces that are cut between two chunks, and decoded tokens in any of
+/// at most eight.
 #[test]
 fn bits_do_not_depend_on_the_step() {
     each_fixture(|name, exe, g| {
         let one = g.ints("input_ids").to_vec();
         let other: Vec<i32> = one.iter().rev().copied().collect();
         let alone = &exe.logits(std::slice::from_ref(&one), Feed::Prefill, 0)[0].logits;
-        let logits = |feed| exe.logits(std::slice::from_ref(&one), feed, 0).swap_remove(0).logits;
-        assert!(same_bits(alone, &logits(Feed::Pieces(23))), "{name}: in long pieces");
-        assert!(same_bits(&logits(Feed::Decode), &logits(Feed::Pieces(7))), "{name}: token by token");
-        let batch = exe.logits(&[other, one], Feed::Prefill, 0);
+        let logits = |tokens: &Vec<i32>, feed| exe.logits(std::slice::from_ref(tokens), feed, 0).swap_remove(0).logits;
+        assert!(same_bits(&logits(&one, Feed::Decode), &logits(&one, Feed::Pieces(7))), "{name}: token by token");
+        // 200 = 3 * 64 + 8: the last 72 tokens stay together, as 8 would be decoded
+        let longer: Vec<i32> = one.iter().copied().cycle().take(200).collect();
+        let whole = logits(&longer, Feed::Prefill);
+        for pieces in [80, 97, 130, 192] {
+            assert!(same_bits(&whole, &logits(&longer, Feed::Pieces(pieces))), "{name}: in pieces of {pieces}");
+        }
+        let batch = exe.logits(&[other, one, longer], Feed::Prefill, 0);
         assert!(same_bits(alone, &batch[1].logits), "{name}: in a batch");
+        assert!(same_bits(&whole, &batch[2].logits), "{name}: a longer one in a batch");
     });
 }
 

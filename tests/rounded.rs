@@ -31,6 +31,9 @@ const BF16: Rounding =
 const INT8: Rounding =
     Rounding { name: "int8", to: Activations::Int8, runs: Target::has_byte_dots, nats: 0.002, kl: 0.002 };
 
+/// Relative L2 error of a fixture's logits on a GPU, as in `tests/gpu.rs`.
+const GPU_REL_L2: f64 = 0.02;
+
 /// Fixtures of all formats that are multiplied in tiles, and of sizes that divide none; `gptq-int4` has columns in an order of their own, which are not. Beside
 /// each the mean divergence over a prompt's rows, nats, of the published implementation run in bfloat16 (`tests/oracle/README.md`).
 const FIXTURES: [(&str, f64); 6] = [
@@ -184,6 +187,21 @@ fn bits_depend_on_the_class_alone() {
             same_bits(&got, &whole, &format!("{name}: in pieces of {pieces}"));
         }
     }
+}
+
+/// The kernels of a GPU: the same of their long runs, in pieces that are cut between two chunks and in a batch.
+#[test]
+fn long_runs_of_a_gpu_keep_their_bits_between_chunks() {
+    let kernels = Interpreter::kernels(&fixture("odd"), &Target::gpu("sm_90a").expect("a GPU that is known"));
+    let (long, short) = (repeated("odd", 90), prompt("odd"));
+    let batch = kernels.logits(&[short.clone(), long.clone()], Feed::Prefill, 0);
+    let g = Golden::read(&fixture("odd").join("golden.safetensors"));
+    let (want, _) = g.floats("prefill_logits");
+    let rel = distance(&batch[0].logits[..want.len()], want);
+    println!("odd, on a GPU: relative L2 {rel:.2e}");
+    assert!(rel <= GPU_REL_L2, "relative L2 {rel:e}");
+    same_bits(&one(&kernels, &short, Feed::Prefill).logits, &batch[0].logits, "in a batch");
+    same_bits(&one(&kernels, &long, Feed::Pieces(64)).logits, &batch[1].logits, "in pieces of 64");
 }
 
 /// What a prompt's batch and its steps are does not show in what is generated.

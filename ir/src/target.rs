@@ -378,6 +378,12 @@ impl Target {
         self.bulk_tile().is_some_and(|tile| tile.kind == BulkKind::Tiles)
     }
 
+    /// Whether the delta rule of long runs goes by chunks of [`CHUNK_TOKENS`](crate::types::CHUNK_TOKENS) positions, so that a long run has the bits of its pieces
+    /// only where they are cut between two: on matrix units of CPUs that may round, and on GPUs.
+    pub fn has_chunks(&self) -> bool {
+        self.rounds_to_tiles() || self.gpu.is_some()
+    }
+
     /// Multiprocessors of the GPU; 1 if it is none.
     pub fn multiprocessors(&self) -> u64 {
         self.gpu.map_or(1, |gpu| u64::from(gpu.multiprocessors))

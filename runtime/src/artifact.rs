@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nextc_abi::metadata::NVPTX64;
-use nextc_abi::{Asset, Footer, FooterError, KernelFn, Metadata, Section, SectionKind, Target, hash};
+use nextc_abi::{Asset, Footer, FooterError, KernelFn, Metadata, Section, SectionKind, Span, Target, hash};
 
 use crate::cpu;
 use crate::error::Error;
@@ -143,6 +143,11 @@ impl Artifact {
         text.ok_or_else(|| Error::Metadata { path: self.path.clone(), reason: reason() })
     }
 
+    /// Bytes of the image, which `check_entries` has found to lie inside it.
+    pub(crate) fn binary(&self, span: Span) -> &[u8] {
+        &self.code.as_slice()[span.at as usize..][..span.bytes as usize]
+    }
+
     /// The machine code at an offset of the image, which `check_entries` has found to lie inside it.
     pub(crate) fn entry(&self, offset: u64) -> KernelFn {
         debug_assert!(offset < self.code.bytes());
@@ -201,7 +206,8 @@ fn check_entries(path: &Path, metadata: &Metadata, code_bytes: u64) -> Result<()
     use nextc_abi::Arg;
     let error = |reason: String| Err(Error::Metadata { path: path.to_owned(), reason });
     for k in &metadata.kernels {
-        if k.entry >= code_bytes || k.tail.is_some_and(|t| t >= code_bytes) {
+        let binary_is_inside = k.binary.is_none_or(|span| span.is_within(code_bytes));
+        if k.entry >= code_bytes || k.tail.is_some_and(|t| t >= code_bytes) || !binary_is_inside {
             return error(format!("kernel `{}` lies outside the code", k.name));
         }
     }

@@ -129,14 +129,20 @@ impl Cuda {
     }
 }
 
+/// How many sequences a step of `sequences` is filled up to, so that few batches need a plan and a graph of their own. Less than a quarter is added.
+fn batch_width(sequences: usize) -> usize {
+    sequences.next_multiple_of((sequences.next_power_of_two() / 8).max(1))
+}
+
 /// Refuses what would not fit in the end: weights, the states of all sequences with a page each, and the largest steps.
 /// It is stated first where it is much.
 fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions, kept: u64) -> Result<(), CudaError> {
     let (sequences, tokens) = (options.sequences as u64, options.step_tokens as u64);
+    let width = batch_width(options.sequences) as u64;
     let page = metadata.kv_bytes_per_token().saturating_mul(metadata.page_tokens);
     let states =
         metadata.state_bytes_per_sequence().saturating_add(page).saturating_mul(sequences).saturating_add(kept);
-    let steps = plan::step_bytes(metadata, &[tokens, sequences, 1, sequences]);
+    let steps = plan::step_bytes(metadata, &[tokens.max(width), width, 1, width]);
     let (weights, (free, _)) = (metadata.weights.bytes, context.memory()?);
     let needed = weights.saturating_add(states).saturating_add(steps);
     let human = |bytes: u64| human_bytes(bytes as f64);
@@ -236,6 +242,10 @@ impl Device for Cuda {
         pages.next_power_of_two()
     }
 
+    fn batch_width(&self, sequences: usize) -> usize {
+        batch_width(sequences)
+    }
+
     fn grow_state(&mut self, state: usize, bytes: u64) -> Result<(), Error> {
         self.context.make_current()?;
         Ok(self.memory.states[state].grow(&self.context, &self.stream, bytes)?)
@@ -300,5 +310,17 @@ impl Device for Cuda {
     fn profile(&mut self, go_on: bool) -> Vec<KernelTime> {
         let begin = go_on.then(|| Profile::new(self.artifact.metadata().kernels.len()));
         std::mem::replace(&mut self.launcher.profile, begin).map(Profile::times).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::batch_width;
+
+    #[test]
+    fn batches_have_few_sizes_and_little_padding() {
+        assert_eq!([1, 7, 8, 9, 16, 17, 33, 64, 65].map(batch_width), [1, 7, 8, 10, 16, 20, 40, 64, 80]);
+        let widths: std::collections::BTreeSet<_> = (1..=64).map(batch_width).collect();
+        assert!(widths.len() <= 20 && (1..=64).all(|n| 4 * (batch_width(n) - n) < n), "{widths:?}");
     }
 }

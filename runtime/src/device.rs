@@ -91,6 +91,11 @@ pub(crate) trait Device: Send {
         pages
     }
 
+    /// How many sequences a step of `sequences` is filled up to.
+    fn batch_width(&self, sequences: usize) -> usize {
+        sequences
+    }
+
     /// Makes the first `bytes` bytes of a state usable.
     fn grow_state(&mut self, state: usize, bytes: u64) -> Result<(), Error>;
 

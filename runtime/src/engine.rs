@@ -76,8 +76,23 @@ pub struct Engine {
     reach: (u32, u32),
     /// The inputs of the last step, which what chooses tokens after it takes too.
     last: StepInputs,
-    /// The entry point that ran last, `@step` or `@draft`, and the dimensions that it ran with.
-    ran: (usize, [u64; 4]),
+    ran: Ran,
+}
+
+/// The entry point that ran last, `@step` or `@draft`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ran {
+    program: usize,
+    /// The dimensions that it ran with.
+    dims: [u64; 4],
+    /// The same without padding.
+    wanted: [u64; 4],
+}
+
+impl Ran {
+    fn new(program: usize, inputs: &StepInputs) -> Self {
+        Self { program, dims: inputs.dims(), wanted: inputs.wanted_dims() }
+    }
 }
 
 /// One sequence's part of a step.
@@ -101,8 +116,8 @@ impl Engine {
         check_outputs(metadata)?;
         let states = States::new(metadata, options.sequences)?;
         let device = device::open(&artifact, options, &states)?;
-        let (step_tokens, last, ran) = (options.step_tokens.max(1), StepInputs::default(), (step, [0; 4]));
-        let reach = (0, 0);
+        let (step_tokens, last, reach) = (options.step_tokens.max(1), StepInputs::default(), (0, 0));
+        let ran = Ran { program: step, ..Ran::default() };
         Ok(Self { states, device, step, draft, guess, follow, sample, verify, step_tokens, reach, last, ran, artifact })
     }
 
@@ -196,25 +211,27 @@ impl Engine {
 
     /// Runs an entry point that goes on from the last step.
     fn run_after(&mut self, program: usize, rows: &[Row<'_>]) -> Result<(), Error> {
-        if rows.len() != self.last.logit_rows.len() {
+        if rows.len() as u64 != self.last.wanted_dims()[Sym::R as usize] {
             return Err(Error::Step("tokens are chosen for other rows than the step had"));
         }
+        let mut rows = rows.to_vec();
+        rows.resize(self.last.logit_rows.len(), Row { choosing: None, drafts: (0, 0) });
         // where inputs lie must follow from the dimensions, which do not count pages here
         self.last.page_table.clear();
-        self.last.sampling = Some(tables(rows));
+        self.last.sampling = Some(tables(&rows));
         self.device.run(program, &self.last)
     }
 
     /// Tokens and counts that an entry point gave.
     fn numbers(&mut self, program: usize, names: &[&str]) -> Result<Vec<&[i32]>, Error> {
-        let dims = self.last.dims();
-        let spans = names.iter().map(|name| self.span(program, name, &dims)).collect::<Result<Vec<_>, _>>()?;
+        let ran = Ran::new(program, &self.last);
+        let spans = names.iter().map(|name| self.span(&ran, name)).collect::<Result<Vec<_>, _>>()?;
         Ok(self.device.fetch(&spans)?.into_iter().map(bytemuck::cast_slice).collect())
     }
 
     /// Runs a step or a draft.
     fn run(&mut self, program: usize, inputs: &StepInputs) -> Result<(), Error> {
-        self.ran = (program, inputs.dims());
+        self.ran = Ran::new(program, inputs);
         self.device.run(program, inputs)
     }
 
@@ -333,6 +350,7 @@ impl Engine {
             inputs.page_table.extend(sequence.pages.iter().map(|&p| p as i32));
             inputs.page_table.resize(filled, 0);
         }
+        inputs.pad(self.device.batch_width(parts.len()));
         Ok(inputs)
     }
 
@@ -354,21 +372,20 @@ impl Engine {
     /// # Errors
     /// [`Error`] if the device fails.
     pub fn best(&mut self) -> Result<&[i32], Error> {
-        let (program, dims) = self.ran;
-        let span = self.span(program, "best", &dims)?;
+        let span = self.span(&self.ran, "best")?;
         Ok(bytemuck::cast_slice(self.device.fetch(&[span])?.remove(0)))
     }
 
     fn rows(&mut self, name: &str) -> Result<Rows<'_>, Error> {
-        let ((program, dims), metadata) = (self.ran, self.artifact.metadata());
-        let output = output_of(metadata, program, name)?;
-        let bytes = self.device.fetch(&[step::span_of(metadata, output, &dims)])?.remove(0);
-        Ok(Rows::new(output, &dims, bytes))
+        let span = self.span(&self.ran, name)?;
+        let output = output_of(self.artifact.metadata(), self.ran.program, name)?;
+        let bytes = self.device.fetch(&[span])?.remove(0);
+        Ok(Rows::new(output, &self.ran.wanted, bytes))
     }
 
-    fn span(&self, program: usize, name: &str, dims: &[u64; 4]) -> Result<Span, Error> {
+    fn span(&self, ran: &Ran, name: &str) -> Result<Span, Error> {
         let metadata = self.artifact.metadata();
-        Ok(step::span_of(metadata, output_of(metadata, program, name)?, dims))
+        Ok(step::span_of(metadata, output_of(metadata, ran.program, name)?, &ran.dims, &ran.wanted))
     }
 
     /// The token that was chosen for row `row` of the last step or draft.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use nextc_abi::{Arg, Input, Metadata, Output, Program};
+use nextc_abi::{Arg, DECODE_TOKENS, Input, Metadata, Output, Program};
 
 use crate::device::{CopyRows, Memory, Span};
 
@@ -36,6 +36,16 @@ pub(crate) struct StepInputs {
     pub sampling: Option<SamplingInputs>,
     /// What is on the device already, and takes the place of what the host gives.
     pub taken: Vec<Taken>,
+    /// Sequences at the end that are padding, and their tokens.
+    pub padding: Padding,
+}
+
+/// Sequences that fill a step up: they have slot -1, which no state belongs to, and what comes of them is of no interest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Padding {
+    pub sequences: usize,
+    /// Of all of them.
+    pub tokens: usize,
 }
 
 /// Rows of an input that are copied from memory of the device.
@@ -81,6 +91,36 @@ impl StepInputs {
         let pages = self.page_table.len() as u64 / sequences.max(1);
         let width = self.sampling.as_ref().map_or(pages, |s| s.edit_tokens.len() as u64);
         [self.tokens.len() as u64, sequences, width, self.logit_rows.len() as u64]
+    }
+
+    /// The dimensions without padding.
+    pub fn wanted_dims(&self) -> [u64; 4] {
+        let [_, _, width, _] = self.dims();
+        let (tokens, sequences) = (self.tokens.len() - self.padding.tokens, self.slot.len() - self.padding.sequences);
+        let rows = self.logit_rows.iter().filter(|&&row| (row as usize) < tokens).count();
+        [tokens as u64, sequences as u64, width, rows as u64]
+    }
+
+    /// Fills up to `sequences` sequences, each of as many tokens as all of those that there are, or leaves them alone if they have different ones, or more than
+    /// are decoded.
+    pub fn pad(&mut self, sequences: usize) {
+        let Some(count) = sequences.checked_sub(self.slot.len()).filter(|&n| n > 0) else { return };
+        let each = self.cu_seqlens[1];
+        let alike = self.cu_seqlens.windows(2).all(|ends| ends[1] - ends[0] == each);
+        if !alike || each as usize > DECODE_TOKENS {
+            return;
+        }
+        let width = self.page_table.len() / self.slot.len();
+        for _ in 0..count {
+            self.positions.extend(0..each);
+            self.cu_seqlens.push(self.positions.len() as i32);
+        }
+        self.tokens.resize(self.positions.len(), 0);
+        self.slot.resize(sequences, -1);
+        self.replay.resize(sequences, 0);
+        self.tentative.resize(sequences, 0);
+        self.page_table.resize(sequences * width, 0);
+        self.padding = Padding { sequences: count, tokens: count * each as usize };
     }
 
     /// True if they are taken from the arena, so that it must stay as it is until they are.
@@ -201,9 +241,9 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Where an output lies in the arena.
-pub(crate) fn span_of(metadata: &Metadata, output: &Output, dims: &[u64; 4]) -> Span {
-    let bytes = dims[output.rows as usize] * output.stride * size_of::<f32>() as u64;
+/// Where those rows of an output that are wanted lie in the arena.
+pub(crate) fn span_of(metadata: &Metadata, output: &Output, dims: &[u64; 4], wanted: &[u64; 4]) -> Span {
+    let bytes = wanted[output.rows as usize] * output.stride * size_of::<f32>() as u64;
     Span { at: metadata.arena.offset(&output.at, dims), bytes }
 }
 
@@ -301,6 +341,32 @@ mod tests {
         };
         assert_eq!(inputs.dims(), [3, 2, 3, 1]);
         assert_eq!(inputs.dims()[nextc_abi::Sym::P as usize], 3);
+    }
+
+    #[test]
+    fn sequences_that_are_alike_are_filled_up() {
+        let decoded = |ends: &[i32]| StepInputs {
+            tokens: vec![9; ends[ends.len() - 1] as usize],
+            positions: vec![5; ends[ends.len() - 1] as usize],
+            cu_seqlens: ends.to_vec(),
+            slot: vec![0; ends.len() - 1],
+            page_table: vec![7; 2 * (ends.len() - 1)],
+            ..StepInputs::default()
+        };
+        let mut inputs = decoded(&[0, 2, 4, 6]);
+        inputs.pad(5);
+        inputs.logit_rows = (0..10).collect();
+        assert_eq!((inputs.dims(), inputs.wanted_dims()), ([10, 5, 2, 10], [6, 3, 2, 6]));
+        assert_eq!(
+            (inputs.slot.as_slice(), &inputs.positions[6..]),
+            ([0, 0, 0, -1, -1].as_slice(), [0, 1, 0, 1].as_slice())
+        );
+        assert_eq!((inputs.cu_seqlens[5], &inputs.tokens[6..], inputs.page_table[6]), (10, [0; 4].as_slice(), 0));
+        for ends in [&[0, 1, 3][..], &[0, 9]] {
+            let mut others = decoded(ends);
+            others.pad(5);
+            assert_eq!((others.padding, others.slot.len()), (Padding::default(), ends.len() - 1));
+        }
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct Image {
     pub bytes: Vec<u8>,
     /// Offsets of the defined global symbols.
     pub symbols: BTreeMap<String, u64>,
+    /// For a GPU: the binary of each kernel, as offset and length.
+    pub binaries: Vec<(u64, u64)>,
 }
 
 /// Lays out the sections of `objects` and resolves what they refer to.
@@ -35,8 +37,12 @@ pub fn build(objects: &[Vec<u8>]) -> Result<Image, LinkError> {
     Ok(image)
 }
 
-/// Lays out one text of PTX a kernel, each ended by a NUL; the symbols of kernel `i` and of its tail lead to text `i`.
-pub fn of_ptx(texts: &[Vec<u8>]) -> Image {
+/// Alignment of a binary for a GPU: that of the largest numbers of an ELF file, and more than any section of it asks for.
+const BINARY_ALIGN: usize = 128;
+
+/// Lays out one text of PTX a kernel, each ended by a NUL, and the binaries that were made of them, if they were; the symbols of kernel `i` and of
+/// its tail lead to text `i`.
+pub fn of_ptx(texts: &[Vec<u8>], binaries: &[Vec<u8>]) -> Image {
     let mut image = Image::default();
     for (index, text) in texts.iter().enumerate() {
         for prefix in ["kernel", "tail"] {
@@ -44,6 +50,11 @@ pub fn of_ptx(texts: &[Vec<u8>]) -> Image {
         }
         image.bytes.extend_from_slice(text);
         image.bytes.push(0);
+    }
+    for binary in binaries {
+        image.bytes.resize(image.bytes.len().next_multiple_of(BINARY_ALIGN), 0);
+        image.binaries.push((image.bytes.len() as u64, binary.len() as u64));
+        image.bytes.extend_from_slice(binary);
     }
     image
 }
@@ -53,7 +64,8 @@ pub fn join(mut images: Vec<Image>) -> (Vec<u8>, Vec<Image>) {
     let mut bytes = Vec::new();
     for image in &mut images {
         bytes.resize(bytes.len().next_multiple_of(nextc_abi::PAGE_BYTES as usize), 0);
-        image.symbols.values_mut().for_each(|at| *at += bytes.len() as u64);
+        let places = image.symbols.values_mut().chain(image.binaries.iter_mut().map(|(at, _)| at));
+        places.for_each(|at| *at += bytes.len() as u64);
         bytes.append(&mut image.bytes);
     }
     (bytes, images)

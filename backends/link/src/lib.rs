@@ -28,6 +28,8 @@ pub const UNFINISHED_PREFIX: &str = ".nextc-";
 pub struct Version<'a> {
     /// Relocatable objects with the symbols `nextc_kernel_{i}` and `nextc_tail_{i}`; for a GPU one text of PTX a kernel.
     pub objects: &'a [Vec<u8>],
+    /// For a GPU, what an assembler made of each text; none if there was no assembler: then the driver compiles the texts when the executable first starts.
+    pub binaries: &'a [Vec<u8>],
     /// Kernels, schedules and tables.
     pub module: &'a KernelModule,
     /// The graph after all passes, from which the cost of a step is counted; without it a step counts as reading all weights.
@@ -40,7 +42,7 @@ impl Version<'_> {
     fn image(&self) -> Result<image::Image, LinkError> {
         match self.target.gpu {
             None => image::build(self.objects),
-            Some(_) => Ok(image::of_ptx(self.objects)),
+            Some(_) => Ok(image::of_ptx(self.objects, self.binaries)),
         }
     }
 }

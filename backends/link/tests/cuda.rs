@@ -18,8 +18,12 @@ struct Exe {
 
 impl Exe {
     fn new(config_only: bool) -> Self {
+        Self::of(How { config_only, ..How::default() })
+    }
+
+    fn of(how: How) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        link(&dir.path().join("toy"), How { stand_in: true, config_only, ..How::default() }).unwrap();
+        link(&dir.path().join("toy"), How { stand_in: true, ..how }).unwrap();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stand_in/driver.c");
         fs::create_dir(dir.path().join("driver")).unwrap();
         sample::compile_c(&source, &dir.path().join("driver/libcuda.so.1"));
@@ -33,14 +37,7 @@ impl Exe {
     fn run(&self, settings: &[(&str, &str)], args: &[&str]) -> Output {
         let mut command = Command::new(self.path("toy"));
         command.args(args).current_dir(self.dir.path()).env("LD_LIBRARY_PATH", self.path("driver"));
-        command.envs(settings.iter().copied());
-        loop {
-            // another test's child may hold the file open for a moment
-            match command.output() {
-                Err(e) if e.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
-                output => return output.unwrap(),
-            }
-        }
+        sample::output(command.envs(settings.iter().copied()))
     }
 
     fn stdout(&self, settings: &[(&str, &str)], args: &[&str]) -> String {
@@ -97,6 +94,14 @@ fn steps_of_all_sizes_give_what_the_kernels_compute() {
     }
 }
 
+#[test]
+fn binaries_go_before_texts_where_the_driver_takes_them() {
+    for taken in [true, false] {
+        let exe = Exe::of(How { binaries: Some(taken), ..How::default() });
+        assert_eq!(exe.eval(&[], &format!("{IDS:?}"), &[], "logits"), sample::logits(&IDS), "{taken}");
+    }
+}
+
 /// What is launched, in order.
 fn launches(exe: &Exe, how: &str) -> Vec<String> {
     let log = exe.path(how);
@@ -134,6 +139,27 @@ fn sequences_generate_what_they_would_alone() {
         }
         assert_eq!(report["sequences"][i]["tokens"], serde_json::json!(tokens[prompt.len()..]), "{report}");
     }
+}
+
+#[test]
+fn batches_that_are_filled_up_give_the_rows_of_their_sequences() {
+    let exe = Exe::new(false);
+    // of nine the step has ten
+    let batch: Vec<Vec<u32>> = (0..9).map(|i| vec![i, 15 - i, 3 * i % 7]).collect();
+    for args in [&[][..], &["--mode", "decode"]] {
+        for sequence in [0, 8] {
+            let rows = exe.eval(&[], &format!("{batch:?}"), args, &format!("logits.{sequence}"));
+            assert_eq!(rows, sample::logits(&batch[sequence]), "{args:?} {sequence}");
+        }
+    }
+    let args =
+        ["bench", "--random-weights", "--json", "--prefill", "2", "--decode", "3", "--draft", "2", "--batch", "9"];
+    let exe = Exe::new(true);
+    let report: serde_json::Value = serde_json::from_str(exe.stdout(&[], &args).lines().last().unwrap()).unwrap();
+    assert!(
+        report["rows"].as_array().unwrap().iter().all(|row| row["tokens_per_s"].as_f64().unwrap() > 0.0),
+        "{report}"
+    );
 }
 
 #[test]

@@ -26,14 +26,8 @@ impl Exe {
         Self { dir, path }
     }
 
-    /// Runs it; again while the file counts as open for writing, since another test's child may hold its descriptor for a moment.
     fn run(&self, args: &[&str]) -> Output {
-        loop {
-            match Command::new(&self.path).args(args).current_dir(self.dir.path()).output() {
-                Err(e) if e.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
-                output => return output.unwrap(),
-            }
-        }
+        sample::output(Command::new(&self.path).args(args).current_dir(self.dir.path()))
     }
 
     /// Standard output of a run that succeeds.
@@ -80,7 +74,7 @@ fn the_best_code_is_picked_at_start() {
     let info = |cpu: Option<&str>| {
         let mut command = Command::new(&exe.path);
         command.args(["info", "--json"]).envs(cpu.map(|name| ("NEXTC_CPU", name)));
-        let output = command.output().unwrap();
+        let output = sample::output(&mut command);
         let text = if output.status.success() { output.stdout } else { output.stderr };
         String::from_utf8(text).unwrap()
     };

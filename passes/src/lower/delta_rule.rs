@@ -108,12 +108,15 @@ pub struct Run {
     positions: Port,
 }
 
+/// The least logarithm of a token's decay in a chunk: its exponential is 0 in f32 already, and sums of it are still near the others.
+pub const LEAST_LOG_DECAY: f32 = -128.0;
+
 /// How many tokens ahead rows of a run are asked for.
 const TOKENS_AHEAD: u64 = 8;
 
 impl Run {
     /// The position of its first token.
-    fn position(&self, k: &mut KernelBuilder) -> Val {
+    pub fn position(&self, k: &mut KernelBuilder) -> Val {
         let positions = k.param(self.positions);
         k.load_index(positions, self.begin)
     }
@@ -288,7 +291,7 @@ impl Mixer {
     }
 
     /// What the projections give for the gates of one token and value head: a and b.
-    fn gate_inputs(&self, k: &mut KernelBuilder, t: Val, head: Val) -> [Val; 2] {
+    pub(super) fn gate_inputs(&self, k: &mut KernelBuilder, t: Val, head: Val) -> [Val; 2] {
         [self.gates[0], self.gates[1]].map(|port| {
             let base = k.param(port);
             let row = row_ptr(k, base, t, pad(self.v.heads));
@@ -297,7 +300,7 @@ impl Mixer {
     }
 
     /// `(ln α, β)` from a and b of a value head, of one token or of a vector of tokens.
-    fn log_gate(&self, k: &mut KernelBuilder, head: Val, [a, b]: [Val; 2]) -> (Val, Val) {
+    pub(super) fn log_gate(&self, k: &mut KernelBuilder, head: Val, [a, b]: [Val; 2]) -> (Val, Val) {
         let lanes = k.ty(a).lanes();
         let [a_log, dt_bias] = [self.gates[2], self.gates[3]].map(|port| {
             let base = k.param(port);

@@ -19,7 +19,7 @@ pub use footer::{Footer, FooterError, Section, SectionKind};
 pub use hash::{Hash, from_hex, to_hex};
 pub use metadata::{
     Arena, Arg, Asset, Cost, Extent, Holds, Input, Kernel, Launch, Metadata, Model, Number, Output, Part, Placement,
-    Program, State, StateKind, Sym, Target, Version, Weight, WeightTable, WeightsPlace,
+    Program, Span, State, StateKind, Sym, Target, Version, Weight, WeightTable, WeightsPlace,
 };
 pub use sampling::{Choice, Factor};
 pub use weights::{WeightsHeader, WeightsHeaderError};

@@ -139,6 +139,9 @@ pub struct Kernel {
     pub entry: u64,
     /// Offset of its tail's code, if it has one; for a GPU the same text, with the entry function `nextc_tail_{i}`.
     pub tail: Option<u64>,
+    /// For a GPU: what an assembler made of the text (a cubin), where there was one when the executable was built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binary: Option<Span>,
     /// Bytes of scratch that a thread needs (on a GPU: a task).
     pub scratch_bytes: u64,
     /// Threads of a task: 1, or those of a block of a GPU.
@@ -155,6 +158,22 @@ pub struct Kernel {
     pub grid: Extent,
     /// Number of tasks of its tail: more than 1 only on a GPU, where scratch of the kernel's tasks is the tail's as a whole.
     pub tail_grid: Extent,
+}
+
+/// Some bytes of the code image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Offset of the first.
+    pub at: u64,
+    /// How many there are.
+    pub bytes: u64,
+}
+
+impl Span {
+    /// True if all of them lie among the first `bytes` of the image.
+    pub fn is_within(self, bytes: u64) -> bool {
+        self.at.checked_add(self.bytes).is_some_and(|end| end <= bytes)
+    }
 }
 
 /// A dimension that only a step knows.

@@ -1,5 +1,8 @@
-//! PTX to functions of the device: the driver compiles each kernel's text, many at once, and keeps what it made in its
-//! own cache (`~/.nv/ComputeCache`, or where `CUDA_CACHE_PATH` says), so that the next start only loads.
+//! Kernels to functions of the device. A kernel is loaded from its binary, where the build had an assembler (`ptxas`); where it had none, or the driver
+//! does not take what it made (it is older, the device another one), the driver compiles the kernel's text of PTX and keeps
+//! the result in its own cache (`~/.nv/ComputeCache`, or where `CUDA_CACHE_PATH` says), so that the next start only loads.
+//!
+//! The driver compiles one text after the other, whatever threads ask: 7 to 8 s for the official model, where loading takes 0.1 s.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
@@ -34,6 +37,15 @@ pub(super) struct Function(pub sys::CUfunction);
 unsafe impl Send for Function {}
 
 impl Module {
+    /// Loads a binary; `None` if the driver does not take it.
+    fn of_binary(binary: &[u8]) -> Option<Self> {
+        let mut module = ptr::null_mut();
+        // SAFETY: the driver reads as many bytes as the binary's own headers say; they are as the assembler wrote them, since the hash of the image is that of
+        // the linker's output.
+        let status = unsafe { sys::cuModuleLoadData(&mut module, binary.as_ptr().cast()) };
+        (status == CUresult::CUDA_SUCCESS).then_some(Self(module))
+    }
+
     /// Compiles a text.
     /// # Errors
     /// [`CudaError::Compile`] with what the driver's compiler says of `name`.
@@ -97,17 +109,14 @@ pub(super) struct Functions {
 pub(super) struct Modules(Vec<Functions>);
 
 impl Modules {
-    /// Compiles and loads the kernels of an executable on several threads.
+    /// Loads the kernels of an executable on several threads.
     /// # Errors
     /// [`CudaError::Compile`] for the first kernel that cannot be, with what the driver's compiler says.
     pub fn load(context: &Context, artifact: &Artifact) -> Result<Self, Error> {
         let kernels = &artifact.metadata().kernels;
         let loaded = Mutex::new(Vec::with_capacity(kernels.len()));
         on_all_processors(kernels.iter().enumerate(), |(i, kernel)| {
-            let functions = context.make_current().map_err(Error::from).and_then(|()| {
-                let text = artifact.text(kernel.entry)?;
-                Ok(load(text, i, kernel)?)
-            });
+            let functions = context.make_current().map_err(Error::from).and_then(|()| load(artifact, i, kernel));
             loaded.lock().expect("loading does not panic").push((i, functions));
         });
         let mut loaded = loaded.into_inner().expect("loading does not panic");
@@ -121,9 +130,12 @@ impl Modules {
     }
 }
 
-/// Compiles and loads one kernel.
-fn load(text: &CStr, index: usize, kernel: &Kernel) -> Result<Functions, CudaError> {
-    let module = Module::compile(text, &kernel.name)?;
+/// Loads one kernel.
+fn load(artifact: &Artifact, index: usize, kernel: &Kernel) -> Result<Functions, Error> {
+    let module = match kernel.binary.and_then(|span| Module::of_binary(artifact.binary(span))) {
+        Some(module) => module,
+        None => Module::compile(artifact.text(kernel.entry)?, &kernel.name)?,
+    };
     let function =
         |prefix: &str| module.function(&format!("nextc_{prefix}_{index}"), &kernel.name, kernel.shared_bytes);
     let tail = kernel.tail.map(|_| function("tail")).transpose()?;

@@ -112,6 +112,7 @@ mod tests {
             doc: String::new(),
             entry: 0,
             tail: tail.then_some(0),
+            binary: None,
             scratch_bytes: 192,
             threads,
             shared_bytes: if threads > 1 { 1024 } else { 0 },

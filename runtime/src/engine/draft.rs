@@ -120,8 +120,7 @@ impl Engine {
 
     /// Where the hidden rows of the last step or draft are.
     fn hidden_span(&self) -> Result<Span, Error> {
-        let (program, dims) = self.ran;
-        self.span(program, "hidden", &dims)
+        self.span(&self.ran, "hidden")
     }
 
     /// Feeds the draft; the sequence's own length stays as it is. Entries of the draft's KV from `position` on are written.
@@ -201,8 +200,7 @@ impl Engine {
 
     /// Where the likeliest tokens of the last step or draft are.
     fn best_tokens(&self) -> Result<Strided, Error> {
-        let (program, dims) = self.ran;
-        Ok(Strided { at: self.span(program, "best", &dims)?.at, stride: TOKEN_BYTES })
+        Ok(Strided { at: self.span(&self.ran, "best")?.at, stride: TOKEN_BYTES })
     }
 
     /// What the draft is fed, once it is checked.
@@ -222,10 +220,21 @@ impl Engine {
                 HiddenRows::Kept | HiddenRows::Left(_) => self.take_hidden(d, row as u64, &mut inputs.taken)?,
             }
         }
-        match inputs.hidden.is_empty() || inputs.taken.is_empty() {
-            true => Ok(inputs),
-            false => Err(Error::Step("hidden rows of one batch lie in one place")),
+        match (inputs.hidden.is_empty(), inputs.taken.first()) {
+            (true, Some(&first)) => inputs.taken.extend(self.taken_as_padding(first, &inputs)),
+            (_, None) => inputs.hidden.resize(inputs.hidden_bytes as usize / size_of::<f32>(), 0.0),
+            (false, Some(_)) => return Err(Error::Step("hidden rows of one batch lie in one place")),
         }
+        Ok(inputs)
+    }
+
+    /// The first hidden row for each token that is padding, so that these compute with sound numbers.
+    fn taken_as_padding(&self, first: Taken, inputs: &StepInputs) -> Option<Taken> {
+        let (bytes, padding) = (self.states.kept.row_bytes, inputs.padding.tokens);
+        let to = Strided { at: (inputs.tokens.len() - padding) as u64 * bytes, stride: bytes };
+        let from = Strided { at: first.rows.from.at, stride: 0 };
+        let rows = CopyRows { rows: padding as u64, bytes, from, to };
+        (padding > 0).then_some(Taken { rows, ..first })
     }
 
     /// Adds hidden rows of the host, padded.

@@ -141,7 +141,8 @@ impl Backend {
         let is_bytes = kernels.module.kernels.iter().any(|kernel| multiplies_bytes(&kernel.body));
         let bulk = tile.map(|tile| tile.kind).filter(|&kind| kind == BulkKind::Tiles || is_bytes);
         let rounds = self.rounds.filter(|_| tile.is_none() || bulk.is_some());
-        Ok(Code { backend: self.name, rounds, bulk, kernels, loaded })
+        let in_chunks = self.target.has_chunks();
+        Ok(Code { backend: self.name, rounds, bulk, in_chunks, kernels, loaded })
     }
 }
 
@@ -156,6 +157,8 @@ struct Code {
     rounds: Option<&'static str>,
     /// How long runs are multiplied, if not as others are.
     bulk: Option<BulkKind>,
+    /// Whether the delta rule of long runs goes by chunks.
+    in_chunks: bool,
     kernels: Kernels,
     loaded: Option<Loaded>,
 }
@@ -193,11 +196,19 @@ impl Code {
     /// Whether a part of a sequence is computed in the way in which its tokens are in the whole step: long runs may be another class than those that are decoded,
     /// and begin in the middle of a chunk.
     fn computes_alike(&self, whole: &Step, part: &Step) -> bool {
-        let has = |op: Op| self.kernels.function.graph.node_weights().any(|n| n.op == op);
-        let has_classes = self.bulk.is_some() || self.rounds.is_some() && has(Op::GatedAttention);
-        let has_chunks = self.bulk == Some(BulkKind::Tiles) && has(Op::GatedDeltaNet);
+        let has_chunks = self.in_chunks && self.has(Op::GatedDeltaNet);
+        let has_classes = self.keeps_classes() || self.rounds.is_some() && self.has(Op::GatedAttention);
         let same_class = is_long(whole) == is_long(part);
         (same_class || !has_classes) && (part.position().is_multiple_of(CHUNK_TOKENS) || !has_chunks)
+    }
+
+    /// Whether what is kept of a token depends on its class.
+    fn keeps_classes(&self) -> bool {
+        self.bulk.is_some() || self.in_chunks && self.has(Op::GatedDeltaNet)
+    }
+
+    fn has(&self, op: Op) -> bool {
+        self.kernels.function.graph.node_weights().any(|n| n.op == op)
     }
 
     /// A step in parts, each on the states that the one before has left, must give the bits of the whole step, where both compute in the same way.
@@ -215,8 +226,8 @@ impl Code {
             }
             self.run(&mut next)?;
             let alike = self.computes_alike(whole, part);
-            // what is kept of a token depends on its class too, and what comes after it on that
-            all_alike &= alike || self.bulk.is_none();
+            // where it does, what is kept of a token depends on its class too, and what comes after it on that
+            all_alike &= alike || !self.keeps_classes();
             if alike && all_alike {
                 frame.same_rows(&next, first)?;
             }

@@ -1,7 +1,9 @@
 //! A toy model for tests of link and runtime: the logits of a token are the sum of the embeddings of its sequence so far, once
 //! summed in a `delta` state and once more over the pages of `kv`.
 
+use std::io::ErrorKind;
 use std::path::Path;
+use std::process::{self, Command};
 
 use nextc_ir::format::Format;
 use nextc_ir::graph::{ModelInfo, Origin, Placement, RowRun, WeightDecl};
@@ -191,7 +193,7 @@ fn embed() -> Kernel {
 const SEQUENCES: [(&str, bool); 4] =
     [("positions", false), ("cu_seqlens", false), ("slot", false), ("page_table", false)];
 
-/// A kernel with a task a sequence; `body` gets the parameters, the sequence's slot, and each token and its position.
+/// A kernel with a task a sequence, if that is no padding; `body` gets the parameters, the sequence's slot, and each token and its position.
 fn per_sequence(name: &str, last: &[(&str, bool)], body: impl Fn(&mut KernelBuilder, Val, Val, Val)) -> Kernel {
     let params = [&[("x", false)], &SEQUENCES[..], last].concat();
     let mut k = KernelBuilder::new(name, &params, Extent::from(Sym::B));
@@ -199,9 +201,13 @@ fn per_sequence(name: &str, last: &[(&str, bool)], body: impl Fn(&mut KernelBuil
     let next = k.add_const(b, 1);
     let (begin, end) = (k.load_index(cu_seqlens, b), k.load_index(cu_seqlens, next));
     let slot = k.load_index(slot, b);
-    k.for_each((begin, end, 1), |k, t| {
-        let position = k.load_index(positions, t);
-        body(k, slot, t, position);
+    let zero = k.const_i64(0);
+    let exists = k.cmp(Pred::Ge, slot, zero);
+    k.if_then(exists, |k| {
+        k.for_each((begin, end, 1), |k, t| {
+            let position = k.load_index(positions, t);
+            body(k, slot, t, position);
+        });
     });
     k.finish()
 }
@@ -310,6 +316,21 @@ pub struct How {
     pub two_cpus: bool,
     /// For a GPU, with a text a kernel that says where its code for the processor is: see `stand_in/driver.c`.
     pub stand_in: bool,
+    /// Binaries beside the texts of a GPU: such as the driver takes, and then the texts lead nowhere; or such as it refuses.
+    pub binaries: Option<bool>,
+}
+
+/// Texts and binaries of kernels for which `good` are the texts.
+fn with_binaries(good: Vec<Vec<u8>>, taken: Option<bool>) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    let bad = |text: &[u8]| vec![text.to_vec(); good.len()];
+    match taken {
+        None => (good, Vec::new()),
+        Some(true) => (bad(b"not a text"), good.iter().map(|text| [text, &b"\0"[..]].concat()).collect()),
+        Some(false) => {
+            let binaries = bad(b"\x7fELF for another GPU\0");
+            (good, binaries)
+        }
+    }
 }
 
 /// Compiles and links the toy model.
@@ -319,11 +340,14 @@ pub fn link(output: &Path, how: How) -> Result<Report, LinkError> {
     // the same code, but it says that it needs more
     let wide = Target::cpu(WIDE, &["avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd"], 512);
     let object = nextc_cranelift::compile(&module, &cpu).expect("the toy kernels compile");
-    let (target, objects) = match how.stand_in {
-        false => (cpu, vec![object]),
-        true => (Target::gpu("sm_90a").expect("a GPU that is known"), stand_in_texts(output, &module, &object)),
+    let (target, (objects, binaries)) = match how.stand_in {
+        false => (cpu, (vec![object], Vec::new())),
+        true => {
+            let texts = stand_in_texts(output, &module, &object);
+            (Target::gpu("sm_90a").expect("a GPU that is known"), with_binaries(texts, how.binaries))
+        }
     };
-    let version = |target, objects| Version { objects, module: &module, graph: None, target };
+    let version = |target, objects| Version { objects, binaries: &binaries, module: &module, graph: None, target };
     let mut versions = vec![version(&target, objects.as_slice())];
     if how.two_cpus {
         versions.insert(0, version(&wide, objects.as_slice()));
@@ -351,6 +375,17 @@ fn stand_in_texts(output: &Path, module: &KernelModule, object: &[u8]) -> Vec<Ve
 
 /// Lets the C compiler make a shared library.
 pub fn compile_c(from: &Path, to: &Path) {
-    let status = std::process::Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(to).arg(from).status();
+    let status = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(to).arg(from).status();
     assert!(status.expect("there is a C compiler").success(), "{}", from.display());
+}
+
+/// Runs a command to its end; again while its file counts as open for writing: a file is written here, and a child that another test starts meanwhile
+/// holds all descriptors until it is itself.
+pub fn output(command: &mut Command) -> process::Output {
+    loop {
+        match command.output() {
+            Err(e) if e.kind() == ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+            output => return output.unwrap(),
+        }
+    }
 }

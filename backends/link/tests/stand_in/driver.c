@@ -178,6 +178,7 @@ status cuModuleLoadDataEx(module **m, const char *text, unsigned n, const int *o
     **m = loaded;
     return OK;
 }
+status cuModuleLoadData(module **m, const char *image) { return cuModuleLoadDataEx(m, image, 0, NULL, NULL); }
 status cuModuleUnload(module *m) { free(m); return OK; }
 status cuModuleGetFunction(function **f, module *m, const char *name) {
     function found = { .run = m->library ? (code)dlsym(m->library, name) : NULL, .params = m->params };

@@ -27,7 +27,7 @@ use super::super::bulk::tiles::{RowTiles, SUMS, TOGETHER, lane_numbers};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_COLUMNS;
 use super::split::Split;
-use super::{Mixer, Run, Stream, l2_normalise};
+use super::{LEAST_LOG_DECAY, Mixer, Run, Stream, l2_normalise};
 
 /// Chunks of a key head and the value heads that share it, in scratch.
 pub(super) struct Chunks<'a> {
@@ -266,7 +266,6 @@ impl<'a> Chunks<'a> {
         k.for_each((zero, all, LANES), |k, i| {
             let inputs = [gates.g, gates.beta].map(|p| k.load_f32x16(p, i));
             let (g, beta) = self.mixer.log_gate(k, head, inputs);
-            // what is so little is nothing, and sums of it are still near the others
             let least = k.splat_f32(16, LEAST_LOG_DECAY);
             let g = k.fmax(g, least);
             let first = k.narrow(i);
@@ -436,9 +435,6 @@ impl<'a> Chunks<'a> {
         row_ptr(k, row, column, 1)
     }
 }
-
-/// The least logarithm of a token's decay: its exponential is 0 in f32 already.
-const LEAST_LOG_DECAY: f32 = -128.0;
 
 /// The first rows, or columns, of products of a chunk.
 fn blocks() -> impl Iterator<Item = u64> {

@@ -50,7 +50,7 @@ pub struct Tile {
     pub heads: u64,
     /// In how many turns.
     pub turns: u64,
-    /// Columns of the heads of a turn, padding of a head included; of long runs, those of one slice of a head.
+    /// Columns of the heads of a turn, padding of a head included.
     pub columns: u64,
     /// Columns of a thread.
     pub own: u64,
@@ -58,8 +58,6 @@ pub struct Tile {
     pub parts: u64,
     /// Rows of a thread.
     pub rows: u64,
-    /// Whether the threads of a column are neighbours; else they are in different warps.
-    pub neighbours: bool,
 }
 
 impl Tile {
@@ -68,23 +66,9 @@ impl Tile {
         let (shared, dv) = (mixer.shared_heads(), pad(mixer.v.width));
         let (parts, rows) = Self::parts(mixer);
         let own = [OWN_COLUMNS, 2, 1].into_iter().find(|own| rows * own <= MOST_HELD)?;
-        let tile = |heads: u64| Self {
-            heads,
-            turns: shared / heads,
-            columns: heads * dv,
-            own,
-            parts,
-            rows,
-            neighbours: false,
-        };
+        let tile = |heads: u64| Self { heads, turns: shared / heads, columns: heads * dv, own, parts, rows };
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
         heads.map(tile).find(|t| t.threads() <= most_threads)
-    }
-
-    /// The tile of `columns` columns of a head in a long run.
-    pub fn long(mixer: &Mixer, columns: u64) -> Self {
-        let (parts, rows) = Self::parts(mixer);
-        Self { heads: 1, turns: 1, columns, own: 1, parts, rows, neighbours: true }
     }
 
     /// Threads that share a column, and rows of each: the order in which a column is summed, the same in all blocks.
@@ -104,15 +88,14 @@ impl Tile {
         self.columns * self.turns
     }
 
-    /// Columns of a warp, and of the warps that share them.
-    fn warp_columns(&self) -> u64 {
-        if self.neighbours { 32 / self.parts * self.own } else { 32 * self.own }
+    /// Columns of the warps that share them.
+    const fn warp_columns(&self) -> u64 {
+        32 * self.own
     }
 
     /// Threads of a block.
     pub fn threads(&self) -> u64 {
-        let warps = self.columns.div_ceil(self.warp_columns());
-        32 * if self.neighbours { warps } else { warps * self.parts }
+        32 * self.columns.div_ceil(self.warp_columns()) * self.parts
     }
 
     /// Columns with those that nobody has.
@@ -154,7 +137,7 @@ fn short_runs(k: &mut KernelBuilder, (mixer, sequences): (&Mixer, &SequencePorts
     k.threads(tile.threads() as u32);
     let (place, task) = (Place::here(k), k.task());
     let (b, head) = (k.div_const(task, mixer.q.heads), k.rem_const(task, mixer.q.heads));
-    let smem = Smem::short(k, mixer, &tile);
+    let smem = Smem::alloc(k, mixer, &tile);
     let run = sequences.run(k, b);
     let zero = k.const_i64(0);
     let live = k.cmp(Pred::Ge, run.slot, zero);
@@ -165,7 +148,7 @@ fn short_runs(k: &mut KernelBuilder, (mixer, sequences): (&Mixer, &SequencePorts
     } else {
         some
     };
-    let block = Block { mixer, tile, place, run, head, slice: zero, smem };
+    let block = Block { mixer, tile, place, run, head, smem };
     let works = k.and(is_mine, live);
     let fresh = k.if_else(some, |k| vec![run.is_fresh(k)], |_| vec![some])[0];
     let begun = k.not(fresh);
@@ -205,13 +188,6 @@ pub struct Smem {
     pub alpha: Val,
     /// As `alpha`.
     pub beta: Val,
-    /// Of short runs only.
-    pub short: Option<Short>,
-}
-
-/// What the threads of a block share in short runs.
-#[derive(Clone, Copy)]
-pub struct Short {
     /// `[BLOCK][columns]`.
     pub o: Val,
     /// `[parts][2][columns]`: `Sᵀk` and `Sᵀq` of the parts.
@@ -225,30 +201,20 @@ pub struct Short {
 }
 
 impl Smem {
-    /// What all blocks share.
-    pub fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
+    fn alloc(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
+        let columns = tile.padded_columns();
         let mut array = |elems: u64| k.shared(DType::F32, elems);
         Self {
             tokens: array(BLOCK * (2 * pad(mixer.k.width) + tile.all_columns())),
             kq: array(BLOCK),
             alpha: array(BLOCK * tile.all_heads()),
             beta: array(BLOCK * tile.all_heads()),
-            short: None,
-        }
-    }
-
-    fn short(k: &mut KernelBuilder, mixer: &Mixer, tile: &Tile) -> Self {
-        let all = Self::alloc(k, mixer, tile);
-        let columns = tile.padded_columns();
-        let mut array = |elems: u64| k.shared(DType::F32, elems);
-        let short = Short {
             o: array(BLOCK * tile.all_columns()),
             parts: array(2 * tile.parts * columns),
             sums: array(2 * columns),
             z: array(BLOCK * tile.all_columns()),
             norm: array(pad(mixer.v.width)),
-        };
-        Self { short: Some(short), ..all }
+        }
     }
 }
 
@@ -286,8 +252,6 @@ pub struct Block<'a> {
     pub run: Run,
     /// The key head.
     pub head: Val,
-    /// The slice of a value head, in long runs.
-    pub slice: Val,
     /// Shared memory.
     pub smem: Smem,
 }
@@ -362,13 +326,11 @@ impl Block<'_> {
             let turn = self.turn(k, zero);
             state = self.load_state(k, &turn, remembers);
         }
-        if let Some(short) = self.smem.short {
-            let (norm, width) = (k.param(self.mixer.norm), k.index(pad(self.mixer.v.width)));
-            k.for_each((self.place.thread, width, self.tile.threads()), |k, c| {
-                let gain = k.load_f32(norm, c);
-                k.store(short.norm, c, gain);
-            });
-        }
+        let (norm, width) = (k.param(self.mixer.norm), k.index(pad(self.mixer.v.width)));
+        k.for_each((self.place.thread, width, self.tile.threads()), |k, c| {
+            let gain = k.load_f32(norm, c);
+            k.store(self.smem.norm, c, gain);
+        });
         [windows, taps, state].concat()
     }
 
@@ -389,12 +351,6 @@ impl Block<'_> {
         });
     }
 
-    fn turn(&self, k: &mut KernelBuilder, turn: Val) -> Turn {
-        let before = k.mul_const(turn, self.tile.heads);
-        let first_head = self.mixer.value_head(k, self.head, before);
-        Turn { before, ..self.turn_of(k, first_head) }
-    }
-
     /// The value heads of the block in turn. `held` is the state where there is one turn; else it lies in memory. Gives what is held then.
     fn turns(&self, k: &mut KernelBuilder, tokens: &Tokens, held: &[Val], (fresh, remembers): (Val, Val)) -> Vec<Val> {
         let (zero, turns) = (k.const_i64(0), k.index(self.tile.turns));
@@ -412,28 +368,22 @@ impl Block<'_> {
         Vec::new()
     }
 
-    /// What is about the value heads from `first_head` on, the first of the block.
-    pub fn turn_of(&self, k: &mut KernelBuilder, first_head: Val) -> Turn {
+    /// Turn number `number`.
+    fn turn(&self, k: &mut KernelBuilder, number: Val) -> Turn {
         let (mixer, tile) = (self.mixer, &self.tile);
-        let width = pad(mixer.v.width);
-        let (which, of) =
-            if tile.neighbours { (self.place.thread, tile.own) } else { (self.place.warp, 32 * tile.own) };
-        let (group, part) = (k.div_const(which, tile.parts), k.rem_const(which, tile.parts));
-        let mut place = k.mul_const(group, of);
-        if !tile.neighbours {
-            let own = k.mul_const(self.place.lane, tile.own);
-            place = k.add(place, own);
-        }
-        let skipped = k.mul_const(self.slice, tile.columns);
+        let before = k.mul_const(number, tile.heads);
+        let first_head = mixer.value_head(k, self.head, before);
+        let (group, part) = (k.div_const(self.place.warp, tile.parts), k.rem_const(self.place.warp, tile.parts));
+        let (place, own) = (k.mul_const(group, tile.warp_columns()), k.mul_const(self.place.lane, tile.own));
+        let place = k.add(place, own);
         let (columns, last) = (k.index(tile.columns), k.index(tile.columns - tile.own));
         let live = k.cmp(Pred::Lt, place, columns);
         let lane = k.min_i64(place, last);
+        let width = pad(mixer.v.width);
         let (head, column) = (k.div_const(lane, width), k.rem_const(lane, width));
         let value_head = k.add(first_head, head);
-        let column = k.add(column, skipped);
         let state = mixer.state(k, self.run.slot, value_head);
-        let own = Columns { place, lane, column, head, live, state };
-        Turn { first_head, before: k.const_i64(0), own, part }
+        Turn { first_head, before, own: Columns { place, lane, column, head, live, state }, part }
     }
 
     /// What all value heads need of a block of tokens; gives the windows after it, and stores them if it is the last.
@@ -462,7 +412,7 @@ impl Block<'_> {
         let are_first = k.cmp(Pred::Eq, tokens.first, self.run.begin);
         let accepted = k.select(are_first, self.run.replay, zero);
         let state = self.replay(k, turn, state, (accepted, fresh));
-        let state = k.for_carry((zero, tokens.count, 1), &state, |k, i, state| self.sweep(k, turn, (tokens, i), state));
+        let state = k.for_carry((zero, tokens.count, 1), &state, |k, i, state| self.sweep(k, turn, i, state));
         let settled = k.not(self.run.tentative);
         let stores = if self.tile.turns == 1 { k.and(settled, tokens.are_last) } else { settled };
         k.if_then(stores, |k| self.store_state(k, turn, &state));
@@ -473,16 +423,14 @@ impl Block<'_> {
     fn gates(&self, k: &mut KernelBuilder, tokens: &Tokens) {
         let (tile, zero) = (&self.tile, k.const_i64(0));
         let first_head = self.mixer.value_head(k, self.head, zero);
-        if let Some(short) = self.smem.short {
-            let elems = k.mul_const(tokens.count, tile.all_columns());
-            k.for_each((self.place.thread, elems, tile.threads()), |k, at| {
-                let (i, c) = (k.div_const(at, tile.all_columns()), k.rem_const(at, tile.all_columns()));
-                let t = k.add(tokens.first, i);
-                let z = self.mixer.z_row(k, t, first_head);
-                let z = k.load_f32(z, c);
-                k.store(short.z, at, z);
-            });
-        }
+        let elems = k.mul_const(tokens.count, tile.all_columns());
+        k.for_each((self.place.thread, elems, tile.threads()), |k, at| {
+            let (i, c) = (k.div_const(at, tile.all_columns()), k.rem_const(at, tile.all_columns()));
+            let t = k.add(tokens.first, i);
+            let z = self.mixer.z_row(k, t, first_head);
+            let z = k.load_f32(z, c);
+            k.store(self.smem.z, at, z);
+        });
         // the last threads: the first have the norms to do
         let last = k.index(tile.threads() - 1);
         let (pairs, own) = (k.mul_const(tokens.count, tile.all_heads()), k.sub(last, self.place.thread));
@@ -525,7 +473,7 @@ impl Block<'_> {
     }
 
     /// Token `i` of the block through the recurrence; gives the state after it.
-    pub fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), state: &[Val]) -> Vec<Val> {
+    fn sweep(&self, k: &mut KernelBuilder, turn: &Turn, i: Val, state: &[Val]) -> Vec<Val> {
         let tile = &self.tile;
         let own = tile.own as usize;
         let [q, key, v] = self.token(k, i);
@@ -558,10 +506,8 @@ impl Block<'_> {
         let first = k.const_i64(0);
         let writes = k.cmp(Pred::Eq, turn.part, first);
         let writes = k.and(writes, turn.own.live);
-        k.if_then(writes, |k| self.say(k, turn, (tokens, i), (&out, &d)));
-        if self.smem.short.is_some() {
-            k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
-        }
+        k.if_then(writes, |k| self.say(k, turn, i, (&out, &d)));
+        k.if_then(self.run.tentative, |k| self.keep(k, turn, i, key));
         self.apply(k, turn, state, key, (&d, alpha))
     }
 
@@ -579,14 +525,8 @@ impl Block<'_> {
     }
 
     /// Stores what the thread's columns say of token `i`, and keeps their updates where they may have to be replayed.
-    fn say(&self, k: &mut KernelBuilder, turn: &Turn, (tokens, i): (&Tokens, Val), (out, update): (&[Val], &[Val])) {
-        let Some(short) = self.smem.short else {
-            let t = k.add(tokens.first, i);
-            let row = self.mixer.out_row(k, t, turn.first_head);
-            store_lanes(k, row, turn.own.column, out);
-            return;
-        };
-        let (row, lane) = (row_ptr(k, short.o, i, self.tile.all_columns()), self.lane(k, turn));
+    fn say(&self, k: &mut KernelBuilder, turn: &Turn, i: Val, (out, update): (&[Val], &[Val])) {
+        let (row, lane) = (row_ptr(k, self.smem.o, i, self.tile.all_columns()), self.lane(k, turn));
         store_lanes(k, row, lane, out);
         k.if_then(self.run.tentative, |k| {
             let [_, kept, _] = self.mixer.update(k, turn.own.state, i);
@@ -617,20 +557,19 @@ impl Block<'_> {
 
     /// The norms of what the block says of its tokens: a warp a token and value head.
     fn epilogue(&self, k: &mut KernelBuilder, tokens: &Tokens) {
-        let Some(short) = self.smem.short else { return };
         let (width, heads) = (pad(self.mixer.v.width), self.tile.all_heads());
         let pairs = k.mul_const(tokens.count, heads);
         k.for_each((self.place.warp, pairs, self.tile.threads() / 32), |k, pair| {
             let (i, head) = (k.div_const(pair, heads), k.rem_const(pair, heads));
             let (t, value_head) = (k.add(tokens.first, i), self.mixer.value_head(k, self.head, head));
-            let [o, z] = [short.o, short.z].map(|rows| row_ptr(k, rows, pair, width));
-            norm_out(k, self.mixer, &self.place, (t, value_head), [o, short.norm, z]);
+            let [o, z] = [self.smem.o, self.smem.z].map(|rows| row_ptr(k, rows, pair, width));
+            norm_out(k, self.mixer, &self.place, (t, value_head), [o, self.smem.norm, z]);
         });
     }
 }
 
 /// `scale · q / |q|` and `k / |k|` of the elements that the threads of a warp have.
-pub fn normed(k: &mut KernelBuilder, mixer: &Mixer, rows: [Vec<Val>; 2]) -> [Vec<Val>; 2] {
+fn normed(k: &mut KernelBuilder, mixer: &Mixer, rows: [Vec<Val>; 2]) -> [Vec<Val>; 2] {
     let (zero, eps) = (k.const_f32(0.0), k.const_f32(mixer.eps));
     let sums = [0, 1].map(|i: usize| rows[i].iter().fold(zero, |sum, &x| k.fma(x, x, sum)));
     let sums = sums.map(|sum| warp_sum(k, sum));

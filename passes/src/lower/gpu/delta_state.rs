@@ -1,6 +1,6 @@
-//! A delta state in the registers of the threads of [`super::delta_rule`] and [`super::delta_long`].
+//! A delta state in the registers of the threads of [`super::delta_rule`].
 //!
-//! A thread has some rows of a few columns that follow one another, the other rows of these columns other threads: in short runs a warp reads whole lines.
+//! A thread has some rows of a few columns that follow one another, the other rows of these columns other warps: a warp reads whole lines.
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -8,7 +8,7 @@ use nextc_ir::shape::pad;
 
 use super::super::matmul::row_ptr;
 use super::delta_rule::{Block, Turn};
-use super::{across, lanes_of, tree_sum};
+use super::{lanes_of, tree_sum};
 
 /// The columns of a thread: they follow one another in one value head.
 pub struct Columns {
@@ -122,16 +122,11 @@ impl Block<'_> {
         lanes_of(k, rows)
     }
 
-    /// Sums over the parts of this thread's columns, as a tree: those of parts `p` and `p ^ mask`, as in [`across`].
+    /// Sums over the parts of this thread's columns, as a tree: see [`tree_sum`].
     pub(super) fn sum_parts(&self, k: &mut KernelBuilder, turn: &Turn, sums: [Vec<Val>; 2]) -> [Vec<Val>; 2] {
         let tile = &self.tile;
-        let masks: Vec<u32> = [4, 2, 1].into_iter().filter(|&mask| u64::from(mask) < tile.parts).collect();
-        let Some(short) = self.smem.short else {
-            let whole = |k: &mut KernelBuilder, x: Val| across(k, &masks, x, |k, a, b| k.fadd(a, b));
-            return sums.map(|sums| sums.into_iter().map(|x| whole(k, x)).collect());
-        };
         let columns = tile.padded_columns();
-        let mine = row_ptr(k, short.parts, turn.part, 2 * columns);
+        let mine = row_ptr(k, self.smem.parts, turn.part, 2 * columns);
         for (which, sums) in (0..).zip(&sums) {
             let at = k.add_const(turn.own.place, which * columns);
             store_lanes(k, mine, at, sums);
@@ -141,16 +136,16 @@ impl Block<'_> {
         k.for_each((self.place.thread, items, tile.threads()), |k, item| {
             let load = |part| {
                 let at = k.add_const(item, part * 2 * columns);
-                k.load_f32(short.parts, at)
+                k.load_f32(self.smem.parts, at)
             };
             let parts = (0..tile.parts).map(load).collect();
             let sum = tree_sum(k, parts);
-            k.store(short.sums, item, sum);
+            k.store(self.smem.sums, item, sum);
         });
         k.barrier();
         [0, 1].map(|which| {
             let at = k.add_const(turn.own.place, which * columns);
-            self.load_own(k, short.sums, at)
+            self.load_own(k, self.smem.sums, at)
         })
     }
 }

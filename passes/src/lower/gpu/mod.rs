@@ -9,6 +9,8 @@ pub mod delta_conv;
 pub mod delta_long;
 pub mod delta_rule;
 pub mod delta_state;
+pub mod delta_sweep;
+pub mod delta_within;
 pub mod experts_down;
 pub mod experts_gate_up;
 pub mod few;

@@ -30,6 +30,7 @@ use words::BLOCK_ELEMS;
 
 pub use norm_rope::lower_norm_append;
 pub use runs::sequence_of;
+pub use words::{Parts, across, four, pack};
 
 /// Widest head: each thread of a warp holds sums of an eighth of its elements for a few rows.
 const MOST_ELEMS: u64 = 256;
