@@ -149,13 +149,14 @@ pub enum Backend {
 /// `--activations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
-    /// What the machine is fastest with: bfloat16 if it has a matrix unit (AMX), else float32.
+    /// What the machine is fastest with: bfloat16 if it has a matrix unit (AMX), else int8 if its vectors multiply bytes (AVX-512 VNNI) and weights are integers that can
+    /// be multiplied so, else float32.
     Auto,
     /// float32 throughout: the form that is compared with the reference.
     F32,
     /// bfloat16, in a matrix unit.
     Bf16,
-    /// 8-bit integers where the machine multiplies them faster.
+    /// 8-bit integers, a scale for 32 of them, with weights of 8 or 4 bits whose blocks have a scale and no zero point; with others float32.
     Int8,
 }
 

@@ -75,16 +75,20 @@ fn targets(args: &ModelArgs, backend: Backend) -> anyhow::Result<Vec<Target>> {
     targets.into_iter().map(rounds).collect()
 }
 
-/// What activations are rounded to: bfloat16 where that is faster, unless something else is asked for.
+/// What activations are rounded to: what is fastest, unless something else is asked for.
 fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding> {
     match wanted {
         Activations::Auto | Activations::Bf16 if target.has_tiles() => Ok(Rounding::Bf16),
+        Activations::Auto | Activations::Int8 if target.has_byte_dots() => Ok(Rounding::Int8),
         Activations::Auto | Activations::F32 => Ok(Rounding::F32),
         Activations::Bf16 => bail!(
             "`--activations bf16`: `{}` has no matrix unit that the backend uses (AMX, through LLVM); expected `auto` or `f32`",
             target.cpu
         ),
-        Activations::Int8 => bail!("`--activations int8` is not there yet, expected `auto`, `f32` or `bf16`"),
+        Activations::Int8 => bail!(
+            "`--activations int8`: `{}` has no vectors of 512 bits that multiply bytes (AVX-512 VNNI, through LLVM); expected `auto` or `f32`",
+            target.cpu
+        ),
     }
 }
 
@@ -139,7 +143,12 @@ pub fn target_of(plan: &Plan, model: &Model) -> Target {
 }
 
 fn with_model(target: &Target, module: &Module) -> Target {
-    Target { max_context: module.info.max_context, ..target.clone() }
+    // bytes are multiplied with weights of bytes only
+    let activations = match target.activations {
+        Rounding::Int8 if !module.weights.values().any(|w| w.format.is_bytes()) => Rounding::F32,
+        activations => activations,
+    };
+    Target { max_context: module.info.max_context, activations, ..target.clone() }
 }
 
 /// The graph after all passes.
@@ -257,6 +266,8 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
+    #[cfg(feature = "llvm")]
+    use nextc_ir::format::{Blocks, Format};
 
     fn plan(options: &str) -> anyhow::Result<Plan> {
         let line = format!("nextc build model {options}");
@@ -273,7 +284,7 @@ mod tests {
             ("--target cuda --backend cranelift", "`--target cuda`"),
             ("--target cuda --backend llvm --activations f32", "`--activations`"),
             ("--gpu sm_90a", "`--gpu sm_90a`"),
-            ("--activations int8", "`--activations int8`"),
+            ("--backend cranelift --activations int8", "`--activations int8`"),
             ("--backend cranelift --activations bf16", "`--activations bf16`"),
             ("--cpu pentium", "`pentium` is unknown"),
         ] {
@@ -309,6 +320,33 @@ mod tests {
         let several = plan("--cpu x86-64-v4,sapphirerapids").expect("they are known");
         assert_eq!((several.target.activations, several.others[0].activations), (Rounding::Bf16, Rounding::F32));
         assert!(plan("--cpu x86-64-v4,sapphirerapids --activations bf16").is_err());
+    }
+
+    #[test]
+    #[cfg(feature = "llvm")]
+    fn activations_are_rounded_to_bytes_where_vectors_multiply_them_and_weights_are_bytes() {
+        let of = |options: &str| plan(options).expect(options).target.activations;
+        assert_eq!(of("--cpu icelake-server"), Rounding::Int8);
+        assert_eq!(of("--cpu icelake-server --activations int8"), Rounding::Int8);
+        assert_eq!(of("--cpu icelake-server --activations f32"), Rounding::F32);
+        assert_eq!(of("--cpu sapphirerapids --activations int8"), Rounding::Int8);
+        let error = plan("--cpu x86-64-v4 --activations int8").expect_err("it has no VNNI").to_string();
+        assert!(error.contains("`x86-64-v4`") && error.contains("expected `auto` or `f32`"), "{error}");
+        let several = plan("--cpu x86-64-v3,znver4,sapphirerapids").expect("they are known");
+        let others: Vec<Rounding> = several.others.iter().map(|target| target.activations).collect();
+        assert_eq!((several.target.activations, others), (Rounding::Bf16, vec![Rounding::Int8, Rounding::F32]));
+
+        let target = plan("--cpu znver4").expect("it is known").target;
+        let with = |format| {
+            let origin = nextc_ir::graph::Origin::Values(Vec::new());
+            let weight = nextc_ir::graph::WeightDecl { shape: vec![16, 64], in_rank: 1, format, origin };
+            let weights = [("w".to_owned(), weight)].into_iter().collect();
+            with_model(&target, &Module { weights, ..Module::default() })
+        };
+        let q4 = Format::Q4(Blocks::group(32));
+        assert_eq!([with(q4), with(Format::Bf16)].map(|t| t.activations), [Rounding::Int8, Rounding::F32]);
+        assert!(with(q4).required_features().contains(&"avx512vnni"));
+        assert!(!with(Format::Bf16).required_features().contains(&"avx512vnni"));
     }
 
     #[test]

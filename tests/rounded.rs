@@ -1,9 +1,10 @@
-//! Activations rounded to bfloat16 in a matrix unit (`--activations bf16`): what that costs, and that it stays where it belongs.
+//! Rounded activations: to bfloat16 in a matrix unit (`--activations bf16`), to bytes (`int8`). What that costs, and that it stays where it belongs.
 //!
-//! Kernels with tiles run in the kernel interpreter everywhere, and as machine code where the CPU has a matrix unit.
+//! Such kernels run in the kernel interpreter everywhere, and as machine code where the CPU has a matrix unit, or vectors that multiply bytes.
 
 mod support;
 
+use nextc_frontend::Quant;
 use nextc_ir::Target;
 use nextc_ir::target::Activations;
 use support::exe::{Exe, backends};
@@ -11,15 +12,27 @@ use support::golden::{Golden, distance, divergence, fixture, root};
 use support::interpreter::Interpreter;
 use support::{Feed, Rows, Subject};
 
-/// What rounded activations may cost, against the published outputs in float32.
-mod gate {
-    /// Nats per token of the demo model, more or less than the published number.
-    pub const NATS: f64 = 0.002;
-    /// Mean divergence of the demo model's next tokens, nats.
-    pub const KL: f64 = 0.001;
-    /// Relative L2 error of a fixture's logits on a GPU, as in `tests/gpu.rs`.
-    pub const GPU_REL_L2: f64 = 0.02;
+/// What activations are rounded to.
+#[derive(Clone, Copy)]
+struct Rounding {
+    /// On the command line.
+    name: &'static str,
+    to: Activations,
+    /// Whether a machine runs the code.
+    runs: fn(&Target) -> bool,
+    /// Nats per token of the demo model, more or less than with the same weights in float32.
+    nats: f64,
+    /// Mean divergence of the demo model's next tokens from those with the same weights, nats.
+    kl: f64,
 }
+
+const BF16: Rounding =
+    Rounding { name: "bf16", to: Activations::Bf16, runs: Target::has_tiles, nats: 0.002, kl: 0.001 };
+const INT8: Rounding =
+    Rounding { name: "int8", to: Activations::Int8, runs: Target::has_byte_dots, nats: 0.002, kl: 0.002 };
+
+/// Relative L2 error of a fixture's logits on a GPU, as in `tests/gpu.rs`.
+const GPU_REL_L2: f64 = 0.02;
 
 /// Fixtures of all formats that are multiplied in tiles, and of sizes that divide none; `gptq-int4` has columns in an order of their own, which are not. Beside
 /// each the mean divergence over a prompt's rows, nats, of the published implementation run in bfloat16 (`tests/oracle/README.md`).
@@ -32,18 +45,33 @@ const FIXTURES: [(&str, f64); 6] = [
     ("gptq-int4", 0.0035),
 ];
 
-/// A machine with a matrix unit.
+/// Fixtures with weights that are multiplied as bytes, and the most that their rounded activations may diverge over a prompt's rows, nats: the mean, and the
+/// median, as a single row whose expert flips decides the mean.
+const FIXTURES_OF_BYTES: [(&str, Option<Quant>, f64, f64); 5] = [
+    ("tiny", Some(Quant::Q8), 0.06, 0.01),
+    ("odd", Some(Quant::Q8), 0.04, 0.01),
+    ("odd", Some(Quant::Q4), 0.06, 0.03),
+    ("dense-mix", Some(Quant::Q4), 0.3, 0.12),
+    ("int4", None, 0.09, 0.015),
+];
+
+/// A machine with a matrix unit, and vectors that multiply bytes.
 fn target(activations: Activations) -> Target {
     Target { activations, ..Target::named("sapphirerapids").expect("a known CPU") }
 }
 
 /// An executable that rounds, if this machine can run it.
-fn rounding(model: &std::path::Path, extra: &[&str]) -> Option<Exe> {
-    let there = backends().contains(&"llvm") && Target::native().is_ok_and(|t| t.has_tiles());
+fn rounding(to: Rounding, model: &std::path::Path, quant: Option<Quant>) -> Option<Exe> {
+    let there = backends().contains(&"llvm") && Target::native().is_ok_and(|t| (to.runs)(&t));
     if !there {
-        println!("skipped: no LLVM, or no matrix unit");
+        println!("skipped: no LLVM, or a machine without fast products of {}", to.name);
     }
-    there.then(|| Exe::build(model, "llvm", &[&["--activations", "bf16", "--kv", "f32"], extra].concat()))
+    let option = ["--quant", quant.map_or("keep", name_of)];
+    there.then(|| Exe::build(model, "llvm", &[&["--activations", to.name, "--kv", "f32"], &option[..]].concat()))
+}
+
+fn name_of(quant: Quant) -> &'static str {
+    Quant::ALL.into_iter().find(|q| q.1 == quant).expect("every one has a name").0
 }
 
 fn prompt(name: &str) -> Vec<i32> {
@@ -87,11 +115,43 @@ fn products_in_tiles_keep_to_the_published_logits() {
         let few = &tokens[..11];
         let exact = Interpreter::kernels(&fixture(name), &target(Activations::F32));
         same_bits(&one(&kernels, few, Feed::Decode).logits, &one(&exact, few, Feed::Decode).logits, name);
-        if let Some(exe) = rounding(&fixture(name), &[]) {
+        if let Some(exe) = rounding(BF16, &fixture(name), None) {
             same_bits(&one(&exe, &tokens, Feed::Prefill).logits, &got, &format!("{name}, compiled and interpreted"));
         }
     }
     assert!(own <= published, "sum of mean KL {own:e}, of the published implementation in bfloat16 {published:e}");
+}
+
+/// Long runs are near the logits of the same weights in float32, and the machine's bits are the interpreter's; tokens that are decoded have the bits of float32.
+#[test]
+fn products_of_bytes_keep_to_float32() {
+    for (name, quant, most, most_median) in FIXTURES_OF_BYTES {
+        let (_, vocab) = Golden::read(&fixture(name).join("golden.safetensors")).floats("prefill_logits");
+        let tokens = prompt(name);
+        let kernels = |to| Interpreter::quantised_kernels(&fixture(name), quant, &target(to));
+        let (exact, rounded) = (kernels(Activations::F32), kernels(Activations::Int8));
+        let name = format!("{name} {}", quant.map_or("keep", name_of));
+        let [want, got] = [&exact, &rounded].map(|subject| one(subject, &tokens, Feed::Prefill).logits);
+        let rel = distance(&got, &want);
+        let rows = want.chunks(vocab).zip(got.chunks(vocab));
+        let mut divergences: Vec<f64> = rows.map(|(want, got)| divergence(want, got)).collect();
+        let mean = divergences.iter().sum::<f64>() / divergences.len() as f64;
+        divergences.sort_by(f64::total_cmp);
+        let median = divergences[divergences.len() / 2];
+        println!("{name}: relative L2 {rel:.2e}, KL mean {mean:.2e}, median {median:.2e}");
+        assert!(rel > 0.0, "{name}: nothing was rounded");
+        assert!(mean <= most && median <= most_median, "{name}: mean KL {mean:e}, median {median:e}");
+        let few = &tokens[..11];
+        let [want, same] = [&exact, &rounded].map(|subject| one(subject, few, Feed::Decode).logits);
+        same_bits(&same, &want, &name);
+    }
+    for (name, quant, ..) in FIXTURES_OF_BYTES {
+        let Some(exe) = rounding(INT8, &fixture(name), quant) else { return };
+        let tokens = prompt(name);
+        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &target(Activations::Int8));
+        let [got, want] = [&exe as &dyn Subject, &kernels].map(|s| one(s, &tokens, Feed::Prefill).logits);
+        same_bits(&got, &want, &format!("{name}, compiled and interpreted"));
+    }
 }
 
 /// The tokens of a fixture again and again, so many in all.
@@ -102,12 +162,13 @@ fn repeated(name: &str, tokens: usize) -> Vec<i32> {
 /// A token's bits follow from its class: they are the same whole and in long pieces, alone and beside others of either class.
 #[test]
 fn bits_depend_on_the_class_alone() {
-    for name in ["odd", "int4"] {
+    let cases = [(BF16, "odd", None), (BF16, "int4", None), (INT8, "odd", Some(Quant::Q8)), (INT8, "int4", None)];
+    for (to, name, quant) in cases {
         let long = repeated(name, 75);
         let reversed: Vec<i32> = long.iter().rev().copied().collect();
         let short = long[3..8].to_vec();
-        let kernels = Interpreter::kernels(&fixture(name), &target(Activations::Bf16));
-        let exe = rounding(&fixture(name), &[]);
+        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &target(to.to));
+        let exe = rounding(to, &fixture(name), quant);
         let subjects = std::iter::once(&kernels as &dyn Subject).chain(exe.as_ref().map(|e| e as &dyn Subject));
         for subject in subjects {
             let alone = [&long, &reversed, &short].map(|tokens| one(subject, tokens, Feed::Prefill).logits);
@@ -138,7 +199,7 @@ fn long_runs_of_a_gpu_keep_their_bits_between_chunks() {
     let (want, _) = g.floats("prefill_logits");
     let rel = distance(&batch[0].logits[..want.len()], want);
     println!("odd, on a GPU: relative L2 {rel:.2e}");
-    assert!(rel <= gate::GPU_REL_L2, "relative L2 {rel:e}");
+    assert!(rel <= GPU_REL_L2, "relative L2 {rel:e}");
     same_bits(&one(&kernels, &short, Feed::Prefill).logits, &batch[0].logits, "in a batch");
     same_bits(&one(&kernels, &long, Feed::Pieces(64)).logits, &batch[1].logits, "in pieces of 64");
 }
@@ -146,16 +207,23 @@ fn long_runs_of_a_gpu_keep_their_bits_between_chunks() {
 /// What a prompt's batch and its steps are does not show in what is generated.
 #[test]
 fn generated_tokens_depend_on_neither_batch_nor_steps() {
-    let Some(exe) = rounding(&fixture("tiny"), &[]) else { return };
     let prompts: Vec<Vec<i32>> = [200, 90, 150, 131].map(|tokens| repeated("tiny", tokens)).into();
+    for (to, quant) in [(BF16, None), (INT8, Some(Quant::Q8))] {
+        if let Some(exe) = rounding(to, &fixture("tiny"), quant) {
+            check_generated_tokens(&exe, &prompts);
+        }
+    }
+}
+
+fn check_generated_tokens(exe: &Exe, prompts: &[Vec<i32>]) {
     let tokens = |prompts: &[Vec<i32>], args: &[&str]| {
         let fixed = ["--max-new-tokens", "24", "--temperature", "1", "--seed", "7"];
         exe.generate(prompts, &[&fixed, args].concat()).0
     };
-    let whole = tokens(&prompts, &["--step-tokens", "1000"]);
+    let whole = tokens(prompts, &["--step-tokens", "1000"]);
     for args in [["--step-tokens", "80", "--batch", "4"], ["--step-tokens", "150", "--batch", "2"]] {
-        assert_eq!(tokens(&prompts, &args), whole, "{args:?}");
-        assert_eq!(tokens(&prompts, &[&args[..], &["--draft-tokens", "2"]].concat()), whole, "{args:?}, with drafts");
+        assert_eq!(tokens(prompts, &args), whole, "{args:?}");
+        assert_eq!(tokens(prompts, &[&args[..], &["--draft-tokens", "2"]].concat()), whole, "{args:?}, with drafts");
     }
 }
 
@@ -167,8 +235,10 @@ fn the_demo_model_keeps_to_its_lines() {
     let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
     let window = golden["window"].as_u64().expect("a number") as usize;
-    for quant in ["keep", "q8", "q4"] {
-        let Some(rounded) = rounding(&dir, &["--quant", quant]) else { return };
+    let bf16 = [None, Some(Quant::Q8), Some(Quant::Q4)].map(|quant| (BF16, quant));
+    for (to, quant) in bf16.into_iter().chain([Quant::Q8, Quant::Q4].map(|quant| (INT8, Some(quant)))) {
+        let Some(rounded) = rounding(to, &dir, quant) else { continue };
+        let quant = quant.map_or("keep", name_of);
         let exact = Exe::build(&dir, "llvm", &["--quant", quant]);
         let nats = |exe: &Exe| {
             let ids = exe.ids(std::slice::from_ref(&tokens));
@@ -182,8 +252,9 @@ fn the_demo_model_keeps_to_its_lines() {
         let (a, b) = (rows(&a), rows(&b));
         let divergences: Vec<f64> = a.chunks(8192).zip(b.chunks(8192)).map(|(a, b)| divergence(a, b)).collect();
         let kl = divergences.iter().sum::<f64>() / divergences.len() as f64;
-        println!("{quant}: {own:.5} nats per token rounded, {float32:.5} in float32, KL {kl:.2e}");
-        assert!((own - float32).abs() <= gate::NATS, "{quant}: {own} nats per token, {float32} in float32");
-        assert!(kl <= gate::KL, "{quant}: KL {kl:e}");
+        let name = to.name;
+        println!("{quant}: {own:.5} nats per token rounded to {name}, {float32:.5} in float32, KL {kl:.2e}");
+        assert!((own - float32).abs() <= to.nats, "{quant}, {name}: {own} nats per token, {float32} in float32");
+        assert!(kl <= to.kl, "{quant}, {name}: KL {kl:e}");
     }
 }

@@ -90,6 +90,11 @@ impl Blocks {
         1 + self.zero as u64
     }
 
+    /// True if each 32 columns of a row share a scale and nothing else, and lie in their own order.
+    pub const fn scales_bytes(self) -> bool {
+        self.rows == 1 && self.columns.is_multiple_of(32) && !self.zero && !self.ordered
+    }
+
     /// Bytes of a scale as it is stored.
     pub const fn scale_bytes(self) -> u64 {
         if self.unit > 0 { 1 } else { self.scale.bytes() }
@@ -225,6 +230,11 @@ impl Format {
     pub fn def(self) -> &'static FormatDef {
         let same = |d: &&FormatDef| std::mem::discriminant(&d.format) == std::mem::discriminant(&self);
         FORMATS.iter().find(same).expect("every format has its row: tested")
+    }
+
+    /// True if its numbers are integers of at most eight bits times a scale that 32 columns of a row share, and nothing else: what is multiplied as bytes.
+    pub fn is_bytes(self) -> bool {
+        matches!(self, Self::Q8(blocks) | Self::Q4(blocks) if blocks.scales_bytes())
     }
 
     /// Its blocks, if it is scaled.
@@ -390,6 +400,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn bytes_are_integers_with_a_scale_for_32_columns_or_more() {
+        let is_bytes = |name: &str| Format::from_name(name).expect("it is one").is_bytes();
+        assert!(["q8<g32>", "q4<g32>", "q4<g128,bf16>", "q8<g64,f32>"].into_iter().all(is_bytes));
+        let others = ["bf16", "fp8<128x128>", "q8<g16>", "q4<g32,zero>", "q4<g32,ordered>", "u4<g32>", "q6<g32>"];
+        assert!(!others.into_iter().any(is_bytes));
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub enum Activations {
     F32,
     /// bfloat16, where a matrix unit multiplies it.
     Bf16,
+    /// Signed bytes with a scale for each block of columns, where vectors multiply bytes and the weights are integers.
+    Int8,
 }
 
 /// A machine and the choices made for it.
@@ -83,9 +85,30 @@ pub struct MatmulTile {
     pub columns: u64,
 }
 
-/// How products of many tokens are cut for a matrix unit.
+/// How products of many tokens are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BulkKind {
+    /// In tiles of bfloat16, by a matrix unit.
+    Tiles,
+    /// As dot products of bytes, by vectors.
+    Bytes,
+}
+
+impl BulkKind {
+    /// Tokens that are multiplied together with two strips of a weight: as many as the sums fit registers.
+    pub const fn together(self) -> u64 {
+        match self {
+            Self::Tiles => 32,
+            Self::Bytes => 6,
+        }
+    }
+}
+
+/// How products of many tokens are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BulkTile {
+    /// How they are made.
+    pub kind: BulkKind,
     /// Bytes of rounded rows of activations that are multiplied with all tiles of a task: they stay in the second cache.
     pub panel_bytes: u64,
     /// Most tokens whose rows are rounded together.
@@ -95,9 +118,15 @@ pub struct BulkTile {
 }
 
 impl BulkTile {
-    /// Tokens whose rows of `columns` numbers are rounded together: a multiple of 32.
-    pub fn tokens(&self, columns: u64) -> u64 {
-        (self.panel_bytes / (2 * columns.max(1))).clamp(32, self.most_tokens) / 32 * 32
+    /// As [`BulkKind::together`].
+    pub const fn together(&self) -> u64 {
+        self.kind.together()
+    }
+
+    /// Tokens whose rows of `columns` numbers, `row_bytes` in all, are rounded together: a multiple of those that are multiplied together.
+    pub fn tokens(&self, row_bytes: u64) -> u64 {
+        let most = (self.panel_bytes / row_bytes.max(1)).clamp(32, self.most_tokens);
+        most / self.together() * self.together()
     }
 }
 
@@ -313,8 +342,12 @@ impl Target {
     /// the backends emit today. Others are known of the target, but no instruction of them is used.
     pub fn required_features(&self) -> Vec<&str> {
         let wide = self.vector_bits == 512;
-        let tiles = self.bulk_tile().is_some();
-        let used = |f: &&str| V3.contains(f) || (wide && V4.contains(f)) || (tiles && TILES.contains(f));
+        let bulk: &[&str] = match self.bulk_tile().map(|tile| tile.kind) {
+            None => &[],
+            Some(BulkKind::Tiles) => TILES,
+            Some(BulkKind::Bytes) => VNNI,
+        };
+        let used = |f: &&str| V3.contains(f) || (wide && V4.contains(f)) || bulk.contains(f);
         self.features.iter().map(String::as_str).filter(used).collect()
     }
 
@@ -323,16 +356,32 @@ impl Target {
         self.vector_bits == 512 && TILES.iter().all(|f| self.has(f))
     }
 
-    /// How products of many tokens are cut for the matrix unit; `None` if there is none, or if activations may not be rounded.
+    /// True if the machine's vectors multiply bytes and sum four products at once, and the backend uses them at their full width.
+    pub fn has_byte_dots(&self) -> bool {
+        self.vector_bits == 512 && VNNI.iter().all(|f| self.has(f))
+    }
+
+    /// How products of many tokens are cut; `None` if activations may not be rounded, or if the machine has no fast products of what they are rounded to.
     pub fn bulk_tile(&self) -> Option<BulkTile> {
-        let used = self.has_tiles() && self.activations == Activations::Bf16;
-        used.then_some(BulkTile { panel_bytes: 1 << 20, most_tokens: 256, row_tiles: 64 })
+        let kind = match self.activations {
+            Activations::Bf16 if self.has_tiles() => BulkKind::Tiles,
+            Activations::Int8 if self.has_byte_dots() => BulkKind::Bytes,
+            _ => return None,
+        };
+        // whole blocks, two of which are enough for 512 tokens
+        let most_tokens = 256_u64.next_multiple_of(kind.together());
+        Some(BulkTile { kind, panel_bytes: 1 << 20, most_tokens, row_tiles: 64 })
+    }
+
+    /// True if what many tokens need is computed in tiles of bfloat16.
+    pub fn rounds_to_tiles(&self) -> bool {
+        self.bulk_tile().is_some_and(|tile| tile.kind == BulkKind::Tiles)
     }
 
     /// Whether the delta rule of long runs goes by chunks of [`CHUNK_TOKENS`](crate::types::CHUNK_TOKENS) positions, so that a long run has the bits of its pieces
     /// only where they are cut between two: on matrix units of CPUs that may round, and on GPUs.
     pub fn has_chunks(&self) -> bool {
-        self.bulk_tile().is_some() || self.gpu.is_some()
+        self.rounds_to_tiles() || self.gpu.is_some()
     }
 
     /// Multiprocessors of the GPU; 1 if it is none.
@@ -448,12 +497,27 @@ mod tests {
         assert!(!exact.required_features().iter().any(|f| f.starts_with("amx") || *f == "avx512bf16"));
         let rounding = Target { activations: Activations::Bf16, ..exact };
         let tile = rounding.bulk_tile().expect("it has a matrix unit");
-        assert_eq!([64, 2048, 4096, 1 << 20].map(|columns| tile.tokens(columns)), [256, 256, 128, 32]);
+        assert_eq!([128, 4096, 8192, 1 << 21].map(|row_bytes| tile.tokens(row_bytes)), [256, 256, 128, 32]);
         assert!(rounding.required_features().contains(&"amx-bf16"));
         let narrow = rounding.clone().for_cranelift();
         assert!(!narrow.has_tiles() && !narrow.required_features().contains(&"amx-bf16"));
         let without = Target { activations: Activations::Bf16, ..Target::named("znver5").expect("it is in the table") };
         assert_eq!(without.bulk_tile(), None);
+    }
+
+    #[test]
+    fn bytes_are_multiplied_where_activations_may_be_rounded_to_them() {
+        let exact = Target::named("icelake-server").expect("it is in the table");
+        assert!(exact.has_byte_dots() && exact.bulk_tile().is_none());
+        assert!(!exact.required_features().contains(&"avx512vnni"));
+        let rounding = Target { activations: Activations::Int8, ..exact };
+        let tile = rounding.bulk_tile().expect("it multiplies bytes");
+        assert_eq!([64, 2048, 1 << 15].map(|row_bytes| tile.tokens(row_bytes)), [258, 258, 30]);
+        assert!(rounding.required_features().contains(&"avx512vnni") && !rounding.rounds_to_tiles());
+        assert!(rounding.for_cranelift().bulk_tile().is_none());
+        for without in ["x86-64-v4", "alderlake"].map(|name| Target::named(name).expect("it is in the table")) {
+            assert_eq!(Target { activations: Activations::Int8, ..without }.bulk_tile(), None);
+        }
     }
 
     #[test]

@@ -93,14 +93,22 @@ impl Interpreter {
 
     /// The graph after all passes for a backend with vectors of so many bits.
     pub fn fused(dir: &Path, target: &Target) -> Self {
-        let plain = Self::plain(dir);
+        Self::fused_of(Self::plain(dir), target)
+    }
+
+    fn fused_of(plain: Self, target: &Target) -> Self {
         let module = nextc_passes::run_all(plain.module, target).expect("the passes run");
         Self { module, ..plain }
     }
 
     /// The kernels as a backend gets them.
     pub fn kernels(dir: &Path, target: &Target) -> Self {
-        let fused = Self::fused(dir, target);
+        Self::quantised_kernels(dir, None, target)
+    }
+
+    /// The same with weights rounded to other formats.
+    pub fn quantised_kernels(dir: &Path, quant: Option<nextc_frontend::Quant>, target: &Target) -> Self {
+        let fused = Self::fused_of(Self::quantised(dir, quant), target);
         let module = nextc_passes::lower::lower(&fused.module, target).expect("the module lowers");
         let module = nextc_passes::legalise::legalise(module, target).expect("the kernels legalise");
         let weights = packed(&module, fused.model.source.as_ref().expect("the fixture has weights"));

@@ -79,6 +79,8 @@ impl Emitter<'_, '_> {
             KOp::Nibble { .. }
             | KOp::Bf16Row
             | KOp::Bf16Pairs
+            | KOp::ByteRow
+            | KOp::ByteDot
             | KOp::TileTurn
             | KOp::TileZero
             | KOp::TileStep { .. }

@@ -463,6 +463,14 @@ impl KernelBuilder {
     pub fn bf16_pairs(&mut self, first: Val, second: Val) -> Val {
         self.emit(KOp::Bf16Pairs, &[first, second], KType::vector(DType::I32, 16))
     }
+    /// The lowest bytes of four vectors in a row.
+    pub fn byte_row(&mut self, vectors: [Val; 4]) -> Val {
+        self.emit(KOp::ByteRow, &vectors, KType::vector(DType::I32, 16))
+    }
+    /// `sum + Σ a·b` over the four bytes of a lane: unsigned ones of `a`, signed ones of `b`.
+    pub fn byte_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
+        self.emit(KOp::ByteDot, &[sum, a, b], KType::vector(DType::I32, 16))
+    }
     /// `c = Σ a·b` in tiles, `depth` of them one after the other; with tile `i` of each goes `beside(builder, i)`.
     pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64, beside: impl FnOnce(&mut Self, Val)) {
         self.push(KOp::TileZero, &[], Vec::new(), Vec::new());

@@ -231,6 +231,11 @@ kops! {
     Bf16Row = "bf16_row" Tile;
     /// Two vectors of 16 f32 as 16 pairs of bf16, a pair a lane, the first in the lower half: `(first, second) -> i32x16`. Rounded as `bf16_row` does.
     Bf16Pairs = "bf16_pairs" Tile;
+    /// The lowest bytes of four vectors of 16 i32 as 64 bytes that follow one another: `(first, second, third, fourth) -> i32x16`.
+    ByteRow = "byte_row" Tile;
+    /// In each of 16 lanes `sum + Σ a[i]·b[i]` over the four bytes of an i32, unsigned ones of `a` and signed ones of `b`: `(sum, a, b) -> i32x16`. What does not fit
+    /// 32 bits wraps. Source: Intel's Software Developer's Manual, VPDPBUSD.
+    ByteDot = "byte_dot" Tile;
     /// Sets the sums of tiles of the task to zeros. There are four, 16 by 16 f32 each, which nothing else changes.
     TileZero = "tile_zero" Tile;
     /// Adds products of tiles to the sums, `sum[i · columns + j] += A[i]·B[j]` for `rows` times `columns` of them: `(a..., b...)`. Each pointer leads to a tile of

@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 38] = [
+const PLAIN: [KOp; 40] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -97,6 +97,8 @@ const PLAIN: [KOp; 38] = [
     KOp::Quad,
     KOp::Bf16Row,
     KOp::Bf16Pairs,
+    KOp::ByteRow,
+    KOp::ByteDot,
     KOp::TileTurn,
 ];
 

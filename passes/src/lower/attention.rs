@@ -260,7 +260,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedAttention);
     let mut ports = Ports::default();
     let bound = Attention::ports(site, &mut ports);
-    let in_tiles = site.target.bulk_tile().is_some();
+    let in_tiles = site.target.rounds_to_tiles();
     let (pages, shared, elems) = (bound.pages, bound.shared, bound.elems());
     let mut k = ports.builder(site, Extent::from(Sym::T) * pages.heads.into());
     let task = k.task();

@@ -1,26 +1,31 @@
-//! `bulk`: products of many tokens in tiles of a CPU's matrix unit.
+//! `bulk`: products of many tokens, rounded: in tiles of a CPU's matrix unit, or as dot products of bytes.
 //!
 //! class    tokens of runs longer than 8 are `bulk`; the others take the products of [`super::matmul`], whatever else the step holds
-//! panel    rows of x of a block of tokens, rounded to bf16, as tiles of 16 tokens by 32 columns in scratch
-//! strip    16 weight rows as bf16 tiles of 32 columns: see [`super::strips`]
-//! dot      two strips of the panel by two of the weight, over all columns; sums are f32, 32 columns by themselves first
+//! panel    rows of x of a block of tokens, rounded, in scratch
+//! strip    16 weight rows in the form that they are multiplied in
+//! dot      some rows of the panel by two strips, over all columns: [`tiles`], [`bytes`]
 //! epilogue as in [`super::matmul`], a token at a time
-//! traffic  each weight once a task from memory and once a block from the second cache; bound by the matrix unit from about 64 tokens on
+//! traffic  each weight once a task from memory and once a block from the second cache; bound by arithmetic from about 64 tokens on
 //!
 //! One in several tasks takes the tiles of all of them, so that rows are rounded seldom. The order of a token's sums depends on its class alone.
 
+pub mod bytes;
+pub mod tiles;
+
+use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::schedule::Input;
 use nextc_ir::shape::{LANES, Sym};
-use nextc_ir::target::BulkTile;
+use nextc_ir::target::{BulkKind, BulkTile};
 use nextc_ir::types::DECODE_TOKENS;
-use nextc_ir::{DType, Format, Layout};
+
+use self::bytes::Bytes;
+use self::tiles::Tiles;
 
 use super::matmul::{Epilogue, Rows, Weight, for_rows, row_ptr, tile_range};
 use super::packed::Matrix;
 use super::ports::{Port, Ports, Site};
-use super::strips::{Group, STRIPS, Strips, TILE_BYTES, TILE_COLUMNS, for_groups, is_direct};
+use super::strips::{Ahead, Group, STRIPS, TILE_BYTES, TILE_COLUMNS, for_groups, is_direct};
 
 /// Tasks that every thread has at least, where tasks are joined.
 const TASKS_PER_THREAD: u64 = 2;
@@ -43,7 +48,7 @@ pub struct Classes {
 }
 
 impl Classes {
-    /// The ports; `None` where every token is computed alike: without a matrix unit, or if the rows are not the tokens of the step.
+    /// The ports; `None` where every token is computed alike: if nothing is rounded, or if the rows are not the tokens of the step.
     pub fn ports(site: &Site<'_>, ports: &mut Ports, rows: Sym) -> Option<Self> {
         let tile = site.target.bulk_tile().filter(|_| rows == Sym::T)?;
         Some(Self { cu_seqlens: ports.step(Input::CuSeqlens), tile, threads: u64::from(site.target.threads.max(1)) })
@@ -100,6 +105,22 @@ impl Classes {
         Mix { classes: self, decode: found[0], bulk: found[1] }
     }
 
+    /// True if products of many tokens with this matrix are rounded.
+    pub fn takes(self, matrix: &Matrix) -> bool {
+        match self.tile.kind {
+            BulkKind::Tiles => tiles::takes(matrix),
+            BulkKind::Bytes => bytes::takes(matrix),
+        }
+    }
+
+    /// Bytes of a rounded row.
+    const fn row_bytes(self, columns: u64) -> u64 {
+        match self.tile.kind {
+            BulkKind::Tiles => Tiles::row_bytes(columns),
+            BulkKind::Bytes => Bytes::row_bytes(columns),
+        }
+    }
+
     /// How many tasks of `size` tiles one takes for `bulk` tokens, out of `tasks`.
     pub fn joined(self, size: u64, tasks: u64) -> u64 {
         let most = tasks / (TASKS_PER_THREAD * self.threads);
@@ -110,8 +131,9 @@ impl Classes {
     pub fn at_once(self, matrix: &Matrix, size: u64, tasks: u64) -> u64 {
         let tiles = size * self.joined(size, tasks);
         let strip_bytes = matrix.planes.columns.div_ceil(TILE_COLUMNS) * TILE_BYTES;
+        let in_place = self.tile.kind == BulkKind::Tiles && is_direct(matrix);
         let fits = |n: &u64| {
-            let is_small = *n == 2 || !is_direct(matrix) || n * strip_bytes <= self.tile.panel_bytes / 4;
+            let is_small = *n == 2 || !in_place || n * strip_bytes <= self.tile.panel_bytes / 4;
             tiles.is_multiple_of(*n) && is_small
         };
         [STRIPS, 2].into_iter().find(fits).unwrap_or(1)
@@ -196,126 +218,60 @@ impl Mix {
     }
 }
 
-/// True if products of many tokens with this matrix are made in tiles. Weights in f32 are not rounded, and columns in an order of their own are no tiles.
-pub fn takes(matrix: &Matrix) -> bool {
-    let p = &matrix.planes;
-    p.format != Format::F32 && p.layout == Layout::Tile16 && !p.format.blocks().is_some_and(|b| b.ordered)
+/// Products of some rows with a group's strips, two and two.
+pub struct Dots<'a> {
+    /// The number of the rows among blocks of as many.
+    block: Val,
+    /// The weights.
+    strips: Vec<&'a [Val]>,
+    /// For each two strips where sums go: of one row after the other, neighbouring strips side by side.
+    sums: &'a [Val],
+    /// What is asked for beside them.
+    ahead: &'a Ahead<'a>,
 }
 
-/// Rows and columns of a product that are computed together: two strips of each.
-pub const TOGETHER: u64 = 2 * LANES;
-/// Numbers of its sums.
-pub const SUMS: u64 = TOGETHER * TOGETHER;
-
-/// The numbers 0 to 15 in scratch. Call it at the top level of the body.
-pub fn lane_numbers(k: &mut KernelBuilder) -> Val {
-    let lanes = k.alloc(DType::I32, LANES);
-    for i in 0..LANES {
-        let (at, value) = (k.index(i), k.const_i32(i as i32));
-        k.store(lanes, at, value);
-    }
-    lanes
-}
-
-/// Tiles in scratch, of rows of an A or columns of a B: strips of 16 rows, in each the tiles of 32 columns one after the other. What is said of an A is
-/// so of the turned B.
+/// Rounded rows, and the weights that they are multiplied with.
 #[derive(Clone, Copy, Debug)]
-pub struct RowTiles {
-    /// Columns of a row as stored.
-    columns: u64,
-    /// The first strip.
-    pub at: Val,
+enum Rounded {
+    Tiles(Tiles),
+    Bytes(Bytes),
 }
 
-impl RowTiles {
-    /// Call it at the top level of the body.
-    pub fn alloc(k: &mut KernelBuilder, rows: u64, columns: u64) -> Self {
-        let words = rows.div_ceil(LANES) * columns.div_ceil(TILE_COLUMNS) * TILE_BYTES / 4;
-        Self { columns, at: k.alloc(DType::I32, words) }
-    }
-
-    /// Tiles of a strip.
-    pub const fn depth(&self) -> u64 {
-        self.columns.div_ceil(TILE_COLUMNS)
-    }
-
-    /// Pointer to row `i` in its strip's first tile; further tiles are 1 KiB apart.
-    pub fn line(&self, k: &mut KernelBuilder, i: Val) -> Val {
-        let (strip, within) = (k.div_const(i, LANES), k.rem_const(i, LANES));
-        let (strip, within) = (k.mul_const(strip, self.depth() * TILE_BYTES), k.mul_const(within, LINE_BYTES));
-        let bytes = k.add(strip, within);
-        k.offset(self.at, bytes)
-    }
-
-    /// The strip after the one at `strip`.
-    pub fn next(&self, k: &mut KernelBuilder, strip: Val) -> Val {
-        let bytes = k.index(self.depth() * TILE_BYTES);
-        k.offset(strip, bytes)
-    }
-
-    /// Rounds a row, whose vectors are given, into row `i`; of the last columns some may be left as they are.
-    pub fn put(&self, k: &mut KernelBuilder, i: Val, row: &[Val]) {
-        let to = self.line(k, i);
-        let nothing = k.splat_f32(16, 0.0);
-        for (tile, pair) in (0..).zip(row.chunks(2)) {
-            let words = k.bf16_row(pair[0], *pair.get(1).unwrap_or(&nothing));
-            let at = k.index(tile * TILE_BYTES / 4);
-            k.store(to, at, words);
+impl Rounded {
+    const fn depth(&self) -> u64 {
+        match self {
+            Self::Tiles(rounded) => rounded.depth(),
+            Self::Bytes(rounded) => rounded.depth(),
         }
     }
 
-    /// Rounds vectors of rows `i`, which is even, and `i + 1` of a B, those from column `column` on.
-    pub fn put_pair(&self, k: &mut KernelBuilder, (i, column): (Val, Val), [even, odd]: [&[Val]; 2]) {
-        let (strip, bytes) = (self.line(k, column), k.mul_const(i, LINE_BYTES / 2));
-        let to = k.offset(strip, bytes);
-        for (strip, (&a, &b)) in (0..).zip(even.iter().zip(odd)) {
-            let words = k.bf16_pairs(a, b);
-            let at = k.index(strip * self.depth() * TILE_BYTES / 4);
-            k.store(to, at, words);
+    /// As [`Panel::pack`].
+    fn pack(&self, k: &mut KernelBuilder, i: Val, numbers: impl FnMut(&mut KernelBuilder, Val) -> Val) {
+        match self {
+            Self::Tiles(rounded) => rounded.pack(k, i, numbers),
+            Self::Bytes(rounded) => rounded.pack(k, i, numbers),
         }
     }
 
-    /// The strip with row `i`, a multiple of 32, and the one behind it.
-    pub fn two_strips(&self, k: &mut KernelBuilder, i: Val) -> [Val; 2] {
-        let first = self.line(k, i);
-        [first, self.next(k, first)]
-    }
-
-    /// Turns all tiles into `to`: what were rows of an A are columns of a B there.
-    pub fn turn(&self, k: &mut KernelBuilder, to: &Self, rows: u64) {
-        k.for_range(rows.div_ceil(LANES) * self.depth() * TILE_BYTES, TILE_BYTES, |k, tile| {
-            let (to, from) = (k.offset(to.at, tile), k.offset(self.at, tile));
-            k.tile_turn(to, from);
-        });
-    }
-
-    /// Rounds a row, whose 16 numbers from column `c` on `numbers(c)` gives, into row `i`.
-    pub fn pack(&self, k: &mut KernelBuilder, i: Val, mut numbers: impl FnMut(&mut KernelBuilder, Val) -> Val) {
-        let to = self.line(k, i);
-        let put = |k: &mut KernelBuilder, c: Val, first: Val, second: Val| {
-            let words = k.bf16_row(first, second);
-            let at = k.mul_const(c, TILE_BYTES / 4 / TILE_COLUMNS);
-            k.store(to, at, words);
-        };
-        let whole = self.columns / TILE_COLUMNS * TILE_COLUMNS;
-        k.for_range(whole, TILE_COLUMNS, |k, c| {
-            let next = k.add_const(c, LANES);
-            let (first, second) = (numbers(k, c), numbers(k, next));
-            put(k, c, first, second);
-        });
-        if whole < self.columns {
-            let (c, nothing) = (k.index(whole), k.splat_f32(16, 0.0));
-            let first = numbers(k, c);
-            put(k, c, first, nothing);
+    fn fill_behind(&self, k: &mut KernelBuilder, count: Val) {
+        match self {
+            Self::Tiles(rounded) => rounded.fill_behind(k, count),
+            Self::Bytes(rounded) => rounded.fill_behind(k, count),
         }
     }
 
-    /// Fills rows `first..end` with zeros.
-    pub fn fill(&self, k: &mut KernelBuilder, (first, end): (Val, Val)) {
-        k.for_each((first, end, 1), |k, i| {
-            let (to, nothing) = (self.line(k, i), k.splat_i32(16, 0));
-            k.for_range(self.depth() * TILE_BYTES / 4, TILE_BYTES / 4, |k, at| k.store(to, at, nothing));
-        });
+    fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
+        match self {
+            Self::Tiles(rounded) => rounded.unpack(k, group),
+            Self::Bytes(rounded) => rounded.unpack(k, group),
+        }
+    }
+
+    fn dots(&self, k: &mut KernelBuilder, (first, count): (Val, Val), dots: &Dots<'_>) {
+        match self {
+            Self::Tiles(rounded) => rounded.dots(k, (first, count), dots),
+            Self::Bytes(rounded) => rounded.dots(k, first, dots),
+        }
     }
 }
 
@@ -324,24 +280,24 @@ impl RowTiles {
 pub struct Panel {
     /// Most tokens of a block.
     tokens: u64,
-    a: RowTiles,
-    /// The weights.
-    strips: Strips,
-    /// Sums of 32 tokens by 32 weight rows, for each two strips.
+    /// Tokens that are multiplied together.
+    together: u64,
+    rounded: Rounded,
+    /// Sums of these tokens by 32 weight rows, for each two strips.
     c: Val,
 }
 
 impl Panel {
     /// For products with `matrices`, which have one number of columns. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, classes: Classes, matrices: &[Matrix]) -> Self {
-        let columns = matrices[0].planes.columns;
-        let tokens = classes.tile.tokens(columns);
-        Self {
-            tokens,
-            a: RowTiles::alloc(k, tokens, columns),
-            strips: Strips::alloc(k, matrices, columns),
-            c: k.alloc(DType::F32, STRIPS * 2 * LANES * LANES),
-        }
+        let (tile, columns) = (classes.tile, matrices[0].planes.columns);
+        let tokens = tile.tokens(classes.row_bytes(columns));
+        let rounded = match tile.kind {
+            BulkKind::Tiles => Rounded::Tiles(Tiles::alloc(k, tokens, matrices)),
+            BulkKind::Bytes => Rounded::Bytes(Bytes::alloc(k, tokens, columns)),
+        };
+        let together = tile.together();
+        Self { tokens, together, rounded, c: k.alloc(DType::F32, STRIPS * together * LANES) }
     }
 
     /// Scratch for a number of each row. Call it at the top level of the body.
@@ -363,7 +319,7 @@ impl Panel {
         });
     }
 
-    /// Rounds `count` rows into the panel: row `i` is row `row_of(i)` of x. The last strip is filled up with zeros.
+    /// Rounds `count` rows into the panel: row `i` is row `row_of(i)` of x. What is multiplied behind the last is filled with zeros.
     pub fn pack(
         &self,
         k: &mut KernelBuilder,
@@ -375,10 +331,9 @@ impl Panel {
         k.for_each((zero, count, 1), |k, i| {
             let row = row_of(k, i);
             let numbers = rows.reader(k, row);
-            self.a.pack(k, i, |k, c| numbers.at(k, c));
+            self.rounded.pack(k, i, |k, c| numbers.at(k, c));
         });
-        let end = round_up(k, count, LANES);
-        self.a.fill(k, (count, end));
+        self.rounded.fill_behind(k, count);
     }
 
     /// Products of a group of weights with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`. The group that follows is
@@ -390,34 +345,21 @@ impl Panel {
         count: Val,
         each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
     ) {
-        let (strips, ahead) = (self.strips.unpack(k, group), self.strips.ahead(k, group, count));
+        let strips = self.rounded.unpack(k, group);
+        let ahead = Ahead::new(k, group, (count, self.together), self.rounded.depth());
         let strips: Vec<&[Val]> = strips.chunks(2).collect();
         let sums: Vec<Val> = (0..strips.len() as u64)
             .map(|pair| {
-                let bytes = k.index(pair * 4 * TILE_BYTES);
+                let bytes = k.index(pair * 4 * 2 * LANES * self.together);
                 k.offset(self.c, bytes)
             })
             .collect();
-        let (zero, end) = (k.const_i64(0), round_up(k, count, LANES));
-        k.for_each((zero, end, 2 * LANES), |k, first| {
-            let (low, block) = (self.a.line(k, first), k.div_const(first, 2 * LANES));
-            let (left, one) = (k.sub(end, first), k.index(LANES));
-            let two = k.cmp(Pred::Gt, left, one);
-            let dots = |k: &mut KernelBuilder, a: &[Val]| {
-                for (pair, (&c, b)) in sums.iter().zip(&strips).enumerate() {
-                    k.tile_dot(c, (a, b), self.a.depth(), |k, i| ahead.ask(k, pair, block, i));
-                }
-                Vec::new()
-            };
-            k.if_else(
-                two,
-                |k| {
-                    let high = self.a.next(k, low);
-                    dots(k, &[low, high])
-                },
-                |k| dots(k, &[low]),
-            );
-            let last = k.add_const(first, 2 * LANES);
+        let zero = k.const_i64(0);
+        k.for_each((zero, count, self.together), |k, first| {
+            let block = k.div_const(first, self.together);
+            let dots = Dots { block, strips: strips.clone(), sums: &sums, ahead: &ahead };
+            self.rounded.dots(k, (first, count), &dots);
+            let last = k.add_const(first, self.together);
             let last = k.min_i64(last, count);
             k.for_each((first, last, 1), |k, i| {
                 let row = k.sub(i, first);
@@ -499,7 +441,7 @@ mod tests {
 
     #[test]
     fn tasks_are_joined_as_far_as_threads_have_enough() {
-        let tile = BulkTile { panel_bytes: 1 << 19, most_tokens: 256, row_tiles: 16 };
+        let tile = BulkTile { kind: BulkKind::Tiles, panel_bytes: 1 << 19, most_tokens: 256, row_tiles: 16 };
         let joined = |threads, size, tasks| Classes { cu_seqlens: 0, tile, threads }.joined(size, tasks);
         assert_eq!([joined(2, 2, 64), joined(16, 2, 64), joined(64, 2, 64)], [8, 2, 1]);
         assert_eq!([joined(1, 4, 192), joined(2, 4, 1), joined(2, 32, 64)], [4, 1, 1]);

@@ -15,7 +15,7 @@ use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
-use super::bulk::{self, Class, Classes, Mix, Panel};
+use super::bulk::{Class, Classes, Mix, Panel};
 use super::matmul::{
     GROUP_TILES, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, for_tiles, group_tiles,
     in_range, row_ptr, store_tile, swiglu_rows, tile_range,
@@ -478,7 +478,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let each = site.inner(site.named("weights"))[0];
     let (experts, tiles) = (shape[0], pad(shape[1]) / LANES);
     let sym = site.rows(site.result(0))?;
-    let classes = Classes::ports(site, &mut ports, sym).filter(|_| [routed, dense].iter().all(bulk::takes));
+    let classes = Classes::ports(site, &mut ports, sym).filter(|c| [routed, dense].iter().all(|m| c.takes(m)));
     let size = group_tiles(site.target);
     let tasks = tiles.div_ceil(size);
     let mut k = ports.builder(site, tasks.into());

@@ -10,7 +10,7 @@
 //!          fill the processor's window with a few lines, which is less than memory needs to be kept busy
 //! traffic  each weight once a block of rows (bound by memory at one row, by FMAs at many)
 //!
-//! Where the target has a matrix unit and may round, these are the products of tokens that are decoded; those of longer runs are [`super::bulk`]'s.
+//! Where the target may round and multiplies rounded numbers fast, these are the products of tokens that are decoded; those of longer runs are [`super::bulk`]'s.
 //!
 //! The order of a row's sums depends on neither T nor the block, so a token has the same bits alone and among others.
 
@@ -20,7 +20,7 @@ use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Target};
 
 use super::LowerError;
-use super::bulk::{self, Class, Classes, Panel};
+use super::bulk::{Class, Classes, Panel};
 use super::packed::{Block, Lanes, Matrix, Tile};
 use super::ports::{Lowered, Port, Ports, Site};
 
@@ -394,13 +394,14 @@ pub struct Multiplier {
 impl Multiplier {
     /// For rows of `sym`, which are not multiplied yet; asks for its ports.
     pub fn ports(site: &Site<'_>, ports: &mut Ports, rows: Rows, sym: Sym, matrices: &[Matrix]) -> Self {
-        let classes = Classes::ports(site, ports, sym).filter(|_| matrices.iter().any(bulk::takes));
+        let classes = Classes::ports(site, ports, sym).filter(|classes| matrices.iter().any(|m| classes.takes(m)));
         Self { rows, sym, tile: site.target.matmul_tile(), classes, scratch: None, panel: None }
     }
 
     /// As [`Multiplier::ports`], for pairs of a gate and an up matrix, all of which are multiplied alike.
     pub fn of_pairs(site: &Site<'_>, ports: &mut Ports, rows: Rows, sym: Sym, pairs: &[[Matrix; 2]]) -> Self {
-        let classes = Classes::ports(site, ports, sym).filter(|_| pairs.iter().flatten().all(bulk::takes));
+        let classes =
+            Classes::ports(site, ports, sym).filter(|classes| pairs.iter().flatten().all(|m| classes.takes(m)));
         Self { rows, sym, tile: site.target.matmul_tile(), classes, scratch: None, panel: None }
     }
 
@@ -425,7 +426,7 @@ impl Multiplier {
         epilogue: &mut Epilogue<'_>,
     ) {
         let range = tile_range(k, group, size, matrix.tiles());
-        let by_class = self.by_class().filter(|_| bulk::takes(&matrix));
+        let by_class = self.by_class().filter(|(classes, _)| classes.takes(&matrix));
         let Some((classes, panel)) = by_class else {
             let all = (k.const_i64(0), k.dim(self.sym));
             return emit_tiles(k, (matrix, weight), (&self.rows, self.scratch), all, range, self.tile, epilogue);

@@ -272,6 +272,43 @@ impl Tile {
         moved.into_iter().map(number).collect()
     }
 
+    /// The numbers of `columns` columns from column `column` on, four a word in lines of 16 rows, as unsigned bytes less 128: of codes of eight bits these, of
+    /// codes of four bits 16 times these. The format is one of [`Format::is_bytes`].
+    pub fn bytes(&self, k: &mut KernelBuilder, column: Val, columns: u64) -> Vec<Val> {
+        let format = self.matrix.planes.format;
+        let lines = (0..columns).step_by(format.group_columns() as usize).map(|i| {
+            let at = k.add_const(column, i);
+            let at = k.mul_const(at, LANES / format.group_columns());
+            let words = k.load(DType::I32, LANES as u32, self.codes, at);
+            let [signs, uppers, four] =
+                [0x8080_8080, 0xf0f0_f0f0, 4].map(|x: u32| k.splat_i32(LANES as u32, x.cast_signed()));
+            match format {
+                // 8 is added to them as stored
+                Format::Q4(_) => {
+                    let lowers = k.shl(words, four);
+                    vec![k.and(lowers, uppers), k.and(words, uppers)]
+                }
+                _ => vec![k.xor(words, signs)],
+            }
+        });
+        lines.flatten().collect()
+    }
+
+    /// What counts one in [`Tile::bytes`] of block `block` of `columns` columns.
+    pub fn byte_scales(&self, k: &mut KernelBuilder, block: Val, columns: u64) -> Val {
+        let format = self.matrix.planes.format;
+        let own = format.blocks().map_or(columns, |blocks| blocks.columns.into());
+        let block = quotient(k, block, own / columns);
+        let scale = self.block(k, block, Lanes::All).scale.expect("a format of scaled integers");
+        match format {
+            Format::Q4(_) => {
+                let part = k.splat_f32(LANES as u32, 1.0 / 16.0);
+                k.fmul(scale, part)
+            }
+            _ => scale,
+        }
+    }
+
     /// What the blocks of columns `block` share.
     pub fn block(&self, k: &mut KernelBuilder, block: Val, lanes: Lanes) -> Block {
         let (Some(blocks), Some(scales)) = (self.matrix.planes.format.blocks(), self.scales) else {

@@ -1,9 +1,9 @@
 //! `strips`: weights for products in tiles, 16 rows a strip of bf16 tiles of 32 columns.
 //!
-//! group    strips that are multiplied together with each block of 32 tokens
+//! group    strips that are multiplied together with each block of tokens
 //! direct   bf16 weights are tiles as packed
 //! unpacked quantised weights become tiles in scratch, once a block of tokens, before they are multiplied
-//! ahead    with each step of the matrix unit some lines of the group that follows are asked for, so that it is in the second cache in time
+//! ahead    with each step of products some lines of the group that follows are asked for, so that it is in the second cache in time
 //! traffic  each weight once a task from memory, and once a block of tokens through the vector units where it is unpacked
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
@@ -11,7 +11,7 @@ use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 use nextc_ir::{DType, Format};
 
-use super::bulk::takes;
+use super::bulk::tiles::takes;
 use super::matmul::for_tiles;
 use super::packed::{Block, Lanes, Matrix, Tile};
 
@@ -26,7 +26,8 @@ pub const STRIPS: u64 = 4;
 
 /// Tiles of weights that are multiplied together, and those that follow.
 pub struct Group {
-    tiles: Vec<Tile>,
+    /// Those that are multiplied.
+    pub tiles: Vec<Tile>,
     next: Vec<Tile>,
 }
 
@@ -118,17 +119,6 @@ impl Strips {
             k.store(to, at, nothing);
         }
     }
-
-    /// What is asked for beside the products of a group with `count` rows.
-    pub fn ahead<'a>(&self, k: &mut KernelBuilder, group: &'a Group, count: Val) -> Ahead<'a> {
-        let lines = |t: &Tile| t.matrix.planes.tile_bytes().div_ceil(LINE_BYTES * self.depth());
-        let lines = group.next.iter().map(lines).max().unwrap_or(0);
-        let blocks = k.add_const(count, 2 * LANES - 1);
-        let blocks = k.div_const(blocks, 2 * LANES);
-        let lines = k.add_const(blocks, lines.saturating_sub(1));
-        let lines = k.div(lines, blocks);
-        Ahead { next: &group.next, bytes: k.mul_const(lines, LINE_BYTES), depth: self.depth() }
-    }
 }
 
 /// The weights that are asked for while others are multiplied.
@@ -140,8 +130,19 @@ pub struct Ahead<'a> {
     depth: u64,
 }
 
-impl Ahead<'_> {
-    /// What goes with step `i` of the products of block `block` of 32 rows with strips `2 * pair` and the one behind it.
+impl<'a> Ahead<'a> {
+    /// Beside the products of a group with `count` rows, of which some are multiplied together in `depth` steps.
+    pub fn new(k: &mut KernelBuilder, group: &'a Group, (count, together): (Val, u64), depth: u64) -> Self {
+        let lines = |t: &Tile| t.matrix.planes.tile_bytes().div_ceil(LINE_BYTES * depth);
+        let lines = group.next.iter().map(lines).max().unwrap_or(0);
+        let blocks = k.add_const(count, together - 1);
+        let blocks = k.div_const(blocks, together);
+        let lines = k.add_const(blocks, lines.saturating_sub(1));
+        let lines = k.div(lines, blocks);
+        Self { next: &group.next, bytes: k.mul_const(lines, LINE_BYTES), depth }
+    }
+
+    /// What goes with step `i` of the products of block `block` of rows with strips `2 * pair` and the one behind it.
     pub fn ask(&self, k: &mut KernelBuilder, pair: usize, block: Val, i: Val) {
         let step = k.mul_const(block, self.depth);
         let step = k.add(step, i);

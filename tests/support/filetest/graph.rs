@@ -23,6 +23,12 @@ pub fn tiles_target() -> Target {
     Target { threads: 8, activations: Activations::Bf16, ..named }
 }
 
+/// One whose vectors multiply bytes, in which activations are rounded to them.
+pub fn bytes_target() -> Target {
+    let named = Target::named("icelake-server").expect("it is in the table of CPUs");
+    Target { threads: 8, activations: Activations::Int8, ..named }
+}
+
 /// A GPU.
 pub fn gpu_target() -> Target {
     Target::gpu(nextc_ir::target::GPUS[0].name).expect("it is in the table of GPUs")

@@ -10,10 +10,11 @@ use std::collections::HashMap;
 
 use nextc_ir::eval::{Cx, Datum, WeightStore, evaluate};
 use nextc_ir::graph::{Function, NodeId, Value};
-use nextc_ir::kernel::Kernel;
 use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
 use nextc_ir::kernel::verify::verify_kernel;
+use nextc_ir::kernel::{KOp, Kernel, Region};
 use nextc_ir::schedule::KernelModule;
+use nextc_ir::target::BulkKind;
 use nextc_ir::types::{CHUNK_TOKENS, DECODE_TOKENS};
 use nextc_ir::verify::verify;
 use nextc_ir::{Module, Op, Target, Type};
@@ -68,12 +69,13 @@ struct Backend {
 
 type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
 
-/// One for each width of vectors, a matrix unit, and blocks of threads.
-fn backends() -> [Backend; 6] {
+/// One for each width of vectors, a matrix unit, products of bytes, and blocks of threads.
+fn backends() -> [Backend; 7] {
     let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
     let native = Target::native();
     let runs_wide = native.as_ref().is_ok_and(|native| native.vector_bits == 512);
-    let runs_tiles = native.is_ok_and(|native| native.has_tiles());
+    let runs_tiles = native.as_ref().is_ok_and(|native| native.has_tiles());
+    let runs_bytes = native.is_ok_and(|native| native.has_byte_dots());
     [
         Backend { name: "cranelift", target: graph::target().for_cranelift(), objects: Some(cranelift), rounds: None },
         Backend { name: "256 bits", target: graph::target(), objects: LLVM, rounds: None },
@@ -83,6 +85,12 @@ fn backends() -> [Backend; 6] {
             target: graph::tiles_target(),
             objects: LLVM.filter(|_| runs_tiles),
             rounds: Some("tiles"),
+        },
+        Backend {
+            name: "bytes",
+            target: graph::bytes_target(),
+            objects: LLVM.filter(|_| runs_bytes),
+            rounds: Some("bytes"),
         },
         Backend { name: "gpu", target: graph::gpu_target(), objects: None, rounds: Some("half") },
         Backend { name: "small gpu", target: graph::small_gpu_target(), objects: None, rounds: Some("half") },
@@ -128,17 +136,27 @@ impl Backend {
         let kernels = kernels(plain, &self.target)?;
         let load = |compile: Compile| Loaded::new(&compile(&kernels.module, &self.target)?);
         let loaded = self.objects.map(load).transpose()?;
-        let (in_tiles, in_chunks) = (self.target.bulk_tile().is_some(), self.target.has_chunks());
-        Ok(Code { backend: self.name, rounds: self.rounds, in_tiles, in_chunks, kernels, loaded })
+        let tile = self.target.bulk_tile();
+        // where no weight can be multiplied as bytes, nothing is rounded
+        let is_bytes = kernels.module.kernels.iter().any(|kernel| multiplies_bytes(&kernel.body));
+        let bulk = tile.map(|tile| tile.kind).filter(|&kind| kind == BulkKind::Tiles || is_bytes);
+        let rounds = self.rounds.filter(|_| tile.is_none() || bulk.is_some());
+        let in_chunks = self.target.has_chunks();
+        Ok(Code { backend: self.name, rounds, bulk, in_chunks, kernels, loaded })
     }
+}
+
+/// Whether there are products of bytes.
+fn multiplies_bytes(region: &Region) -> bool {
+    region.stmts.iter().any(|s| s.op == KOp::ByteDot || s.regions.iter().any(multiplies_bytes))
 }
 
 /// A function as kernels and as machine code.
 struct Code {
     backend: &'static str,
     rounds: Option<&'static str>,
-    /// Whether long runs are multiplied in tiles.
-    in_tiles: bool,
+    /// How long runs are multiplied, if not as others are.
+    bulk: Option<BulkKind>,
     /// Whether the delta rule of long runs goes by chunks.
     in_chunks: bool,
     kernels: Kernels,
@@ -186,7 +204,7 @@ impl Code {
 
     /// Whether what is kept of a token depends on its class.
     fn keeps_classes(&self) -> bool {
-        self.in_tiles || self.in_chunks && self.has(Op::GatedDeltaNet)
+        self.bulk.is_some() || self.in_chunks && self.has(Op::GatedDeltaNet)
     }
 
     fn has(&self, op: Op) -> bool {
@@ -208,7 +226,7 @@ impl Code {
             }
             self.run(&mut next)?;
             let alike = self.computes_alike(whole, part);
-            // in tiles and in chunks, what is kept of a token depends on its class too, and what comes after it on that
+            // where it does, what is kept of a token depends on its class too, and what comes after it on that
             all_alike &= alike || !self.keeps_classes();
             if alike && all_alike {
                 frame.same_rows(&next, first)?;

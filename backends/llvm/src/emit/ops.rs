@@ -91,6 +91,8 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Nibble { shift } => self.nibble(stmt, shift)?,
             KOp::Bf16Row => self.bf16_row(stmt)?,
             KOp::Bf16Pairs => self.bf16_pairs(stmt)?,
+            KOp::ByteRow => self.byte_row(stmt)?,
+            KOp::ByteDot => self.byte_dot(stmt)?,
             KOp::TileTurn => return self.tile_turn(stmt),
             KOp::TileZero => return self.tile_zero(),
             KOp::TileStep { rows, columns } => return self.tile_step(stmt, rows as usize, columns as usize),

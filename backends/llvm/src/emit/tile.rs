@@ -1,4 +1,4 @@
-//! What a CPU's widest vectors and its matrix unit do, as LLVM's intrinsics for AVX-512, its BF16, and AMX.
+//! What a CPU's widest vectors and its matrix unit do, as LLVM's intrinsics for AVX-512, its BF16 and VNNI, and AMX.
 //!
 //! Tile registers go by their numbers: 0 to 3 are the sums, 4 and 5 A, 6 and 7 B. Nothing but the ops of tiles changes them. A function with products loads the configuration first and gives the registers back at its end.
 
@@ -88,6 +88,35 @@ impl<'c> Emitter<'_, 'c> {
         let mask: Vec<_> = (0..ROWS).flat_map(|i| [i, i + ROWS]).map(|i| i32.const_int(i, false)).collect();
         let poison = halves.get_type().get_poison();
         self.words(self.builder.build_shuffle_vector(halves, poison, VectorType::const_vector(&mask), "pairs")?)
+    }
+
+    /// A vector of 64 bytes.
+    fn bytes(&self, words: BasicValueEnum<'c>) -> Result<BasicValueEnum<'c>> {
+        Ok(self.builder.build_bit_cast(words, self.context.i8_type().vec_type(4 * ROWS as u32), "bytes")?)
+    }
+
+    pub(super) fn byte_row(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        let (i8, i32) = (self.context.i8_type(), self.context.i32_type());
+        let low = |i| -> Result<VectorValue<'c>> {
+            let BasicValueEnum::VectorValue(words) = self.arg(stmt, i)? else {
+                return Err(kind(stmt, self.arg(stmt, i)?, "16 words"));
+            };
+            Ok(self.builder.build_int_truncate(words, i8.vec_type(ROWS as u32), "low")?)
+        };
+        let join = |a, b, lanes: u64| {
+            let mask: Vec<_> = (0..lanes).map(|i| i32.const_int(i, false)).collect();
+            self.builder.build_shuffle_vector(a, b, VectorType::const_vector(&mask), "row")
+        };
+        let (first, second) = (join(low(0)?, low(1)?, 2 * ROWS)?, join(low(2)?, low(3)?, 2 * ROWS)?);
+        let row = join(first, second, 4 * ROWS)?;
+        Ok(self.builder.build_bit_cast(row, i32.vec_type(ROWS as u32), "words")?)
+    }
+
+    pub(super) fn byte_dot(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        const NAME: &str = "llvm.x86.avx512.vpdpbusd.512";
+        let [a, b] = [self.bytes(self.arg(stmt, 1)?)?, self.bytes(self.arg(stmt, 2)?)?];
+        let args = [self.arg(stmt, 0)?.into(), a.into(), b.into()];
+        self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(NAME))
     }
 
     /// Halves of lines change places, then quarters, and so on: each exchange is two shuffles of two lines.

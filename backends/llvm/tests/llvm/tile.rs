@@ -1,8 +1,8 @@
-//! The matrix unit: its bits are the interpreter's, for ordinary numbers and for those at the ends of the range.
+//! The matrix unit, and products of bytes: their bits are the interpreter's, for ordinary numbers and for those at the ends of the range.
 
-use nextc_ir::Target;
 use nextc_ir::kernel::{Kernel, KernelBuilder};
 use nextc_ir::target::Activations;
+use nextc_ir::{DType, Target};
 
 use super::{canonical, interpret, native, run_on};
 
@@ -13,17 +13,31 @@ fn machine() -> Option<Target> {
     let target = Target { activations: Activations::Bf16, ..native() };
     // SAFETY: this call only widens what the process may use.
     let allowed = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0;
-    let there = target.bulk_tile().is_some() && allowed();
+    let there = target.rounds_to_tiles() && allowed();
     if !there {
         println!("skipped: no matrix unit");
     }
     there.then_some(target)
 }
 
+/// This machine with products of bytes, if it has them.
+fn machine_of_bytes() -> Option<Target> {
+    let target = Target { activations: Activations::Int8, ..native() };
+    let there = target.bulk_tile().is_some();
+    if !there {
+        println!("skipped: no products of bytes");
+    }
+    there.then_some(target)
+}
+
 /// Runs a kernel on the machine and in the interpreter; gives the last buffer, the same in both.
 fn check(kernel: &Kernel, buffers: &[Vec<u32>], what: &str) -> Vec<u32> {
+    check_on(machine(), kernel, buffers, what)
+}
+
+fn check_on(machine: Option<Target>, kernel: &Kernel, buffers: &[Vec<u32>], what: &str) -> Vec<u32> {
     let want = interpret(kernel, [0; 4], buffers).pop().expect("it has buffers");
-    if let Some(target) = machine() {
+    if let Some(target) = machine {
         let got = run_on(&target, kernel, [0; 4], (0, 1), buffers).pop().expect("it has buffers");
         assert_eq!(got, want, "{what}: compiled (left) and interpreted");
     }
@@ -170,7 +184,7 @@ fn nibbles_are_numbers_whatever_lies_beside_them() {
     let shifts = [0, 4, 8, 12, 16, 20, 24, 28];
     let mut k = KernelBuilder::new("nibbles", &[("x", false), ("out", true)], 1.into());
     let (x, out, zero) = (k.param(0), k.param(1), k.const_i64(0));
-    let words = k.load(nextc_ir::DType::I32, 16, x, zero);
+    let words = k.load(DType::I32, 16, x, zero);
     for (i, shift) in (0..).zip(shifts) {
         let numbers = k.nibble(words, shift);
         let at = k.index(16 * i);
@@ -183,4 +197,48 @@ fn nibbles_are_numbers_whatever_lies_beside_them() {
         let want = (words[i % 16] >> shifts[i / 16] & 15) as f32 - 8.0;
         assert_eq!(f32::from_bits(got), want, "word {}, shift {}", i % 16, shifts[i / 16]);
     }
+}
+
+#[test]
+fn bytes_of_four_vectors_lie_in_a_row() {
+    let mut k = KernelBuilder::new("row", &[("x", false), ("out", true)], 1.into());
+    let (x, out, zero) = (k.param(0), k.param(1), k.const_i64(0));
+    let vectors = [0, 16, 32, 48].map(|at| {
+        let at = k.index(at);
+        k.load(DType::I32, 16, x, at)
+    });
+    let row = k.byte_row(vectors);
+    k.store(out, zero, row);
+    let words: Vec<u32> = (0..64).map(|i| (i * 0x0103_0700) | (255 - i)).collect();
+    let out = check_on(machine_of_bytes(), &k.finish(), &[words, vec![0; 16]], "bytes in a row");
+    let bytes: Vec<u8> = out.iter().flat_map(|word| word.to_le_bytes()).collect();
+    assert_eq!(bytes, (0..64).map(|i| 255 - i).collect::<Vec<u8>>());
+}
+
+#[test]
+fn products_of_bytes_have_the_interpreters_bits() {
+    let mut k = KernelBuilder::new("dots", &[("x", false), ("out", true)], 1.into());
+    let (x, out) = (k.param(0), k.param(1));
+    k.for_range(16 * 64, 16, |k, i| {
+        let (second, third) = (k.add_const(i, 1024), k.add_const(i, 2048));
+        let [sum, a, b] = [i, second, third].map(|at| k.load(DType::I32, 16, x, at));
+        // one for all lanes too
+        let one = k.load(DType::I32, 1, x, third);
+        let one = k.splat(one, 16);
+        let dot = k.byte_dot(sum, a, b);
+        let dot = k.byte_dot(dot, a, one);
+        k.store(out, i, dot);
+    });
+    let kernel = k.finish();
+    let mut random = Random(29);
+    let mut words: Vec<u32> = (0..3 * 1024).map(|_| random.word() << 8 ^ random.word()).collect();
+    // the largest products, and sums that wrap
+    words[..48].fill(0x7fff_fff0);
+    words[1024..1040].fill(0xffff_ffff);
+    words[2048..2064].fill(0x7f7f_7f7f);
+    words[1040..1056].fill(0xffff_ffff);
+    words[2064..2080].fill(0x8080_8080);
+    let out = check_on(machine_of_bytes(), &kernel, &[words, vec![0; 1024]], "products of bytes");
+    let wrapped = 0x7fff_fff0_i32.wrapping_add(8 * 255 * 127);
+    assert_eq!((out[0].cast_signed(), out[16].cast_signed()), (wrapped, 0x7fff_fff0 - 8 * 255 * 128));
 }

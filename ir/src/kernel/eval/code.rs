@@ -329,6 +329,19 @@ pub(super) enum Inst {
         a: Reg,
         b: Reg,
     },
+    /// The lowest bytes of four vectors of 16 in a row.
+    ByteRow {
+        d: Reg,
+        from: [Reg; 4],
+    },
+    /// `sum` and the products of bytes, unsigned ones of `a` and signed ones of `b`.
+    ByteDot {
+        d: Reg,
+        sum: Reg,
+        a: Reg,
+        b: Reg,
+        n: usize,
+    },
     TileTurn {
         to: Reg,
         from: Reg,

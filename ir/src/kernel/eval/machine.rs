@@ -332,6 +332,16 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                 let words = if in_a_row { tile::bf16_row(&a, &b) } else { tile::bf16_pairs(&a, &b) };
                 self.narrow[d..d + words.len()].copy_from_slice(&words);
             }
+            Inst::ByteRow { d, from } => {
+                let row = from.map(|reg| std::array::from_fn(|lane| self.narrow[reg + lane]));
+                self.narrow[d..d + tile::ROWS].copy_from_slice(&tile::byte_row(&row));
+            }
+            Inst::ByteDot { d, sum, a, b, n } => {
+                for i in 0..n {
+                    let [sum, a, b] = [sum, a, b].map(|reg| self.narrow[reg + i]);
+                    self.narrow[d + i] = tile::byte_dot(sum, a, b);
+                }
+            }
             Inst::TileTurn { to, from } => self.tile_turn(to, from)?,
             Inst::TileZero => self.sums = Sums::default(),
             Inst::TileStep { number } => self.tile_step(&block.tile_steps[number])?,

@@ -1,4 +1,4 @@
-//! Arithmetic of a CPU's matrix unit: what `bf16_row`, `bf16_pairs` and `tile_step` compute.
+//! Arithmetic of a CPU's widest vectors and its matrix unit: what `bf16_row`, `bf16_pairs`, `byte_row`, `byte_dot` and `tile_step` compute.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VCVTNE2PS2BF16 and TDPBF16PS. Both round to nearest even and
 //! take numbers smaller than the least normal one for zeros, whatever MXCSR says.
@@ -32,6 +32,18 @@ pub(super) fn bf16_row(a: &[u32; ROWS], b: &[u32; ROWS]) -> [u32; ROWS] {
 /// A lane of `a` and the same of `b` in each word.
 pub(super) fn bf16_pairs(a: &[u32; ROWS], b: &[u32; ROWS]) -> [u32; ROWS] {
     std::array::from_fn(|lane| to_bf16(a[lane]) | to_bf16(b[lane]) << 16)
+}
+
+/// The lowest byte of each lane, four a word.
+pub(super) fn byte_row(vectors: &[[u32; ROWS]; 4]) -> [u32; ROWS] {
+    let byte = |i: usize| vectors[i / ROWS][i % ROWS] & 0xff;
+    std::array::from_fn(|word| (0..4).fold(0, |bytes, i| bytes | byte(4 * word + i) << (8 * i)))
+}
+
+/// `sum` and the products of the bytes of `a`, which are unsigned, with those of `b`, which are signed.
+pub(super) fn byte_dot(sum: u32, a: u32, b: u32) -> u32 {
+    let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
+    products.fold(sum, |sum, (a, b)| sum.wrapping_add_signed(i32::from(a) * i32::from(b.cast_signed())))
 }
 
 /// `c += a·b`: row `m` of `a` times column `n` of `b`.

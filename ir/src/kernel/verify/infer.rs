@@ -168,6 +168,10 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (0..2).try_for_each(|i| exact(args, i, KType::vector(DType::F32, 16)))?;
             Some(KType::vector(DType::I32, 16))
         }
+        KOp::ByteRow | KOp::ByteDot => {
+            (0..args.len()).try_for_each(|i| exact(args, i, KType::vector(DType::I32, 16)))?;
+            Some(KType::vector(DType::I32, 16))
+        }
         KOp::TileZero => None,
         KOp::TileTurn => {
             (0..2).try_for_each(|i| pointer(args, i))?;
@@ -195,8 +199,8 @@ const fn arity(op: KOp) -> usize {
         | KOp::Fp8ToF16
         | KOp::Nibble { .. } => 1,
         KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
-        KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
-        KOp::Quad => 4,
+        KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch | KOp::ByteDot => 3,
+        KOp::Quad | KOp::ByteRow => 4,
         KOp::Mma { .. } => 7,
         KOp::TileStep { rows, columns } => (rows + columns) as usize,
         KOp::TileStore { .. } => 1,

@@ -14,7 +14,8 @@ use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::LANES;
 
-use super::super::bulk::{RowTiles, SUMS, TOGETHER, lane_numbers, round_up};
+use super::super::bulk::round_up;
+use super::super::bulk::tiles::{RowTiles, SUMS, TOGETHER, lane_numbers};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_BYTES;
 use super::Attention;

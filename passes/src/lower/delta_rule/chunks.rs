@@ -23,7 +23,7 @@ use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, pad};
 use nextc_ir::types::{CHUNK_TOKENS, DECODE_TOKENS};
 
-use super::super::bulk::{RowTiles, SUMS, TOGETHER, lane_numbers};
+use super::super::bulk::tiles::{RowTiles, SUMS, TOGETHER, lane_numbers};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_COLUMNS;
 use super::split::Split;

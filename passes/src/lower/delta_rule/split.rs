@@ -3,7 +3,7 @@
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Val};
 
-use super::super::bulk::RowTiles;
+use super::super::bulk::tiles::RowTiles;
 
 /// Tiles of the rounded numbers, and of what that left over.
 #[derive(Clone, Copy, Debug)]

@@ -13,7 +13,7 @@ use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::LANES;
 use nextc_ir::types::CHUNK_TOKENS;
 
-use super::super::bulk::TOGETHER;
+use super::super::bulk::tiles::TOGETHER;
 use super::super::matmul::row_ptr;
 use super::chunks::{Chunks, put_vectors, some_vectors};
 
