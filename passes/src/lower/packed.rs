@@ -14,6 +14,9 @@ use super::ports::Site;
 /// What is asked for is a multiple of so many bytes.
 const PREFETCH_BYTES: u64 = 16;
 
+/// Most bytes of codes of a tile that one turn of the inner loop reads where vectors hold all of its rows: more are asked for in bursts that memory answers less well.
+const TURN_BYTES: u64 = 256;
+
 /// A weight matrix as packed.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
@@ -35,7 +38,9 @@ impl Matrix {
         let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
         let wide = site.target.vector_bits == 512 && site.target.gpu.is_none();
         let (turn_columns, ahead_bytes) = (site.target.matmul_tile().columns, site.target.ahead_bytes());
-        Self { planes, wide, turn_columns, ahead_bytes }
+        let own = Self { planes, wide, turn_columns, ahead_bytes };
+        let most = (TURN_BYTES / own.column_bytes()).max(LANES) / LANES * LANES;
+        Self { turn_columns: if wide { turn_columns.min(most) } else { turn_columns }, ..own }
     }
 
     /// Its row tiles.
