@@ -6,10 +6,9 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, bail};
+use rayon::prelude::*;
 
 /// The variable that names an assembler.
 const VARIABLE: &str = "NEXTC_PTXAS";
@@ -82,22 +81,7 @@ fn find() -> Option<PathBuf> {
 /// A binary of each text, several at once.
 fn assemble(ptxas: &Path, gpu: &str, texts: &[Vec<u8>]) -> anyhow::Result<Vec<Vec<u8>>> {
     let dir = tempfile::tempdir().context("a folder for PTX")?;
-    let (next, made) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(texts.len())));
-    std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(text) = texts.get(i) else { break };
-                    let binary = assemble_one(ptxas, gpu, (i, text), dir.path());
-                    made.lock().expect("nobody panicked").push((i, binary));
-                }
-            });
-        }
-    });
-    let mut made = made.into_inner().expect("nobody panicked");
-    made.sort_by_key(|(i, _)| *i);
-    made.into_iter().map(|(_, binary)| binary).collect()
+    texts.par_iter().enumerate().map(|(i, text)| assemble_one(ptxas, gpu, (i, text), dir.path())).collect()
 }
 
 fn assemble_one(ptxas: &Path, gpu: &str, (i, text): (usize, &[u8]), dir: &Path) -> anyhow::Result<Vec<u8>> {

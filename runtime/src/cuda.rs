@@ -22,7 +22,7 @@ mod upload;
 
 use std::sync::Arc;
 
-use nextc_abi::Metadata;
+use nextc_abi::{Metadata, Span};
 
 use self::copy::Copier;
 use self::driver::{Context, Event, Stream};
@@ -32,7 +32,7 @@ use self::memory::{Growing, Pinned, copy_in, copy_out};
 use self::module::Modules;
 use self::profile::Profile;
 use crate::artifact::Artifact;
-use crate::device::{self, CopyRows, Device, Span};
+use crate::device::{self, CopyRows, Device};
 use crate::engine::EngineOptions;
 use crate::error::Error;
 use crate::info::human_bytes;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use nextc_abi::Span;
 use nextc_abi::metadata::{NVPTX64, X86_64};
 
 use crate::artifact::Artifact;
@@ -13,15 +14,6 @@ use crate::host::Host;
 use crate::limits::Limits;
 use crate::state::States;
 use crate::step::{KernelTime, StepInputs};
-
-/// A run of bytes of the arena.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Span {
-    /// Where it begins.
-    pub at: u64,
-    /// Its length.
-    pub bytes: u64,
-}
 
 /// Where rows of bytes lie: the first, and how many bytes from one to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

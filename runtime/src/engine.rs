@@ -4,10 +4,10 @@ pub mod draft;
 
 use std::sync::Arc;
 
-use nextc_abi::{Metadata, Output, StateKind, Sym};
+use nextc_abi::{Metadata, Output, Span, StateKind, Sym};
 
 use crate::artifact::Artifact;
-use crate::device::{self, Device, Span};
+use crate::device::{self, Device};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::memory;

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use nextc_abi::KernelFn;
+use nextc_abi::{KernelFn, Span};
 
 use crate::artifact::Artifact;
 use crate::cpu;
-use crate::device::{CopyRows, Device, Memory, Span};
+use crate::device::{CopyRows, Device, Memory};
 use crate::engine::{EngineOptions, check_available};
 use crate::error::Error;
 use crate::limits::Limits;

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use nextc_abi::{Arg, DECODE_TOKENS, Input, Metadata, Output, Program};
+use nextc_abi::{Arg, DECODE_TOKENS, Input, Metadata, Output, Program, Span};
 
-use crate::device::{CopyRows, Memory, Span};
+use crate::device::{CopyRows, Memory};
 
 /// Bytes behind each input and the arena, so that a kernel may read whole vectors at their ends.
 pub(crate) const SLACK_BYTES: u64 = 64;

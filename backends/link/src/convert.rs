@@ -102,7 +102,7 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             doc: k.doc.clone(),
             entry: symbol("kernel", i, &k.name)?,
             tail: k.tail.as_ref().map(|_| symbol("tail", i, &k.name)).transpose()?,
-            binary: image.binaries.get(i).map(|&(at, bytes)| abi::Span { at, bytes }),
+            binary: image.binaries.get(i).copied(),
             scratch_bytes: k.scratch_bytes(),
             threads: k.threads,
             shared_bytes: k.shared_bytes(),

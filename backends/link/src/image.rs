@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use nextc_abi::Span;
 use object::read::elf::ElfFile64;
 use object::{Object, ObjectSection, ObjectSymbol, RelocationKind, RelocationTarget, SectionFlags, SectionIndex, elf};
 
@@ -19,8 +20,8 @@ pub struct Image {
     pub bytes: Vec<u8>,
     /// Offsets of the defined global symbols.
     pub symbols: BTreeMap<String, u64>,
-    /// For a GPU: the binary of each kernel, as offset and length.
-    pub binaries: Vec<(u64, u64)>,
+    /// For a GPU: the binary of each kernel.
+    pub binaries: Vec<Span>,
 }
 
 /// Lays out the sections of `objects` and resolves what they refer to.
@@ -53,7 +54,7 @@ pub fn of_ptx(texts: &[Vec<u8>], binaries: &[Vec<u8>]) -> Image {
     }
     for binary in binaries {
         image.bytes.resize(image.bytes.len().next_multiple_of(BINARY_ALIGN), 0);
-        image.binaries.push((image.bytes.len() as u64, binary.len() as u64));
+        image.binaries.push(Span { at: image.bytes.len() as u64, bytes: binary.len() as u64 });
         image.bytes.extend_from_slice(binary);
     }
     image
@@ -64,7 +65,7 @@ pub fn join(mut images: Vec<Image>) -> (Vec<u8>, Vec<Image>) {
     let mut bytes = Vec::new();
     for image in &mut images {
         bytes.resize(bytes.len().next_multiple_of(nextc_abi::PAGE_BYTES as usize), 0);
-        let places = image.symbols.values_mut().chain(image.binaries.iter_mut().map(|(at, _)| at));
+        let places = image.symbols.values_mut().chain(image.binaries.iter_mut().map(|binary| &mut binary.at));
         places.for_each(|at| *at += bytes.len() as u64);
         bytes.append(&mut image.bytes);
     }

@@ -2,6 +2,7 @@
 
 use super::{Blocks, Format, Shift, encode_bf16, encode_f16};
 use crate::dtype::DType;
+use crate::kernel::math::ROUNDER;
 
 /// Rows of a scaled matrix: a code for each element, and scale and zero point for each block of columns of each row. Blocks of
 /// several rows repeat theirs in each row.
@@ -182,10 +183,9 @@ fn best_scale(dtype: DType, largest: f32, numbers: &[f32]) -> f32 {
     best
 }
 
-/// The four-bit code nearest to a number, the even one of two. Where 1.5 · 2^23 is added the last bit counts ones, so the sum is rounded as a code has to be.
+/// The four-bit code nearest to a number, the even one of two.
 fn nearest_code(x: f32) -> f32 {
-    const ONES: f32 = 12_582_912.0;
-    (x.clamp(-8.0, 7.0) + ONES) - ONES
+    (x.clamp(-8.0, 7.0) + ROUNDER) - ROUNDER
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ const LN_2: [f32; 2] = [std::f32::consts::LN_2, -1.904_654_2e-9];
 /// `pi / 2` in three parts, each the rest of those before, rounded to nearest.
 const HALF_PI: [u32; 3] = [0x3fc9_0fdb, 0xb33b_bd2e, 0xa6f7_2ced];
 /// `1.5 · 2^23`: a number added to it is rounded to an integer, which stands in the low bits of the sum.
-const ROUNDER: f32 = 12_582_912.0;
+pub const ROUNDER: f32 = 12_582_912.0;
 /// `(e^r - 1 - r) / r^2` on `abs(r) <= ln 2 / 2`, interpolated at Chebyshev nodes; relative error of `e^r` 1e-8.
 const EXP: [f32; 5] = [0.5, 0.166_665_77, 0.041_666_555, 0.008_363_173, 0.001_392_617_6];
 /// `(atanh(s) / s - 1) · 2 / s^2` in powers of `s^2`; for `s <= 0.172` the terms left out are below 1e-9.

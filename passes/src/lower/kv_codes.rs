@@ -1,5 +1,6 @@
 //! KV in 8 bits: the scale of a row and the codes of its numbers, as [`Stored`] defines them, to the bit.
 
+use nextc_ir::kernel::math::ROUNDER;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::stored::{LEAST_SCALE, SCALE_REST};
 use nextc_ir::{DType, Stored};
@@ -44,7 +45,7 @@ pub(super) fn encode(k: &mut KernelBuilder, stored: Stored, x: Val, scale: Val) 
         Stored::F32 | Stored::Bf16 => unreachable!("rows of {stored:?} have no scale"),
         Stored::Int8 => {
             // the sum's last bit is worth 1
-            let shift = k.f32_like(x, 12_582_912.0);
+            let shift = k.f32_like(x, ROUNDER);
             let sum = k.fadd(x, shift);
             let bits = k.bitcast(sum, DType::I32);
             let byte = k.i32_like(bits, 0xff);

@@ -160,7 +160,7 @@ pub struct Kernel {
     pub tail_grid: Extent,
 }
 
-/// Some bytes of the code image.
+/// A run of bytes: of the code image, or of the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Span {
     /// Offset of the first.

@@ -2,7 +2,7 @@
 //! does not take what it made (it is older, the device another one), the driver compiles the kernel's text of PTX and keeps
 //! the result in its own cache (`~/.nv/ComputeCache`, or where `CUDA_CACHE_PATH` says), so that the next start only loads.
 //!
-//! The driver compiles one text after the other, whatever threads ask: 7 to 8 s for the official model, where loading takes 0.1 s.
+//! The driver compiles one text after the other, whatever threads ask: 7 to 8 s for the official model.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;

@@ -3,10 +3,10 @@
 //! Nothing of a round needs the host. What the next program is fed lies on the device: a draft's token and hidden row where the program
 //! before it has left them, older hidden rows and the drafts of the round in what the device keeps (`kept.rs`).
 
-use nextc_abi::Input;
+use nextc_abi::{Input, Span};
 
 use super::{Engine, LogitRows, Part};
-use crate::device::{CopyRows, Memory, Span, Strided};
+use crate::device::{CopyRows, Memory, Strided};
 use crate::error::Error;
 use crate::kept::KEPT_ROWS;
 use crate::state::SequenceId;

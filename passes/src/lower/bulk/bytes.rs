@@ -9,6 +9,7 @@
 //!
 //! Columns are filled up with codes of zero, tokens with rows of zeros.
 
+use nextc_ir::kernel::math::ROUNDER;
 use nextc_ir::kernel::{KernelBuilder, Val};
 use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
@@ -32,8 +33,6 @@ const LINES: u64 = BLOCK / LINE_COLUMNS;
 const STRIP_WORDS: u64 = (LINES + 1) * LINE_WORDS;
 /// Rows that are multiplied together.
 const ROWS: u64 = BulkKind::Bytes.together();
-/// A float whose last bit counts 1: a number of at most 2^22 added to it is rounded to nearest even.
-const SHIFT: f32 = 12_582_912.0;
 
 /// True if products of many tokens with this matrix can be made of bytes.
 pub fn takes(matrix: &Matrix) -> bool {
@@ -79,25 +78,18 @@ impl Bytes {
         const TURN: u64 = 2 * BLOCK;
         let (to, whole) = (self.row(k, i), self.columns / TURN * TURN);
         let (zero, end, nothing) = (k.const_i64(0), k.index(whole), k.splat_f32(16, 0.0));
-        let mut spoilt = k.for_carry((zero, end, TURN), &[nothing], |k, c, spoilt| {
-            let vectors: Vec<Val> = (0..TURN / LANES)
+        let mut turn = |k: &mut KernelBuilder, first: Val, columns: u64, spoilt: Val| {
+            let at = (0..columns).step_by(LANES as usize);
+            let vectors: Vec<Val> = at
                 .map(|i| {
-                    let c = k.add_const(c, i * LANES);
+                    let c = k.add_const(first, i);
                     numbers(k, c)
                 })
                 .collect();
-            vec![self.put(k, to, c, &vectors, spoilt[0])]
-        })[0];
-        if whole < self.columns {
-            let vectors: Vec<Val> = (whole..self.columns)
-                .step_by(LANES as usize)
-                .map(|c| {
-                    let c = k.index(c);
-                    numbers(k, c)
-                })
-                .collect();
-            spoilt = self.put(k, to, end, &vectors, spoilt);
-        }
+            self.put(k, to, first, &vectors, spoilt)
+        };
+        let spoilt = k.for_carry((zero, end, TURN), &[nothing], |k, c, spoilt| vec![turn(k, c, TURN, spoilt[0])])[0];
+        let spoilt = if whole < self.columns { turn(k, end, self.columns - whole, spoilt) } else { spoilt };
         let (first, spoilt) = (k.index(codes_words(self.columns)), k.reduce_add(spoilt));
         let scale = k.load_f32(to, first);
         let scale = k.fadd(scale, spoilt);
@@ -117,13 +109,13 @@ impl Bytes {
             let scale = all.scale(k, Stored::Int8);
             let one = k.const_f32(1.0);
             let inverse = k.fdiv(one, scale);
-            let (inverse, shift) = (k.splat(inverse, LANES as u32), k.splat_f32(LANES as u32, SHIFT));
+            let (inverse, shift) = (k.splat(inverse, LANES as u32), k.splat_f32(LANES as u32, ROUNDER));
             let sums: Vec<Val> = numbers.iter().map(|&x| k.fma(x, inverse, shift)).collect();
             let rounded: Vec<Val> = sums.iter().map(|&sum| k.fsub(sum, shift)).collect();
             let total = rounded.into_iter().reduce(|a, b| k.fadd(a, b)).expect("a block has numbers");
             let total = k.reduce_add(total);
             // an integer in the last bits, without a conversion that has no result for NaN
-            let (many, shift) = (k.const_f32(-128.0), k.const_f32(SHIFT));
+            let (many, shift) = (k.const_f32(-128.0), k.const_f32(ROUNDER));
             let begin = k.fma(total, many, shift);
             let (begin, shift) = (k.bitcast(begin, DType::I32), k.bitcast(shift, DType::I32));
             let begin = k.sub(begin, shift);
