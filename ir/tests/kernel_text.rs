@@ -86,6 +86,8 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   tile_zero
   tile_step 2 1 %x, %x, %x
   tile_store 2 1 %out
+  tile_load 2 1 %out
+  tile_step 1 2 once %x, %x, %x
 }
 ";
 

@@ -84,7 +84,8 @@ impl Emitter<'_, '_> {
             | KOp::TileTurn
             | KOp::TileZero
             | KOp::TileStep { .. }
-            | KOp::TileStore { .. } => Err(Error::Tile { op: stmt.op.name() }),
+            | KOp::TileStore { .. }
+            | KOp::TileLoad { .. } => Err(Error::Tile { op: stmt.op.name() }),
         }
     }
 

@@ -471,25 +471,51 @@ impl KernelBuilder {
     pub fn byte_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
         self.emit(KOp::ByteDot, &[sum, a, b], KType::vector(DType::I32, 16))
     }
-    /// `c = Σ a·b` in tiles, `depth` of them one after the other; with tile `i` of each goes `beside(builder, i)`.
-    pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64, beside: impl FnOnce(&mut Self, Val)) {
+    /// `c = Σ a·b` in tiles, `depth` of them one after the other.
+    pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64) {
         self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
-        self.tile_steps((a, b), depth, beside);
-        self.push(KOp::TileStore { rows: a.len() as u32, columns: b.len() as u32 }, &[c], Vec::new(), Vec::new());
+        let depth = self.index(depth);
+        self.tile_steps((a, b), depth, false, |_, _| {});
+        let store = KOp::TileStore { rows: a.len() as u32, columns: b.len() as u32 };
+        self.push(store, &[c], Vec::new(), Vec::new());
     }
     /// The sum of several such products of two strips by two: of each its strips and its depth.
     pub fn tile_dots(&mut self, c: Val, dots: &[([Val; 2], [Val; 2], u64)]) {
         self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
         for (a, b, depth) in dots {
-            self.tile_steps((a, b), *depth, |_, _| {});
+            let depth = self.index(*depth);
+            self.tile_steps((a, b), depth, false, |_, _| {});
         }
         self.push(KOp::TileStore { rows: 2, columns: 2 }, &[c], Vec::new(), Vec::new());
     }
+    /// `c += Σ a·b` of `depth` tiles, but `c = Σ a·b` where `is_first` holds or is none. The tiles of A should leave those of B in the first cache; with tile
+    /// `i` of each goes `beside(builder, i)`.
+    pub fn tile_add(
+        &mut self,
+        (c, is_first): (Val, Option<Val>),
+        (a, b): (&[Val], &[Val]),
+        depth: Val,
+        beside: impl FnOnce(&mut Self, Val),
+    ) {
+        let (rows, columns) = (a.len() as u32, b.len() as u32);
+        let begin = |k: &mut Self, op: KOp, args: &[Val]| {
+            k.push(op, args, Vec::new(), Vec::new());
+            Vec::new()
+        };
+        let (zero, load) = (KOp::TileZero, KOp::TileLoad { rows, columns });
+        match is_first {
+            None => begin(self, zero, &[]),
+            Some(is_first) => self.if_else(is_first, |k| begin(k, zero, &[]), |k| begin(k, load, &[c])),
+        };
+        self.tile_steps((a, b), depth, true, beside);
+        self.push(KOp::TileStore { rows, columns }, &[c], Vec::new(), Vec::new());
+    }
 
-    fn tile_steps(&mut self, (a, b): (&[Val], &[Val]), depth: u64, beside: impl FnOnce(&mut Self, Val)) {
+    fn tile_steps(&mut self, (a, b): (&[Val], &[Val]), depth: Val, once: bool, beside: impl FnOnce(&mut Self, Val)) {
         const TILE_BYTES: u64 = 1024;
-        let step = KOp::TileStep { rows: a.len() as u32, columns: b.len() as u32 };
-        self.for_range(depth, 1, |k, i| {
+        let step = KOp::TileStep { rows: a.len() as u32, columns: b.len() as u32, once };
+        let zero = self.const_i64(0);
+        self.for_each((zero, depth, 1), |k, i| {
             let bytes = k.mul_const(i, TILE_BYTES);
             let tiles: Vec<Val> = a.iter().chain(b).map(|&strip| k.offset(strip, bytes)).collect();
             k.push(step, &tiles, Vec::new(), Vec::new());

@@ -243,9 +243,13 @@ kops! {
     ///
     /// `even += a[2p]·b[2p]` and `odd += a[2p+1]·b[2p+1]` by fused multiply-adds over the pairs `p` in order, from zeros; then `sum += even + odd`. Numbers
     /// smaller than the least normal one count as zero, as operands and as results. Source: Intel's Software Developer's Manual, TDPBF16PS.
-    TileStep { rows: u32, columns: u32 } = "tile_step" Tile;
+    ///
+    /// `once` says that the tiles of A should leave what is in the first cache there (TILELOADDT1).
+    TileStep { rows: u32, columns: u32, once: bool } = "tile_step" Tile;
     /// Writes a tile with lines and words exchanged, `to[i][j] = from[j][i]`: `(to, from)`. What were rows of an A are columns of a B.
     TileTurn = "tile_turn" Tile;
     /// Writes `rows` times `columns` sums as a matrix of `16 · rows` by `16 · columns` f32, row by row: `(c)`.
     TileStore { rows: u32, columns: u32 } = "tile_store" Tile;
+    /// Sets `rows` times `columns` sums to what [`KOp::TileStore`] wrote: `(c)`.
+    TileLoad { rows: u32, columns: u32 } = "tile_load" Tile;
 }

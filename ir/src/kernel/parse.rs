@@ -450,11 +450,16 @@ impl<'t> Parser<'t> {
             "tile_zero" => (KOp::TileZero, Vec::new()),
             "tile_step" => {
                 let (rows, columns) = self.tiles()?;
-                (KOp::TileStep { rows, columns }, self.values()?)
+                let once = self.eat_word("once");
+                (KOp::TileStep { rows, columns, once }, self.values()?)
             }
             "tile_store" => {
                 let (rows, columns) = self.tiles()?;
                 (KOp::TileStore { rows, columns }, self.values()?)
+            }
+            "tile_load" => {
+                let (rows, columns) = self.tiles()?;
+                (KOp::TileLoad { rows, columns }, self.values()?)
             }
             "atomic_add" => (KOp::AtomicAdd, self.element_and_value()?),
             "prefetch" => (KOp::Prefetch, self.element_and_value()?),

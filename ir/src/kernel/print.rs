@@ -206,7 +206,11 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
         KOp::Bitcast { dtype } | KOp::Pack { dtype } | KOp::HalfFma { dtype } | KOp::Mma { dtype } => {
             put(out, format_args!(" {dtype} {}", names.list(&s.args)));
         }
-        KOp::TileStep { rows, columns } | KOp::TileStore { rows, columns } => {
+        KOp::TileStep { rows, columns, once } => {
+            let once = if once { "once " } else { "" };
+            put(out, format_args!(" {rows} {columns} {once}{}", names.list(&s.args)));
+        }
+        KOp::TileStore { rows, columns } | KOp::TileLoad { rows, columns } => {
             put(out, format_args!(" {rows} {columns} {}", names.list(&s.args)));
         }
         KOp::Nibble { shift } => put(out, format_args!(" {} {shift}", arg(0))),

@@ -3,7 +3,7 @@
 //! class    tokens of runs longer than 8 are `bulk`; the others take the products of [`super::matmul`], whatever else the step holds
 //! panel    rows of x of a block of tokens, rounded, in scratch
 //! strip    16 weight rows in the form that they are multiplied in
-//! dot      some rows of the panel by two strips, over all columns: [`tiles`], [`bytes`]
+//! dot      some rows of the panel by two strips: [`tiles`], [`bytes`]
 //! epilogue as in [`super::matmul`], a token at a time
 //! traffic  each weight once a task from memory and once a block from the second cache; bound by arithmetic from about 64 tokens on
 //!
@@ -25,7 +25,7 @@ use self::tiles::Tiles;
 use super::matmul::{Epilogue, Rows, Weight, for_rows, row_ptr, tile_range};
 use super::packed::Matrix;
 use super::ports::{Port, Ports, Site};
-use super::strips::{Ahead, Group, STRIPS, TILE_BYTES, TILE_COLUMNS, for_groups, is_direct};
+use super::strips::{Ahead, Group, STRIPS, for_groups};
 
 /// Tasks that every thread has at least, where tasks are joined.
 const TASKS_PER_THREAD: u64 = 2;
@@ -127,16 +127,14 @@ impl Classes {
         (self.tile.row_tiles / size).min(most).max(1)
     }
 
-    /// How many tiles of such a task of `matrix` are multiplied together. Packed tiles and those that follow them stay in the second cache beside the panel.
-    pub fn at_once(self, matrix: &Matrix, size: u64, tasks: u64) -> u64 {
+    /// How many tiles of such a task are multiplied together.
+    pub fn at_once(self, size: u64, tasks: u64) -> u64 {
         let tiles = size * self.joined(size, tasks);
-        let strip_bytes = matrix.planes.columns.div_ceil(TILE_COLUMNS) * TILE_BYTES;
-        let in_place = self.tile.kind == BulkKind::Tiles && is_direct(matrix);
-        let fits = |n: &u64| {
-            let is_small = *n == 2 || !in_place || n * strip_bytes <= self.tile.panel_bytes / 4;
-            tiles.is_multiple_of(*n) && is_small
+        let most = match self.tile.kind {
+            BulkKind::Tiles => tiles::AT_ONCE,
+            BulkKind::Bytes => STRIPS,
         };
-        [STRIPS, 2].into_iter().find(fits).unwrap_or(1)
+        [most, 2].into_iter().find(|n| tiles.is_multiple_of(*n)).unwrap_or(1)
     }
 
     /// The tiles that task `group` takes for `bulk` tokens, of `tiles`; none for most tasks where `joined` are one.
@@ -218,18 +216,6 @@ impl Mix {
     }
 }
 
-/// Products of some rows with a group's strips, two and two.
-pub struct Dots<'a> {
-    /// The number of the rows among blocks of as many.
-    block: Val,
-    /// The weights.
-    strips: Vec<&'a [Val]>,
-    /// For each two strips where sums go: of one row after the other, neighbouring strips side by side.
-    sums: &'a [Val],
-    /// What is asked for beside them.
-    ahead: &'a Ahead<'a>,
-}
-
 /// Rounded rows, and the weights that they are multiplied with.
 #[derive(Clone, Copy, Debug)]
 enum Rounded {
@@ -260,17 +246,17 @@ impl Rounded {
         }
     }
 
-    fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
+    /// As [`Panel::products`].
+    fn products(
+        &self,
+        k: &mut KernelBuilder,
+        (group, ahead): (&Group, &Ahead<'_>),
+        count: Val,
+        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+    ) {
         match self {
-            Self::Tiles(rounded) => rounded.unpack(k, group),
-            Self::Bytes(rounded) => rounded.unpack(k, group),
-        }
-    }
-
-    fn dots(&self, k: &mut KernelBuilder, (first, count): (Val, Val), dots: &Dots<'_>) {
-        match self {
-            Self::Tiles(rounded) => rounded.dots(k, (first, count), dots),
-            Self::Bytes(rounded) => rounded.dots(k, first, dots),
+            Self::Tiles(rounded) => rounded.products(k, (group, ahead), count, each),
+            Self::Bytes(rounded) => rounded.products(k, (group, ahead), count, each),
         }
     }
 }
@@ -283,8 +269,6 @@ pub struct Panel {
     /// Tokens that are multiplied together.
     together: u64,
     rounded: Rounded,
-    /// Sums of these tokens by 32 weight rows, for each two strips.
-    c: Val,
 }
 
 impl Panel {
@@ -296,8 +280,7 @@ impl Panel {
             BulkKind::Tiles => Rounded::Tiles(Tiles::alloc(k, tokens, matrices)),
             BulkKind::Bytes => Rounded::Bytes(Bytes::alloc(k, tokens, columns)),
         };
-        let together = tile.together();
-        Self { tokens, together, rounded, c: k.alloc(DType::F32, STRIPS * together * LANES) }
+        Self { tokens, together: tile.together(), rounded }
     }
 
     /// Scratch for a number of each row. Call it at the top level of the body.
@@ -345,35 +328,8 @@ impl Panel {
         count: Val,
         each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
     ) {
-        let strips = self.rounded.unpack(k, group);
         let ahead = Ahead::new(k, group, (count, self.together), self.rounded.depth());
-        let strips: Vec<&[Val]> = strips.chunks(2).collect();
-        let sums: Vec<Val> = (0..strips.len() as u64)
-            .map(|pair| {
-                let bytes = k.index(pair * 4 * 2 * LANES * self.together);
-                k.offset(self.c, bytes)
-            })
-            .collect();
-        let zero = k.const_i64(0);
-        k.for_each((zero, count, self.together), |k, first| {
-            let block = k.div_const(first, self.together);
-            let dots = Dots { block, strips: strips.clone(), sums: &sums, ahead: &ahead };
-            self.rounded.dots(k, (first, count), &dots);
-            let last = k.add_const(first, self.together);
-            let last = k.min_i64(last, count);
-            k.for_each((first, last, 1), |k, i| {
-                let row = k.sub(i, first);
-                let mut values = Vec::new();
-                for (&c, pair) in sums.iter().zip(&strips) {
-                    let row = row_ptr(k, c, row, LANES * pair.len() as u64);
-                    for j in 0..pair.len() as u64 {
-                        let at = k.index(j * LANES);
-                        values.push(k.load_f32x16(row, at));
-                    }
-                }
-                each(k, i, &values);
-            });
-        });
+        self.rounded.products(k, (group, &ahead), count, each);
     }
 
     /// Rows `first..last` of x against tiles `lo..hi` of a matrix, `at_once` together.
@@ -426,6 +382,17 @@ impl Panel {
             });
         });
     }
+}
+
+/// Gives the sums of 16 weight rows that lie behind those of `i` rows of as many vectors as `strips`.
+pub fn sums_of(k: &mut KernelBuilder, sums: Val, i: Val, strips: u64) -> Vec<Val> {
+    let row = row_ptr(k, sums, i, LANES * strips);
+    (0..strips)
+        .map(|strip| {
+            let at = k.index(strip * LANES);
+            k.load_f32x16(row, at)
+        })
+        .collect()
 }
 
 /// The least multiple of `n` that is not less than `x`.

@@ -497,7 +497,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let bulk = classes.map(|classes| {
         let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
-        let at_once = classes.at_once(&routed, size, tasks);
+        let at_once = classes.at_once(size, tasks);
         BackBulk { classes, mix: classes.mix(&mut k), numbers: h.numbers(&mut k), at_once, h, s }
     });
     let task = k.task();

@@ -439,7 +439,7 @@ impl Multiplier {
         let some = k.cmp(Pred::Lt, lo, hi);
         k.if_then(some, |k| {
             classes.for_runs(k, Class::Bulk, |k, first, last| {
-                let tiles = ((lo, hi), classes.at_once(&matrix, size, tasks));
+                let tiles = ((lo, hi), classes.at_once(size, tasks));
                 panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), tiles, epilogue);
             });
         });

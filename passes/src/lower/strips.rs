@@ -3,6 +3,7 @@
 //! group    strips that are multiplied together with each block of tokens
 //! direct   bf16 weights are tiles as packed
 //! unpacked quantised weights become tiles in scratch, once a block of tokens, before they are multiplied
+//! part     512 columns of two strips stay in the first cache while all rows of a panel are multiplied with them; their sums wait in memory for the next
 //! ahead    with each step of products some lines of the group that follows are asked for, so that it is in the second cache in time
 //! traffic  each weight once a task from memory, and once a block of tokens through the vector units where it is unpacked
 
@@ -23,6 +24,8 @@ pub const TILE_BYTES: u64 = 1024;
 const LINE_WORDS: u64 = LINE_BYTES / 4;
 /// Most strips of a group: their sums are neighbours in memory.
 pub const STRIPS: u64 = 4;
+/// Most tiles of a strip that are multiplied with all rows of a panel before the others: two strips of them stay in the first cache, 32 KiB of 48.
+const PART_TILES: u64 = 16;
 
 /// Tiles of weights that are multiplied together, and those that follow.
 pub struct Group {
@@ -31,11 +34,13 @@ pub struct Group {
     next: Vec<Tile>,
 }
 
-/// The strips of a panel's products.
+/// The strips of a panel's products, some columns at a time.
 #[derive(Clone, Copy, Debug)]
 pub struct Strips {
     columns: u64,
-    /// A group of strips, where weights are unpacked.
+    /// Most tiles of a strip at a time.
+    part: u64,
+    /// This many of some strips, where weights are unpacked.
     scratch: Option<Val>,
 }
 
@@ -65,11 +70,18 @@ pub fn for_groups(
 }
 
 impl Strips {
-    /// For products with `matrices` of `columns` columns. Call it at the top level of the body.
-    pub fn alloc(k: &mut KernelBuilder, matrices: &[Matrix], columns: u64) -> Self {
-        let unpacks = matrices.iter().any(|m| takes(m) && !is_direct(m));
-        let words = STRIPS * columns.div_ceil(TILE_COLUMNS) * TILE_BYTES / 4;
-        Self { columns, scratch: unpacks.then(|| k.alloc(DType::I32, words)) }
+    /// For products with `matrices` of `columns` columns, `at_once` strips together. Call it at the top level of the body.
+    pub fn alloc(k: &mut KernelBuilder, matrices: &[Matrix], columns: u64, at_once: u64) -> Self {
+        let unpacks = |m: &&Matrix| takes(m) && !is_direct(m);
+        let is_cut = |m: &Matrix| {
+            let width = block_columns(m);
+            width == columns || (PART_TILES * TILE_COLUMNS).is_multiple_of(width)
+        };
+        let depth = columns.div_ceil(TILE_COLUMNS);
+        let part = if matrices.iter().filter(unpacks).all(is_cut) { depth.min(PART_TILES) } else { depth };
+        let words = at_once * part * TILE_BYTES / 4;
+        let scratch = matrices.iter().any(|m| unpacks(&m)).then(|| k.alloc(DType::I32, words));
+        Self { columns, part, scratch }
     }
 
     /// Tiles of a strip.
@@ -77,48 +89,87 @@ impl Strips {
         self.columns.div_ceil(TILE_COLUMNS)
     }
 
-    /// Pointers to the tiles of a group's strips, which are unpacked here.
-    pub fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
+    /// Runs `body(part)` for all columns, as many at a time as stay in the first cache.
+    pub fn for_parts(&self, k: &mut KernelBuilder, body: impl FnOnce(&mut KernelBuilder, &Part)) {
+        let parts = self.depth().div_ceil(self.part);
+        if parts == 1 {
+            let (first, tiles) = (k.const_i64(0), k.index(self.depth()));
+            body(k, &Part { first, tiles, ends: None });
+            return;
+        }
+        k.for_range(self.depth(), self.part, |k, first| {
+            let (depth, most, zero) = (k.index(self.depth()), k.index(self.part), k.const_i64(0));
+            let left = k.sub(depth, first);
+            let (is_first, is_last) = (k.cmp(Pred::Eq, first, zero), k.cmp(Pred::Le, left, most));
+            let tiles = k.min_i64(left, most);
+            body(k, &Part { first, tiles, ends: Some((is_first, is_last)) });
+        });
+    }
+
+    /// Pointers to a part of a group's strips, which is unpacked here.
+    pub fn unpack(&self, k: &mut KernelBuilder, group: &Group, part: &Part) -> Vec<Val> {
         let strip = |(i, tile): (u64, &Tile)| match self.scratch {
             Some(scratch) if !is_direct(&tile.matrix) => {
-                let bytes = k.index(i * self.depth() * TILE_BYTES);
+                let bytes = k.index(i * self.part * TILE_BYTES);
                 let to = k.offset(scratch, bytes);
-                self.unpack_strip(k, tile, to);
+                self.unpack_strip(k, tile, part, to);
                 to
             }
-            _ => tile.codes,
+            _ => {
+                let bytes = k.mul_const(part.first, TILE_BYTES);
+                k.offset(tile.codes, bytes)
+            }
         };
         (0..).zip(&group.tiles).map(strip).collect()
     }
 
-    /// Writes the numbers of a strip as bf16 lines of two columns.
-    fn unpack_strip(&self, k: &mut KernelBuilder, tile: &Tile, to: Val) {
-        let format = tile.matrix.planes.format;
-        let block_columns = format.blocks().map_or(self.columns, |b| u64::from(b.columns).min(self.columns));
-        let turn = if block_columns.is_multiple_of(TILE_COLUMNS) { TILE_COLUMNS } else { LANES };
-        let put_block = |k: &mut KernelBuilder, block: Val, columns: u64| {
-            let first = k.mul_const(block, block_columns);
+    /// Writes the numbers of a part of a strip as bf16 lines of two columns.
+    fn unpack_strip(&self, k: &mut KernelBuilder, tile: &Tile, part: &Part, to: Val) {
+        let width = block_columns(&tile.matrix);
+        let columns = [width, self.columns];
+        let turn = if columns.iter().all(|n| n.is_multiple_of(TILE_COLUMNS)) { TILE_COLUMNS } else { LANES };
+        let group_columns = tile.matrix.planes.format.group_columns();
+        let begin = k.mul_const(part.first, TILE_COLUMNS);
+        let (behind, all) = (k.mul_const(part.tiles, TILE_COLUMNS), k.index(self.columns));
+        let behind = k.add(begin, behind);
+        let end = k.min_i64(behind, all);
+        k.for_each((begin, end, width), |k, first| {
+            let block = k.div_const(first, width);
             let block = tile.block(k, block, Lanes::All);
-            let end = k.add_const(first, columns);
-            let turn = if columns.is_multiple_of(turn) { turn } else { LANES };
-            k.for_each((first, end, turn), |k, column| {
-                for group in 0..turn / format.group_columns() {
-                    let column = k.add_const(column, group * format.group_columns());
-                    put_line(k, tile, block, column, to);
+            let last = k.add_const(first, width);
+            let last = k.min_i64(last, end);
+            k.for_each((first, last, turn), |k, column| {
+                let line = k.sub(column, begin);
+                for i in (0..turn).step_by(group_columns as usize) {
+                    let (column, line) = (k.add_const(column, i), k.add_const(line, i));
+                    put_line(k, tile, block, column, (to, line));
                 }
             });
-        };
-        let (lo, hi) = (k.const_i64(0), k.index(self.columns / block_columns));
-        k.for_each((lo, hi, 1), |k, block| put_block(k, block, block_columns));
-        if !self.columns.is_multiple_of(block_columns) {
-            put_block(k, hi, self.columns % block_columns);
-        }
+        });
         let nothing = k.splat_i32(16, 0);
-        for column in (self.columns..self.depth() * TILE_COLUMNS).step_by(2) {
-            let at = k.index(column / 2 * LINE_WORDS);
+        k.for_each((end, behind, 2), |k, column| {
+            let line = k.sub(column, begin);
+            let at = k.mul_const(line, LINE_WORDS / 2);
             k.store(to, at, nothing);
-        }
+        });
     }
+}
+
+/// Some columns of strips.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// The first tile of a strip.
+    pub first: Val,
+    /// How many tiles.
+    pub tiles: Val,
+    /// Whether it is the first part and the last; `None` if it is all of a strip.
+    pub ends: Option<(Val, Val)>,
+}
+
+/// How many columns share what a block has.
+fn block_columns(matrix: &Matrix) -> u64 {
+    let columns = matrix.planes.columns;
+    matrix.planes.format.blocks().map_or(columns, |b| u64::from(b.columns).min(columns))
 }
 
 /// The weights that are asked for while others are multiplied.
@@ -126,8 +177,6 @@ pub struct Ahead<'a> {
     next: &'a [Tile],
     /// Bytes of the codes of each strip that are asked for with each step.
     bytes: Val,
-    /// Steps of a product.
-    depth: u64,
 }
 
 impl<'a> Ahead<'a> {
@@ -139,13 +188,11 @@ impl<'a> Ahead<'a> {
         let blocks = k.div_const(blocks, together);
         let lines = k.add_const(blocks, lines.saturating_sub(1));
         let lines = k.div(lines, blocks);
-        Self { next: &group.next, bytes: k.mul_const(lines, LINE_BYTES), depth }
+        Self { next: &group.next, bytes: k.mul_const(lines, LINE_BYTES) }
     }
 
-    /// What goes with step `i` of the products of block `block` of rows with strips `2 * pair` and the one behind it.
-    pub fn ask(&self, k: &mut KernelBuilder, pair: usize, block: Val, i: Val) {
-        let step = k.mul_const(block, self.depth);
-        let step = k.add(step, i);
+    /// What goes with step `step` of all products with strips `2 * pair` and the one behind it.
+    pub fn ask(&self, k: &mut KernelBuilder, pair: usize, step: Val) {
         let at = k.mul(step, self.bytes);
         for tile in self.next.chunks(2).nth(pair).into_iter().flatten() {
             // the last ones where there are no more
@@ -158,12 +205,12 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// Writes the numbers of a group of columns, from `column` on.
-fn put_line(k: &mut KernelBuilder, tile: &Tile, block: Block, column: Val, to: Val) {
+/// Writes the numbers of a group of columns, from `column` on, as those from column `line` on of `to`.
+fn put_line(k: &mut KernelBuilder, tile: &Tile, block: Block, column: Val, (to, line): (Val, Val)) {
     let numbers = tile.numbers(k, column, block);
     for (pair, numbers) in (0..).zip(numbers.chunks(2)) {
         let words = k.bf16_pairs(numbers[0], numbers[1]);
-        let at = k.add_const(column, 2 * pair);
+        let at = k.add_const(line, 2 * pair);
         let at = k.mul_const(at, LINE_WORDS / 2);
         k.store(to, at, words);
     }

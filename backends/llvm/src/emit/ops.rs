@@ -95,8 +95,15 @@ impl<'c> Emitter<'_, 'c> {
             KOp::ByteDot => self.byte_dot(stmt)?,
             KOp::TileTurn => return self.tile_turn(stmt),
             KOp::TileZero => return self.tile_zero(),
-            KOp::TileStep { rows, columns } => return self.tile_step(stmt, rows as usize, columns as usize),
-            KOp::TileStore { rows, columns } => return self.tile_store(stmt, rows as usize, columns as usize),
+            KOp::TileStep { rows, columns, once } => {
+                return self.tile_step(stmt, (rows as usize, columns as usize), once);
+            }
+            KOp::TileStore { rows, columns } => {
+                return self.move_sums("llvm.x86.tilestored64", stmt, (rows as usize, columns as usize));
+            }
+            KOp::TileLoad { rows, columns } => {
+                return self.move_sums("llvm.x86.tileloadd64", stmt, (rows as usize, columns as usize));
+            }
 
             KOp::For => return self.for_loop(stmt),
             KOp::If => return self.branch(stmt),

@@ -153,13 +153,14 @@ impl<'c> Emitter<'_, 'c> {
         (0..A).try_for_each(|sum| self.call_intrinsic("llvm.x86.tilezero", &[self.register(sum)]).map(drop))
     }
 
-    pub(super) fn tile_step(&self, stmt: &Stmt, rows: usize, columns: usize) -> Result<()> {
+    pub(super) fn tile_step(&self, stmt: &Stmt, (rows, columns): (usize, usize), once: bool) -> Result<()> {
         if stmt.args.len() != rows + columns {
             return Err(count(stmt, "operands", stmt.args.len(), rows + columns));
         }
         for i in 0..rows + columns {
             let register = if i < rows { A + i } else { B + i - rows };
-            self.move_tile("llvm.x86.tileloadd64", register, self.pointer(stmt, i)?, LINE_BYTES)?;
+            let load = if once && i < rows { "llvm.x86.tileloaddt164" } else { "llvm.x86.tileloadd64" };
+            self.move_tile(load, register, self.pointer(stmt, i)?, LINE_BYTES)?;
         }
         for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
             let registers = [i * columns + j, A + i, B + j].map(|r| self.register(r));
@@ -168,12 +169,13 @@ impl<'c> Emitter<'_, 'c> {
         Ok(())
     }
 
-    pub(super) fn tile_store(&self, stmt: &Stmt, rows: usize, columns: usize) -> Result<()> {
+    /// Moves sums from or to a matrix in memory.
+    pub(super) fn move_sums(&self, name: &'static str, stmt: &Stmt, (rows, columns): (usize, usize)) -> Result<()> {
         let (c, i64, stride) = (self.pointer(stmt, 0)?, self.context.i64_type(), columns as u64 * LINE_BYTES);
         for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
             let at = i64.const_int(i as u64 * ROWS * stride + j as u64 * LINE_BYTES, false);
             let tile = self.element(self.context.i8_type().into(), c, at)?;
-            self.move_tile("llvm.x86.tilestored64", i * columns + j, tile, stride)?;
+            self.move_tile(name, i * columns + j, tile, stride)?;
         }
         Ok(())
     }

@@ -356,6 +356,11 @@ pub(super) enum Inst {
         rows: u32,
         columns: u32,
     },
+    TileLoad {
+        c: Reg,
+        rows: u32,
+        columns: u32,
+    },
 }
 
 /// The instructions of a body or a tail.

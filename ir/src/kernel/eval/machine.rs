@@ -346,6 +346,7 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
             Inst::TileZero => self.sums = Sums::default(),
             Inst::TileStep { number } => self.tile_step(&block.tile_steps[number])?,
             Inst::TileStore { c, rows, columns } => self.tile_store(c, rows as usize, columns as usize)?,
+            Inst::TileLoad { c, rows, columns } => self.tile_load(c, rows as usize, columns as usize)?,
         }
         Ok(next)
     }
@@ -565,11 +566,17 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
     }
 
     fn tile_store(&mut self, c: Reg, rows: usize, columns: usize) -> Result<(), Misdeed> {
-        for (row, column) in (0..rows * tile::ROWS).flat_map(|row| (0..columns).map(move |column| (row, column))) {
-            let at = (row * columns + column) * tile::ROWS;
-            let words = self.memory.write(self.pointers[c], at as i64, (tile::ROWS, 4), 0)?;
-            let values = &self.sums[row / tile::ROWS * columns + column][row % tile::ROWS];
-            words.iter_mut().zip(values).for_each(|(word, x)| *word = x.to_bits());
+        for (at, (sum, line)) in tile::lines(rows, columns) {
+            let words = self.memory.write(self.pointers[c], at, (tile::ROWS, 4), 0)?;
+            words.iter_mut().zip(&self.sums[sum][line]).for_each(|(word, x)| *word = x.to_bits());
+        }
+        Ok(())
+    }
+
+    fn tile_load(&mut self, c: Reg, rows: usize, columns: usize) -> Result<(), Misdeed> {
+        for (at, (sum, line)) in tile::lines(rows, columns) {
+            let words = self.memory.read(self.pointers[c], at, (tile::ROWS, 4), 0)?;
+            self.sums[sum][line].iter_mut().zip(words).for_each(|(x, &word)| *x = f32::from_bits(word));
         }
         Ok(())
     }

@@ -307,13 +307,14 @@ impl<'k> Maker<'k> {
             KOp::ByteDot => Inst::ByteDot { d, sum: a, a: b, b: arg(2), n },
             KOp::TileTurn => Inst::TileTurn { to: a, from: b },
             KOp::TileZero => Inst::TileZero,
-            KOp::TileStep { rows, columns } => {
+            KOp::TileStep { rows, columns, .. } => {
                 let (rows, all) = (rows as usize, (rows + columns) as usize);
                 let (a, b) = ((0..rows).map(arg).collect(), (rows..all).map(arg).collect());
                 self.block.tile_steps.push(TileStep { a, b });
                 Inst::TileStep { number: self.block.tile_steps.len() - 1 }
             }
             KOp::TileStore { rows, columns } => Inst::TileStore { c: a, rows, columns },
+            KOp::TileLoad { rows, columns } => Inst::TileLoad { c: a, rows, columns },
         }
     }
 }

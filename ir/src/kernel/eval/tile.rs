@@ -14,6 +14,14 @@ pub(super) type Tile = [[u32; ROWS]; ROWS];
 /// Four sums of tiles.
 pub(super) type Sums = [[[f32; ROWS]; ROWS]; 4];
 
+/// For each line of 16 numbers of a matrix of sums, where it begins: the number of the sum and of the line in it.
+pub(super) fn lines(rows: usize, columns: usize) -> impl Iterator<Item = (i64, (usize, usize))> {
+    (0..rows * ROWS * columns).map(move |i| {
+        let (row, column) = (i / columns, i % columns);
+        ((i * ROWS) as i64, (row / ROWS * columns + column, row % ROWS))
+    })
+}
+
 /// A number that is too small to be a normal one as a zero of its sign.
 fn flushed(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }

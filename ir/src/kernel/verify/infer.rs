@@ -177,7 +177,7 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (0..2).try_for_each(|i| pointer(args, i))?;
             None
         }
-        KOp::TileStep { rows, columns } | KOp::TileStore { rows, columns } => {
+        KOp::TileStep { rows, columns, .. } | KOp::TileStore { rows, columns } | KOp::TileLoad { rows, columns } => {
             range("rows", rows.into(), (1..=2).contains(&rows), "1 or 2")?;
             range("columns", columns.into(), (1..=2).contains(&columns), "1 or 2")?;
             (0..args.len()).try_for_each(|i| pointer(args, i))?;
@@ -202,8 +202,8 @@ const fn arity(op: KOp) -> usize {
         KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch | KOp::ByteDot => 3,
         KOp::Quad | KOp::ByteRow => 4,
         KOp::Mma { .. } => 7,
-        KOp::TileStep { rows, columns } => (rows + columns) as usize,
-        KOp::TileStore { .. } => 1,
+        KOp::TileStep { rows, columns, .. } => (rows + columns) as usize,
+        KOp::TileStore { .. } | KOp::TileLoad { .. } => 1,
         KOp::Bf16Row | KOp::Bf16Pairs | KOp::TileTurn => 2,
         _ => match op.sig() {
             Sig::Leaf | Sig::Special | Sig::Block | Sig::Tile => 0,

@@ -246,7 +246,7 @@ impl Tiles {
         let p = [self.p.at, self.p.next(k, self.p.at)];
         let columns = |k: &mut KernelBuilder, column: Val, count: u64| {
             let strips = self.values.two_strips(k, column);
-            k.tile_dot(self.c, (&p, &strips[..count as usize]), self.p.depth(), |_, _| {});
+            k.tile_dot(self.c, (&p, &strips[..count as usize]), self.p.depth());
             k.for_range(TOGETHER, 1, |k, i| {
                 let row = k.add(query, i);
                 let (o, c) = (row_ptr(k, self.o, row, self.bound.elems()), row_ptr(k, self.c, i, count * LANES));

@@ -18,8 +18,8 @@ use nextc_ir::{DType, Layout, Stored};
 
 use super::super::kv_codes::Extremes;
 use super::super::packed::{Matrix, Tile};
-use super::super::strips::{Group, STRIPS};
-use super::Dots;
+use super::super::strips::{Ahead, Group, STRIPS};
+use super::sums_of;
 
 /// Columns that share a scale.
 const BLOCK: u64 = 32;
@@ -47,6 +47,8 @@ pub struct Bytes {
     rows: Val,
     /// A group of strips.
     strips: Val,
+    /// Sums of six rows by 32 weight rows, for each two strips.
+    sums: Val,
 }
 
 impl Bytes {
@@ -59,7 +61,7 @@ impl Bytes {
     pub fn alloc(k: &mut KernelBuilder, tokens: u64, columns: u64) -> Self {
         let rows = k.alloc(DType::I32, tokens * Self::row_bytes(columns) / 4);
         let strips = k.alloc(DType::I32, STRIPS * columns.div_ceil(BLOCK) * STRIP_WORDS);
-        Self { columns, rows, strips }
+        Self { columns, rows, strips, sums: k.alloc(DType::F32, STRIPS * ROWS * LANES) }
     }
 
     /// Steps of a product: blocks of columns.
@@ -142,7 +144,7 @@ impl Bytes {
     }
 
     /// Writes a group's strips; gives pointers to them.
-    pub fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
+    fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
         let strip = |(i, tile): (u64, &Tile)| {
             let bytes = k.index(i * self.depth() * 4 * STRIP_WORDS);
             let to = k.offset(self.strips, bytes);
@@ -172,8 +174,38 @@ impl Bytes {
         }
     }
 
-    /// Products of rows `first..first + 6`.
-    pub fn dots(&self, k: &mut KernelBuilder, first: Val, dots: &Dots<'_>) {
+    /// Products of a group's strips with `count` rows: `each(row, sums of each strip)`.
+    pub fn products(
+        &self,
+        k: &mut KernelBuilder,
+        (group, ahead): (&Group, &Ahead<'_>),
+        count: Val,
+        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+    ) {
+        let strips = self.unpack(k, group);
+        let pairs: Vec<(Val, &[Val])> = (0..)
+            .zip(strips.chunks(2))
+            .map(|(pair, strips)| {
+                let bytes = k.index(pair * 4 * 2 * LANES * ROWS);
+                (k.offset(self.sums, bytes), strips)
+            })
+            .collect();
+        let zero = k.const_i64(0);
+        k.for_each((zero, count, ROWS), |k, first| {
+            self.dots(k, first, &pairs, ahead);
+            let last = k.add_const(first, ROWS);
+            let last = k.min_i64(last, count);
+            k.for_each((first, last, 1), |k, i| {
+                let row = k.sub(i, first);
+                let sums = pairs.iter().flat_map(|&(sums, strips)| sums_of(k, sums, row, strips.len() as u64));
+                let values: Vec<Val> = sums.collect();
+                each(k, i, &values);
+            });
+        });
+    }
+
+    /// Products of rows `first..first + 6` with two and two strips.
+    fn dots(&self, k: &mut KernelBuilder, first: Val, pairs: &[(Val, &[Val])], ahead: &Ahead<'_>) {
         let base = self.row(k, first);
         let rows: Vec<Val> = (0..ROWS)
             .map(|i| {
@@ -181,11 +213,14 @@ impl Bytes {
                 k.offset(base, bytes)
             })
             .collect();
-        for (pair, (&to, strips)) in dots.sums.iter().zip(&dots.strips).enumerate() {
+        let steps = k.div_const(first, ROWS);
+        let steps = k.mul_const(steps, self.depth());
+        for (pair, &(to, strips)) in pairs.iter().enumerate() {
             let (zero, depth, nothing) = (k.const_i64(0), k.index(self.depth()), k.splat_f32(LANES as u32, 0.0));
             let init = vec![nothing; strips.len() * rows.len()];
             let sums = k.for_carry((zero, depth, 1), &init, |k, block, sums| {
-                dots.ahead.ask(k, pair, dots.block, block);
+                let step = k.add(steps, block);
+                ahead.ask(k, pair, step);
                 self.add_block(k, (strips, &rows), block, sums)
             });
             for (at, sum) in (0..).step_by(LANES as usize).zip(sums) {

@@ -2,7 +2,8 @@
 //!
 //! panel    rows of x as tiles of 16 tokens by 32 columns
 //! strip    16 weight rows as such tiles: see [`strips`](super::super::strips)
-//! dot      two strips of the panel by two of the weight, over all columns; sums are f32, 32 columns by themselves first
+//! dot      two strips of the panel by two of the weight, 512 columns of them, so that those of the weight stay in the first cache; sums are f32, 32 columns by
+//!          themselves first
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::layout::LINE_BYTES;
@@ -10,8 +11,8 @@ use nextc_ir::shape::LANES;
 use nextc_ir::{DType, Format, Layout};
 
 use super::super::packed::Matrix;
-use super::super::strips::{Group, Strips, TILE_BYTES, TILE_COLUMNS};
-use super::{Dots, round_up};
+use super::super::strips::{Ahead, Group, Part, Strips, TILE_BYTES, TILE_COLUMNS};
+use super::{round_up, sums_of};
 
 /// True if products of many tokens with this matrix can be made in tiles. Weights in f32 are not rounded, and columns in an order of their own are no tiles.
 pub fn takes(matrix: &Matrix) -> bool {
@@ -19,6 +20,8 @@ pub fn takes(matrix: &Matrix) -> bool {
     p.format != Format::F32 && p.layout == Layout::Tile16 && !p.format.blocks().is_some_and(|b| b.ordered)
 }
 
+/// Strips that are multiplied together.
+pub const AT_ONCE: u64 = 2;
 /// Rows and columns of a product that are computed together: two strips of each.
 pub const TOGETHER: u64 = 2 * LANES;
 /// Numbers of its sums.
@@ -141,6 +144,8 @@ impl RowTiles {
 pub struct Tiles {
     rows: RowTiles,
     strips: Strips,
+    /// Sums of all rows by two strips.
+    sums: Val,
 }
 
 impl Tiles {
@@ -152,7 +157,11 @@ impl Tiles {
     /// For `tokens` rows and products with `matrices`. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, tokens: u64, matrices: &[Matrix]) -> Self {
         let columns = matrices[0].planes.columns;
-        Self { rows: RowTiles::alloc(k, tokens, columns), strips: Strips::alloc(k, matrices, columns) }
+        Self {
+            rows: RowTiles::alloc(k, tokens, columns),
+            strips: Strips::alloc(k, matrices, columns, AT_ONCE),
+            sums: k.alloc(DType::F32, tokens.next_multiple_of(LANES) * AT_ONCE * LANES),
+        }
     }
 
     /// Steps of a product.
@@ -171,29 +180,73 @@ impl Tiles {
         self.rows.fill(k, (count, end));
     }
 
-    /// Pointers to a group's strips.
-    pub fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
-        self.strips.unpack(k, group)
+    /// Products of a group's strips with `count` rows: `each(row, sums of each strip)`.
+    pub fn products(
+        &self,
+        k: &mut KernelBuilder,
+        (group, ahead): (&Group, &Ahead<'_>),
+        count: Val,
+        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+    ) {
+        let (zero, end) = (k.const_i64(0), round_up(k, count, LANES));
+        let blocks = round_up(k, count, TOGETHER);
+        let blocks = k.div_const(blocks, TOGETHER);
+        let width = group.tiles.len() as u64;
+        self.strips.for_parts(k, |k, part| {
+            let strips = self.strips.unpack(k, group, part);
+            let steps = k.mul(part.first, blocks);
+            k.for_each((zero, count, TOGETHER), |k, first| {
+                let block = k.div_const(first, TOGETHER);
+                let step = k.mul(block, part.tiles);
+                let step = k.add(steps, step);
+                let at = (first, self.sums_at(k, first, width));
+                self.add_block(k, at, end, (&strips, part), |k, i| {
+                    let step = k.add(step, i);
+                    ahead.ask(k, 0, step);
+                });
+                let finish = |k: &mut KernelBuilder| {
+                    let last = k.add_const(first, TOGETHER);
+                    let last = k.min_i64(last, count);
+                    k.for_each((first, last, 1), |k, i| {
+                        let values = sums_of(k, self.sums, i, width);
+                        each(k, i, &values);
+                    });
+                };
+                match part.ends {
+                    Some((_, is_last)) => k.if_then(is_last, finish),
+                    None => finish(k),
+                }
+            });
+        });
     }
 
-    /// Products of rows from `first` on, a multiple of 32, of `count`.
-    pub fn dots(&self, k: &mut KernelBuilder, (first, count): (Val, Val), dots: &Dots<'_>) {
-        let (low, end) = (self.rows.line(k, first), round_up(k, count, LANES));
+    /// Where the sums of row `i` by so many strips lie.
+    fn sums_at(&self, k: &mut KernelBuilder, i: Val, strips: u64) -> Val {
+        let bytes = k.mul_const(i, 4 * strips * LANES);
+        k.offset(self.sums, bytes)
+    }
+
+    /// Adds the products of rows from `first` on, a multiple of 32, of `end`, with a part of some strips.
+    fn add_block(
+        &self,
+        k: &mut KernelBuilder,
+        (first, sums): (Val, Val),
+        end: Val,
+        (strips, part): (&[Val], &Part),
+        mut beside: impl FnMut(&mut KernelBuilder, Val),
+    ) {
+        let low = self.rows.line(k, first);
+        let bytes = k.mul_const(part.first, TILE_BYTES);
+        let low = k.offset(low, bytes);
         let (left, one) = (k.sub(end, first), k.index(LANES));
         let two = k.cmp(Pred::Gt, left, one);
-        let multiply = |k: &mut KernelBuilder, a: &[Val]| {
-            for (pair, (&c, b)) in dots.sums.iter().zip(&dots.strips).enumerate() {
-                k.tile_dot(c, (a, b), self.depth(), |k, i| dots.ahead.ask(k, pair, dots.block, i));
-            }
-            Vec::new()
+        let is_first = part.ends.map(|(is_first, _)| is_first);
+        let mut add = |k: &mut KernelBuilder, a: &[Val]| {
+            k.tile_add((sums, is_first), (a, strips), part.tiles, &mut beside);
         };
-        k.if_else(
-            two,
-            |k| {
-                let high = self.rows.next(k, low);
-                multiply(k, &[low, high])
-            },
-            |k| multiply(k, &[low]),
-        );
+        let high = self.rows.next(k, low);
+        k.if_then(two, |k| add(k, &[low, high]));
+        let alone = k.not(two);
+        k.if_then(alone, |k| add(k, &[low]));
     }
 }
