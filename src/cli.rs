@@ -89,7 +89,7 @@ pub struct ModelArgs {
     /// format (`q4<g64>`). A later one goes before an earlier one.
     #[arg(long, value_name = "QUANT[,PATTERN=FORMAT...]", default_value = "keep", hide_default_value = true)]
     pub quant: Quantise,
-    /// What activations may be rounded to in products of more than 8 tokens of a sequence.
+    /// What activations may be rounded to, in products of more than 8 tokens of a sequence (int16: in all).
     #[arg(long, value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// What keys and values are kept in for the tokens to come.
@@ -150,7 +150,7 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
     /// What the machine is fastest with: bfloat16 if it has a matrix unit (AMX), else int8 if its vectors multiply bytes (AVX-512 VNNI) and weights are integers that can
-    /// be multiplied so, else float32.
+    /// be multiplied so, or int16 if its vectors are narrower (AVX2) and weights are such integers, else float32.
     Auto,
     /// float32 throughout: the form that is compared with the reference.
     F32,
@@ -158,6 +158,8 @@ pub enum Activations {
     Bf16,
     /// 8-bit integers, a scale for 32 of them, with weights of 8 or 4 bits whose blocks have a scale and no zero point; with others float32.
     Int8,
+    /// 16-bit integers, a scale for 32 of them, with the same weights, in products of any number of tokens; for vectors of less than 512 bits.
+    Int16,
 }
 
 /// `--kv`.

@@ -80,6 +80,7 @@ fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding>
     match wanted {
         Activations::Auto | Activations::Bf16 if target.has_tiles() => Ok(Rounding::Bf16),
         Activations::Auto | Activations::Int8 if target.has_byte_dots() => Ok(Rounding::Int8),
+        Activations::Auto | Activations::Int16 if target.has_short_dots() => Ok(Rounding::Int16),
         Activations::Auto | Activations::F32 => Ok(Rounding::F32),
         Activations::Bf16 => bail!(
             "`--activations bf16`: `{}` has no matrix unit that the backend uses (AMX, through LLVM); expected `auto` or `f32`",
@@ -87,6 +88,11 @@ fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding>
         ),
         Activations::Int8 => bail!(
             "`--activations int8`: `{}` has no vectors of 512 bits that multiply bytes (AVX-512 VNNI, through LLVM); expected `auto` or `f32`",
+            target.cpu
+        ),
+        Activations::Int16 => bail!(
+            "`--activations int16`: the backend uses vectors of {} bits for `{}`, where int16 would be no faster; expected `auto` or `f32`",
+            target.vector_bits,
             target.cpu
         ),
     }

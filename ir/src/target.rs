@@ -43,6 +43,9 @@ pub enum Activations {
     Bf16,
     /// Signed bytes with a scale for each block of columns, where vectors multiply bytes and the weights are integers.
     Int8,
+    /// Signed numbers of 16 bits with a scale for each block of columns, where vectors have less than 512 bits and the weights are integers: in all products, of
+    /// few tokens too.
+    Int16,
 }
 
 /// A machine and the choices made for it.
@@ -359,6 +362,17 @@ impl Target {
     /// True if the machine's vectors multiply bytes and sum four products at once, and the backend uses them at their full width.
     pub fn has_byte_dots(&self) -> bool {
         self.vector_bits == 512 && VNNI.iter().all(|f| self.has(f))
+    }
+
+    /// True if the machine's vectors multiply numbers of 16 bits and sum two products, and are not so wide that converting weights to floats costs less than
+    /// reading them.
+    pub fn has_short_dots(&self) -> bool {
+        self.vector_bits < 512 && self.gpu.is_none() && self.has("avx2")
+    }
+
+    /// True if rows are rounded to 16 bits for products with weights that are integers.
+    pub fn rounds_to_shorts(&self) -> bool {
+        self.activations == Activations::Int16 && self.has_short_dots()
     }
 
     /// How products of many tokens are cut; `None` if activations may not be rounded, or if the machine has no fast products of what they are rounded to.

@@ -40,6 +40,12 @@ impl Emitter<'_, '_> {
                 let value = self.fb.ins().fma(a, b, c);
                 self.result(stmt, value)
             }
+            KOp::ShortDot => {
+                let [sum, a, b] = self.values_of(stmt)?;
+                let products = vector::short_products(&mut self.fb, a, b);
+                let value = self.fb.ins().iadd(sum, products);
+                self.result(stmt, value)
+            }
             KOp::Fneg => self.unary(stmt, |e, x| e.fb.ins().fneg(x)),
             KOp::Fabs => self.unary(stmt, |e, x| e.fb.ins().fabs(x)),
             KOp::Fsqrt => self.unary(stmt, |e, x| e.fb.ins().sqrt(x)),

@@ -1,7 +1,7 @@
 //! What Cranelift has no single op for: vector constants, lane moves, minima, selection by mask, trees of lanes.
 
 use cranelift::codegen::ir::{ConstantData, Endianness};
-use cranelift::prelude::types::{F32, F32X4, F64X2, I8X16, I32, I32X4, I64X2};
+use cranelift::prelude::types::{F32, F32X4, F64X2, I8X16, I16X8, I32, I32X4, I64X2};
 use cranelift::prelude::{FloatCC, FunctionBuilder, InstBuilder, MemFlagsData, Type, Value};
 
 /// The same bits as another type of the same width.
@@ -28,6 +28,16 @@ pub fn permute(fb: &mut FunctionBuilder<'_>, x: Value, lanes: [u8; 4]) -> Value 
     let x = bitcast(fb, I8X16, x);
     let y = fb.ins().shuffle(x, x, mask);
     bitcast(fb, ty, y)
+}
+
+/// The sums of two products each of signed halves of lanes: what `pmaddwd` does, and how Cranelift finds it.
+pub fn short_products(fb: &mut FunctionBuilder<'_>, a: Value, b: Value) -> Value {
+    let [a, b] = [a, b].map(|x| bitcast(fb, I16X8, x));
+    let [a_low, b_low] = [a, b].map(|x| fb.ins().swiden_low(x));
+    let low = fb.ins().imul(a_low, b_low);
+    let [a_high, b_high] = [a, b].map(|x| fb.ins().swiden_high(x));
+    let high = fb.ins().imul(a_high, b_high);
+    fb.ins().iadd_pairwise(low, high)
 }
 
 /// `a < b ? a : b`, `b` where either is NaN: what `minps` and `minss` do, and how Cranelift finds them.

@@ -471,6 +471,10 @@ impl KernelBuilder {
     pub fn byte_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
         self.emit(KOp::ByteDot, &[sum, a, b], KType::vector(DType::I32, 16))
     }
+    /// In each lane `sum` and the products of two signed numbers of 16 bits.
+    pub fn short_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
+        self.like(KOp::ShortDot, &[sum, a, b])
+    }
     /// `c = Σ a·b` in tiles, `depth` of them one after the other.
     pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64) {
         self.push(KOp::TileZero, &[], Vec::new(), Vec::new());

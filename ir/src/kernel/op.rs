@@ -55,6 +55,8 @@ pub enum Sig {
     FloatBinary,
     /// `(a, a, a) -> a`, f32.
     FloatTernary,
+    /// `(a, a, a) -> a`, i32.
+    IntTernary,
     /// `(a, a) -> bool` of the same lanes.
     Compare,
     /// `(bool, a, a) -> a`; condition of the same lanes, or one for all.
@@ -141,6 +143,9 @@ kops! {
     Fmax = "fmax" FloatBinary;
     /// `a * b + c` with one rounding.
     Fma = "fma" FloatTernary;
+    /// In each lane `sum + a[0]·b[0] + a[1]·b[1]`, where `a` and `b` are two signed numbers of 16 bits each, the first in the lower half: `(sum, a, b)`. What does
+    /// not fit 32 bits wraps. Source: Intel's Software Developer's Manual, PMADDWD.
+    ShortDot = "short_dot" IntTernary;
     /// `-x`.
     Fneg = "fneg" FloatUnary;
     /// `|x|`.

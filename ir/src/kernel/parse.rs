@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 40] = [
+const PLAIN: [KOp; 41] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -78,6 +78,7 @@ const PLAIN: [KOp; 40] = [
     KOp::Fmin,
     KOp::Fmax,
     KOp::Fma,
+    KOp::ShortDot,
     KOp::Fneg,
     KOp::Fabs,
     KOp::Fsqrt,

@@ -17,8 +17,8 @@ use nextc_ir::{DType, Op};
 use super::LowerError;
 use super::bulk::{Class, Classes, Mix, Panel};
 use super::matmul::{
-    GROUP_TILES, Multiplier, Normed, Residual, Rows, Weight, dot, emit_swiglu, for_rows, for_tiles, group_tiles,
-    in_range, row_ptr, store_tile, swiglu_rows, tile_range,
+    GROUP_TILES, Multiplier, Normed, Residual, Rows, Scratch, Weight, dot, emit_swiglu, for_rows, for_tiles,
+    group_tiles, in_range, row_ptr, store_tile, swiglu_rows, tile_range,
 };
 use super::packed::{Matrix, Tile};
 use super::ports::{Lowered, Port, Ports, Site};
@@ -65,7 +65,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let router_tasks = router_matrix.tiles().div_ceil(group_tiles(site.target));
     let mut k = ports.builder(site, (router_tasks + 1).into());
     let tile = site.target.matmul_tile();
-    let scratch = rows.scratch(&mut k, tile.tokens);
+    let scratch = rows.scratch(&mut k, tile.tokens, &[router_matrix, gate_matrix]);
     let (first, last) = (k.const_i64(0), k.dim(sym));
     in_range(&mut k, 0, router_tasks, |k, group| {
         let range = tile_range(k, group, group_tiles(site.target), router_matrix.tiles());
@@ -494,7 +494,10 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         tiles,
         tile: site.target.matmul_tile(),
         sym,
+        scratch: [None; 2],
     };
+    let scratch = [(back.h, routed), (back.s, dense)].map(|(rows, m)| rows.scratch(&mut k, back.tile.tokens, &[m]));
+    let back = Back { scratch, ..back };
     let bulk = classes.map(|classes| {
         let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
         let at_once = classes.at_once(size, tasks);
@@ -529,6 +532,34 @@ struct Back {
     /// Tiles and tokens that are decoded together.
     tile: MatmulTile,
     sym: Sym,
+    /// Scratch for rows of h and of s, where they are rounded.
+    scratch: [Option<Scratch>; 2],
+}
+
+/// The tiles that rows are multiplied with.
+#[derive(Clone, Copy)]
+enum Tiles<'a> {
+    /// These, together.
+    Some(&'a [Val]),
+    /// All from the first to before the second, one by one.
+    All(Val, Val),
+}
+
+impl Tiles<'_> {
+    /// Those that are known before any row is.
+    const fn known(&self) -> Option<&[Val]> {
+        match self {
+            Self::Some(tiles) => Some(tiles),
+            Self::All(..) => None,
+        }
+    }
+
+    fn each(&self, k: &mut KernelBuilder, body: &mut dyn FnMut(&mut KernelBuilder, &[Val])) {
+        match *self {
+            Self::Some(tiles) => body(k, tiles),
+            Self::All(lo, hi) => k.for_each((lo, hi, 1), |k, tile| body(k, &[tile])),
+        }
+    }
 }
 
 /// What products of `bulk` tokens need.
@@ -566,37 +597,53 @@ impl Back {
         k.for_each((first, last, 1), |k, t| store_tile(k, out, self.residual.stride(), tile, t, zero));
     }
 
-    /// Tiles `lo..hi` for the tokens that are decoded: all of them, unless the step may have others.
+    /// Tiles `lo..hi` for the tokens that are decoded: all of them, unless the step may have others. Where rows are rounded, all of these tiles are multiplied with a
+    /// row while it is in scratch.
     fn decode(&self, k: &mut KernelBuilder, (lo, hi): (Val, Val), bulk: Option<&BackBulk>) {
+        if self.scratch.iter().any(Option::is_some) {
+            return self.decode_tiles(k, Tiles::All(lo, hi), bulk);
+        }
         for_tiles(k, (lo, hi), (self.tiles, self.tile.row_tiles), |k, tiles| {
+            self.decode_tiles(k, Tiles::Some(tiles), bulk);
+        });
+    }
+
+    fn decode_tiles(&self, k: &mut KernelBuilder, tiles: Tiles<'_>, bulk: Option<&BackBulk>) {
+        tiles.each(k, &mut |k, tiles| {
             for &tile in tiles {
                 self.for_decoded(k, bulk, |k, first, last| self.clear(k, tile, first, last));
             }
-            self.choices.for_experts(k, |k, i, e, run| {
-                let weights = self.routed_tiles(k, tiles, i, e);
-                let mut body = |k: &mut KernelBuilder, places: &[Val]| {
-                    let choices: Vec<(Val, Val)> = places.iter().map(|&p| self.choices.at(k, p)).collect();
-                    let numbers: Vec<Val> = choices.iter().map(|c| c.0).collect();
-                    let x = self.h.load(k, None, &numbers);
+        });
+        self.choices.for_experts(k, |k, i, e, run| {
+            let known = tiles.known().map(|tiles| self.routed_tiles(k, tiles, i, e));
+            let mut body = |k: &mut KernelBuilder, places: &[Val]| {
+                let choices: Vec<(Val, Val)> = places.iter().map(|&p| self.choices.at(k, p)).collect();
+                let numbers: Vec<Val> = choices.iter().map(|c| c.0).collect();
+                let x = self.h.load(k, self.scratch[0], &numbers);
+                tiles.each(k, &mut |k, tiles| {
+                    let weights = known.clone().unwrap_or_else(|| self.routed_tiles(k, tiles, i, e));
                     for (&tile, products) in tiles.iter().zip(dot(k, &weights, &x)) {
                         for (&(number, t), value) in choices.iter().zip(products) {
                             self.add_routed(k, tile, number, t, value);
                         }
                     }
-                };
-                match bulk {
-                    Some(bulk) => {
-                        let token = |k: &mut KernelBuilder, place| self.choices.at(k, place).1;
-                        bulk.mix.for_decoded(k, run, self.tile.tokens, token, &mut body);
-                    }
-                    None => for_rows(k, run, self.tile.tokens, body),
+                });
+            };
+            match bulk {
+                Some(bulk) => {
+                    let token = |k: &mut KernelBuilder, place| self.choices.at(k, place).1;
+                    bulk.mix.for_decoded(k, run, self.tile.tokens, token, &mut body);
                 }
-            });
-            let (dense, at) = self.dense;
-            let weights = dense.tiles_in_turn(k, at, tiles);
-            self.for_decoded(k, bulk, |k, first, last| {
-                for_rows(k, (first, last), self.tile.tokens, |k, rows| {
-                    let x = self.s.load(k, None, rows);
+                None => for_rows(k, run, self.tile.tokens, body),
+            }
+        });
+        let (dense, at) = self.dense;
+        let known = tiles.known().map(|tiles| dense.tiles_in_turn(k, at, tiles));
+        self.for_decoded(k, bulk, |k, first, last| {
+            for_rows(k, (first, last), self.tile.tokens, |k, rows| {
+                let x = self.s.load(k, self.scratch[1], rows);
+                tiles.each(k, &mut |k, tiles| {
+                    let weights = known.clone().unwrap_or_else(|| dense.tiles_in_turn(k, at, tiles));
                     for (&tile, products) in tiles.iter().zip(dot(k, &weights, &x)) {
                         for (&t, value) in rows.iter().zip(products) {
                             self.add_shared(k, tile, t, value);

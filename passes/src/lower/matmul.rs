@@ -23,6 +23,7 @@ use super::LowerError;
 use super::bulk::{Class, Classes, Panel};
 use super::packed::{Block, Lanes, Matrix, Tile};
 use super::ports::{Lowered, Port, Ports, Site};
+use super::shorts;
 
 /// Row tiles of one task, for matrices of many rows.
 pub const GROUP_TILES: u64 = 4;
@@ -36,6 +37,9 @@ pub fn dot(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val]) -> Vec<Vec<Val>>
         return tiles.iter().flat_map(|t| dot(k, std::slice::from_ref(t), rows)).collect();
     }
     let columns = first.matrix.planes.columns;
+    if first.matrix.shorts {
+        return shorts::dot(k, tiles, rows).chunks(rows.len()).map(<[Val]>::to_vec).collect();
+    }
     let sums = match first.matrix.planes.format.blocks() {
         None => {
             let zero = k.const_i64(0);
@@ -210,12 +214,13 @@ impl Rows {
         }
     }
 
-    /// Scratch for a block of `rows` rows, if the rows are computed.
-    pub fn scratch(&self, k: &mut KernelBuilder, rows: u64) -> Option<Val> {
-        match self {
-            Self::Plain { .. } => None,
-            Self::Normed(_) => Some(k.alloc(DType::F32, rows * self.stride())),
-        }
+    /// Scratch for a block of `rows` rows that are multiplied with `matrices`, if they are computed or rounded.
+    pub fn scratch(&self, k: &mut KernelBuilder, rows: u64, matrices: &[Matrix]) -> Option<Scratch> {
+        let shorts = matrices.iter().any(|m| m.shorts);
+        let is_computed = matches!(self, Self::Normed(_)) || shorts;
+        let stride = self.stride();
+        let words = stride + if shorts { shorts::row_words(stride) } else { 0 };
+        is_computed.then(|| Scratch { at: k.alloc(DType::F32, rows * words), words, shorts })
     }
 
     /// Row `row` of x after the prologue, to be read vector by vector.
@@ -230,24 +235,33 @@ impl Rows {
     }
 
     /// Pointers to the given rows of x, after the prologue.
-    pub fn load(&self, k: &mut KernelBuilder, scratch: Option<Val>, rows: &[Val]) -> Vec<Val> {
-        rows.iter()
-            .enumerate()
-            .map(|(i, &row)| match (self, scratch) {
-                (Self::Normed(n), Some(scratch)) => {
-                    let i = k.index(i as u64);
-                    let out = row_ptr(k, scratch, i, self.stride());
-                    n.write(k, row, out);
-                    out
-                }
-                (Self::Plain { x, stride }, _) => {
-                    let base = k.param(*x);
-                    row_ptr(k, base, row, *stride)
-                }
-                (Self::Normed(_), None) => unreachable!("`scratch` gives scratch to rows that are computed"),
-            })
-            .collect()
+    pub fn load(&self, k: &mut KernelBuilder, scratch: Option<Scratch>, rows: &[Val]) -> Vec<Val> {
+        let load = |(i, &row): (u64, &Val)| {
+            let reader = |k: &mut KernelBuilder| self.reader(k, row);
+            let Some(scratch) = scratch else { return reader(k).x };
+            let i = k.index(i);
+            let out = row_ptr(k, scratch.at, i, scratch.words);
+            let reader = reader(k);
+            k.for_range(self.stride(), LANES, |k, i| {
+                let v = reader.at(k, i);
+                k.store(out, i, v);
+            });
+            if scratch.shorts {
+                shorts::write(k, out, self.stride());
+            }
+            out
+        };
+        (0..).zip(rows).map(load).collect()
     }
+}
+
+/// Scratch for rows that are computed, or rounded to 16 bits behind what they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch {
+    at: Val,
+    /// Words of a row.
+    words: u64,
+    shorts: bool,
 }
 
 /// A row of x, and what a norm makes of it: its scale in all lanes, and the stored gain.
@@ -296,15 +310,6 @@ impl Normed {
         let ssq = row_ptr(k, ssq, row, pad(self.width.div_ceil(LANES)));
         let scale = rms_scale(k, ssq, self.width, self.eps);
         RowReader { x, norm: Some((k.splat(scale, 16), gain)) }
-    }
-
-    /// Writes row `row` to `out`.
-    fn write(&self, k: &mut KernelBuilder, row: Val, out: Val) {
-        let reader = self.reader(k, row);
-        k.for_range(pad(self.width), LANES, |k, i| {
-            let v = reader.at(k, i);
-            k.store(out, i, v);
-        });
     }
 }
 
@@ -359,7 +364,7 @@ pub type Epilogue<'a> = dyn FnMut(&mut KernelBuilder, Val, Val, Val) + 'a;
 fn emit_tiles(
     k: &mut KernelBuilder,
     (matrix, weight): (Matrix, Val),
-    (rows, scratch): (&Rows, Option<Val>),
+    (rows, scratch): (&Rows, Option<Scratch>),
     (first, last): (Val, Val),
     (lo, hi): (Val, Val),
     tile: MatmulTile,
@@ -387,7 +392,7 @@ pub struct Multiplier {
     tile: MatmulTile,
     classes: Option<Classes>,
     /// Scratch for rows that are computed.
-    pub scratch: Option<Val>,
+    pub scratch: Option<Scratch>,
     panel: Option<Panel>,
 }
 
@@ -412,7 +417,7 @@ impl Multiplier {
 
     /// Takes scratch. Call it at the top level of the body.
     pub fn alloc(&mut self, k: &mut KernelBuilder, matrices: &[Matrix]) {
-        self.scratch = self.rows.scratch(k, self.tile.tokens);
+        self.scratch = self.rows.scratch(k, self.tile.tokens, matrices);
         self.panel = self.classes.map(|classes| Panel::alloc(k, classes, matrices));
     }
 
@@ -544,6 +549,7 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let (out, stride) = (ports.write("out", out), site.stride(out));
     let (sym, tiles, block) = (site.rows(x)?, matrix.tiles(), site.target.matmul_tile().tokens);
     let mut k = ports.builder(site, tiles.div_ceil(GROUP_TILES).into());
+    let scratch = rows.scratch(&mut k, block, &[matrix]);
     let task = k.task();
     let (lo, hi) = tile_range(&mut k, task, GROUP_TILES, tiles);
     let (weight, wanted, out) = (k.param(weight), k.param(wanted), k.param(out));
@@ -556,7 +562,7 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
             |k| {
                 let pointer = matrix.tile(k, weight, tile);
                 for_rows(k, (first, last), block, |k, block| {
-                    let x = rows.load(k, None, block);
+                    let x = rows.load(k, scratch, block);
                     let products = dot(k, &[pointer], &x);
                     for (&row, &value) in block.iter().zip(&products[0]) {
                         store_tile(k, out, stride, tile, row, value);
@@ -731,9 +737,9 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     Ok(ports.finish(k.finish()))
 }
 
-/// Tiles of one task where a matrix has few: as many as the micro-kernel takes at once.
+/// Tiles of one task where a matrix has few: as many as the micro-kernel takes at once, or as many as are worth rounding a row for.
 pub fn group_tiles(target: &Target) -> u64 {
-    target.matmul_tile().row_tiles.max(2)
+    if target.rounds_to_shorts() { GROUP_TILES } else { target.matmul_tile().row_tiles.max(2) }
 }
 
 /// A matrix and the pointer to its weight.

@@ -26,6 +26,8 @@ pub struct Matrix {
     pub wide: bool,
     /// Columns in one turn of the inner loop, where the format is scaled: see [`MatmulTile`](nextc_ir::target::MatmulTile).
     pub turn_columns: u64,
+    /// Whether rows are rounded to 16 bits for its products.
+    pub shorts: bool,
     /// How far ahead of its use a tile is asked for, in bytes; 0 where nothing is.
     ahead_bytes: u64,
 }
@@ -38,9 +40,15 @@ impl Matrix {
         let planes = Planes::new(w.layout.unwrap_or(Layout::Tile16), w.format, out_dims, in_dims);
         let wide = site.target.vector_bits == 512 && site.target.gpu.is_none();
         let (turn_columns, ahead_bytes) = (site.target.matmul_tile().columns, site.target.ahead_bytes());
-        let own = Self { planes, wide, turn_columns, ahead_bytes };
+        let shorts = site.target.rounds_to_shorts() && super::shorts::takes(planes.format, planes.layout);
+        let own = Self { planes, wide, turn_columns, shorts, ahead_bytes };
         let most = (TURN_BYTES / own.column_bytes()).max(LANES) / LANES * LANES;
         Self { turn_columns: if wide { turn_columns.min(most) } else { turn_columns }, ..own }
+    }
+
+    /// What zero counts in [`Tile::halves`].
+    pub const fn halves_zero(&self) -> i32 {
+        if matches!(self.planes.format, Format::Q4(_)) { 8 } else { 128 }
     }
 
     /// Its row tiles.
@@ -135,7 +143,8 @@ struct Next {
 /// What the columns of a block share: scale and second number, for the formats that have them.
 #[derive(Clone, Copy, Debug)]
 pub struct Block {
-    scale: Option<Val>,
+    /// What multiplies the sum, or each number.
+    pub scale: Option<Val>,
     second: Option<(Shift, Val)>,
 }
 
@@ -299,6 +308,30 @@ impl Tile {
         lines.flatten().collect()
     }
 
+    /// The numbers of a word's columns, column `column` the first of them, two in a lane, each [`Matrix::halves_zero`] more than it counts; and how far from
+    /// `column` the first of the two is, the other being two columns after it. The format is one of [`Format::is_bytes`].
+    pub fn halves(&self, k: &mut KernelBuilder, column: Val) -> Vec<(Val, u64)> {
+        let format = self.matrix.planes.format;
+        let at = k.mul_const(column, LANES / format.group_columns());
+        let words = k.load(DType::I32, LANES as u32, self.codes, at);
+        let splat = |k: &mut KernelBuilder, x: u32| k.splat_i32(LANES as u32, x.cast_signed());
+        // 8 is added to codes of four bits as stored
+        let (words, mask, parts): (Val, u32, &[(u32, u64)]) = match format {
+            Format::Q4(_) => (words, 0x000f_000f, &[(0, 0), (8, 1), (4, 4), (12, 5)]),
+            _ => {
+                let signs = splat(k, 0x8080_8080);
+                (k.xor(words, signs), 0x00ff_00ff, &[(0, 0), (8, 1)])
+            }
+        };
+        let mask = splat(k, mask);
+        let half = |&(shift, column): &(u32, u64)| {
+            let by = splat(k, shift);
+            let words = if shift == 0 { words } else { k.ushr(words, by) };
+            (k.and(words, mask), column)
+        };
+        parts.iter().map(half).collect()
+    }
+
     /// What counts one in [`Tile::bytes`] of block `block` of `columns` columns.
     pub fn byte_scales(&self, k: &mut KernelBuilder, block: Val, columns: u64) -> Val {
         let format = self.matrix.planes.format;
@@ -372,7 +405,7 @@ fn counted(k: &mut KernelBuilder, blocks: Blocks, lines: Val, block: Val, lanes:
 }
 
 /// `x / n` of an index, by a shift where that is enough.
-fn quotient(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
+pub fn quotient(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
     if n > 1 && n.is_power_of_two() {
         let bits = k.index(n.trailing_zeros().into());
         return k.ushr(x, bits);

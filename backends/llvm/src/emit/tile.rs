@@ -119,6 +119,41 @@ impl<'c> Emitter<'_, 'c> {
         self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(NAME))
     }
 
+    /// In parts of up to 256 bits, as the vectors of CPUs that it is used for have no more.
+    pub(super) fn short_dot(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        let [sum, a, b] = [self.arg(stmt, 0)?, self.arg(stmt, 1)?, self.arg(stmt, 2)?];
+        let BasicValueEnum::VectorValue(sum) = sum else { return Err(kind(stmt, sum, "a vector of words")) };
+        let lanes = u64::from(sum.get_type().get_size());
+        let (name, part) = if lanes < 8 { ("llvm.x86.sse2.pmadd.wd", 4) } else { ("llvm.x86.avx2.pmadd.wd", 8) };
+        let i32 = self.context.i32_type();
+        let pick = |a: VectorValue<'c>, b: VectorValue<'c>, lanes: std::ops::Range<u64>| {
+            let mask: Vec<_> = lanes.map(|lane| i32.const_int(lane, false)).collect();
+            self.builder.build_shuffle_vector(a, b, VectorType::const_vector(&mask), "part")
+        };
+        let mut products: Option<VectorValue<'c>> = None;
+        for first in (0..lanes).step_by(part as usize) {
+            let mut args = Vec::new();
+            for words in [a, b] {
+                let words = words.into_vector_value();
+                let words = pick(words, words.get_type().get_poison(), first..first + part)?;
+                let halves = self.context.i16_type().vec_type(2 * part as u32);
+                args.push(self.builder.build_bit_cast(words, halves, "halves")?.into());
+            }
+            let value = self.call_intrinsic(name, &args)?.try_as_basic_value().basic();
+            let value = value.ok_or(EmitError::Intrinsic(name))?.into_vector_value();
+            products = Some(match products {
+                None => value,
+                // what there is, and the part made as long
+                Some(before) => {
+                    let value = pick(value, value.get_type().get_poison(), 0..first)?;
+                    pick(before, value, 0..first + part)?
+                }
+            });
+        }
+        let products = products.ok_or_else(|| count(stmt, "lanes", 0, 1))?;
+        Ok(self.builder.build_int_add(sum, products, "sum")?.into())
+    }
+
     /// Halves of lines change places, then quarters, and so on: each exchange is two shuffles of two lines.
     pub(super) fn tile_turn(&self, stmt: &Stmt) -> Result<()> {
         let [to, from] = [self.pointer(stmt, 0)?, self.pointer(stmt, 1)?];

@@ -334,6 +334,14 @@ pub(super) enum Inst {
         d: Reg,
         from: [Reg; 4],
     },
+    /// `sum` and the products of the halves of `a` and `b`.
+    ShortDot {
+        d: Reg,
+        sum: Reg,
+        a: Reg,
+        b: Reg,
+        n: usize,
+    },
     /// `sum` and the products of bytes, unsigned ones of `a` and signed ones of `b`.
     ByteDot {
         d: Reg,

@@ -342,6 +342,12 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                     self.narrow[d + i] = tile::byte_dot(sum, a, b);
                 }
             }
+            Inst::ShortDot { d, sum, a, b, n } => {
+                for i in 0..n {
+                    let [sum, a, b] = [sum, a, b].map(|reg| self.narrow[reg + i]);
+                    self.narrow[d + i] = tile::short_dot(sum, a, b);
+                }
+            }
             Inst::TileTurn { to, from } => self.tile_turn(to, from)?,
             Inst::TileZero => self.sums = Sums::default(),
             Inst::TileStep { number } => self.tile_step(&block.tile_steps[number])?,

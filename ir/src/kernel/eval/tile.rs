@@ -1,4 +1,4 @@
-//! Arithmetic of a CPU's widest vectors and its matrix unit: what `bf16_row`, `bf16_pairs`, `byte_row`, `byte_dot` and `tile_step` compute.
+//! Arithmetic of a CPU's widest vectors and its matrix unit: what `bf16_row`, `bf16_pairs`, `byte_row`, `byte_dot`, `short_dot` and `tile_step` compute.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VCVTNE2PS2BF16 and TDPBF16PS. Both round to nearest even and
 //! take numbers smaller than the least normal one for zeros, whatever MXCSR says.
@@ -52,6 +52,12 @@ pub(super) fn byte_row(vectors: &[[u32; ROWS]; 4]) -> [u32; ROWS] {
 pub(super) fn byte_dot(sum: u32, a: u32, b: u32) -> u32 {
     let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
     products.fold(sum, |sum, (a, b)| sum.wrapping_add_signed(i32::from(a) * i32::from(b.cast_signed())))
+}
+
+/// `sum` and the products of the signed halves of `a` and `b`.
+pub(super) fn short_dot(sum: u32, a: u32, b: u32) -> u32 {
+    let half = |word: u32, upper: u32| i32::from((word >> (16 * upper)) as u16 as i16);
+    [0, 1].into_iter().fold(sum, |sum, upper| sum.wrapping_add_signed(half(a, upper) * half(b, upper)))
 }
 
 /// `c += a·b`: row `m` of `a` times column `n` of `b`.

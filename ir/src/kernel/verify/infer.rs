@@ -47,6 +47,10 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (1..args.len()).try_for_each(|i| same(args, i))?;
             like_first("f32", is(args[0], DType::F32))?
         }
+        KOp::ShortDot => {
+            (1..args.len()).try_for_each(|i| same(args, i))?;
+            like_first("i32", is(args[0], DType::I32))?
+        }
         KOp::Fneg | KOp::Fabs | KOp::Fsqrt | KOp::Fround => like_first("f32", is(args[0], DType::F32))?,
         KOp::Cmp { .. } => {
             same(args, 1)?;
@@ -209,7 +213,7 @@ const fn arity(op: KOp) -> usize {
             Sig::Leaf | Sig::Special | Sig::Block | Sig::Tile => 0,
             Sig::Unary | Sig::FloatUnary | Sig::Convert | Sig::Reduce => 1,
             Sig::IntBinary | Sig::FloatBinary | Sig::Compare => 2,
-            Sig::FloatTernary | Sig::Select => 3,
+            Sig::FloatTernary | Sig::IntTernary | Sig::Select => 3,
         },
     }
 }
