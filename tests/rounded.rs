@@ -1,6 +1,7 @@
-//! Rounded activations: to bfloat16 in a matrix unit (`--activations bf16`), to bytes (`int8`). What that costs, and that it stays where it belongs.
+//! Rounded activations: to bfloat16 in a matrix unit (`--activations bf16`), to bytes (`int8`), to 16 bits (`int16`). What that costs, and that it stays where it belongs.
 //!
-//! Such kernels run in the kernel interpreter everywhere, and as machine code where the CPU has a matrix unit, or vectors that multiply bytes.
+//! Such kernels run in the kernel interpreter everywhere, and as machine code where the CPU has a matrix unit, or vectors that multiply bytes; those of 16 bits
+//! wherever tests run.
 
 mod support;
 
@@ -18,19 +19,43 @@ struct Rounding {
     /// On the command line.
     name: &'static str,
     to: Activations,
-    /// Whether a machine runs the code.
-    runs: fn(&Target) -> bool,
+    /// A machine that runs it, for the interpreter.
+    cpu: &'static str,
+    /// The machine that code is made for, and whether this one runs it.
+    native: (&'static str, fn(&Target) -> bool),
     /// Nats per token of the demo model, more or less than with the same weights in float32.
     nats: f64,
     /// Mean divergence of the demo model's next tokens from those with the same weights, nats.
     kl: f64,
 }
 
-const BF16: Rounding =
-    Rounding { name: "bf16", to: Activations::Bf16, runs: Target::has_tiles, nats: 0.002, kl: 0.001 };
-const INT8: Rounding =
-    Rounding { name: "int8", to: Activations::Int8, runs: Target::has_byte_dots, nats: 0.002, kl: 0.002 };
+const BF16: Rounding = Rounding {
+    name: "bf16",
+    to: Activations::Bf16,
+    cpu: "sapphirerapids",
+    native: ("native", Target::has_tiles),
+    nats: 0.002,
+    kl: 0.001,
+};
+const INT8: Rounding = Rounding {
+    name: "int8",
+    to: Activations::Int8,
+    cpu: "sapphirerapids",
+    native: ("native", Target::has_byte_dots),
+    nats: 0.002,
+    kl: 0.002,
+};
+const INT16: Rounding = Rounding {
+    name: "int16",
+    to: Activations::Int16,
+    cpu: "x86-64-v3",
+    native: ("x86-64-v3", |_| true),
+    nats: 0.0001,
+    kl: 0.00001,
+};
 
+/// Relative L2 error of a fixture's logits where rows are rounded to 16 bits, beside the same weights in float32.
+const INT16_REL_L2: f64 = 2e-3;
 /// Relative L2 error of a fixture's logits on a GPU, as in `tests/gpu.rs`.
 const GPU_REL_L2: f64 = 0.02;
 
@@ -55,18 +80,24 @@ const FIXTURES_OF_BYTES: [(&str, Option<Quant>, f64, f64); 5] = [
     ("int4", None, 0.09, 0.015),
 ];
 
-/// A machine with a matrix unit, and vectors that multiply bytes.
-fn target(activations: Activations) -> Target {
-    Target { activations, ..Target::named("sapphirerapids").expect("a known CPU") }
+impl Rounding {
+    /// The machine for the interpreter, with other activations.
+    fn with(self, activations: Activations) -> Target {
+        Target { activations, ..Target::named(self.cpu).expect("a known CPU") }
+    }
+
+    fn target(self) -> Target {
+        self.with(self.to)
+    }
 }
 
 /// An executable that rounds, if this machine can run it.
 fn rounding(to: Rounding, model: &std::path::Path, quant: Option<Quant>) -> Option<Exe> {
-    let there = backends().contains(&"llvm") && Target::native().is_ok_and(|t| (to.runs)(&t));
+    let there = backends().contains(&"llvm") && Target::native().is_ok_and(|t| (to.native.1)(&t));
     if !there {
         println!("skipped: no LLVM, or a machine without fast products of {}", to.name);
     }
-    let option = ["--quant", quant.map_or("keep", name_of)];
+    let option = ["--quant", quant.map_or("keep", name_of), "--cpu", to.native.0];
     there.then(|| Exe::build(model, "llvm", &[&["--activations", to.name, "--kv", "f32"], &option[..]].concat()))
 }
 
@@ -97,7 +128,7 @@ fn products_in_tiles_keep_to_the_published_logits() {
         let g = Golden::read(&fixture(name).join("golden.safetensors"));
         let (want, vocab) = g.floats("prefill_logits");
         let tokens = prompt(name);
-        let kernels = Interpreter::kernels(&fixture(name), &target(Activations::Bf16));
+        let kernels = Interpreter::kernels(&fixture(name), &BF16.target());
         let got = one(&kernels, &tokens, Feed::Prefill).logits;
         let rel = distance(&got[..want.len()], want);
         let rows = want.chunks(vocab).zip(got.chunks(vocab));
@@ -113,7 +144,7 @@ fn products_in_tiles_keep_to_the_published_logits() {
         (own, published) = (own + mean, published + bfloat16);
         assert!(rel > 0.0, "{name}: nothing was rounded");
         let few = &tokens[..11];
-        let exact = Interpreter::kernels(&fixture(name), &target(Activations::F32));
+        let exact = Interpreter::kernels(&fixture(name), &BF16.with(Activations::F32));
         same_bits(&one(&kernels, few, Feed::Decode).logits, &one(&exact, few, Feed::Decode).logits, name);
         if let Some(exe) = rounding(BF16, &fixture(name), None) {
             same_bits(&one(&exe, &tokens, Feed::Prefill).logits, &got, &format!("{name}, compiled and interpreted"));
@@ -128,7 +159,7 @@ fn products_of_bytes_keep_to_float32() {
     for (name, quant, most, most_median) in FIXTURES_OF_BYTES {
         let (_, vocab) = Golden::read(&fixture(name).join("golden.safetensors")).floats("prefill_logits");
         let tokens = prompt(name);
-        let kernels = |to| Interpreter::quantised_kernels(&fixture(name), quant, &target(to));
+        let kernels = |to| Interpreter::quantised_kernels(&fixture(name), quant, &INT8.with(to));
         let (exact, rounded) = (kernels(Activations::F32), kernels(Activations::Int8));
         let name = format!("{name} {}", quant.map_or("keep", name_of));
         let [want, got] = [&exact, &rounded].map(|subject| one(subject, &tokens, Feed::Prefill).logits);
@@ -148,9 +179,34 @@ fn products_of_bytes_keep_to_float32() {
     for (name, quant, ..) in FIXTURES_OF_BYTES {
         let Some(exe) = rounding(INT8, &fixture(name), quant) else { return };
         let tokens = prompt(name);
-        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &target(Activations::Int8));
+        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &INT8.target());
         let [got, want] = [&exe as &dyn Subject, &kernels].map(|s| one(s, &tokens, Feed::Prefill).logits);
         same_bits(&got, &want, &format!("{name}, compiled and interpreted"));
+    }
+}
+
+/// Products of 16 bits are near those in float32, those of few tokens as of many; the machine's bits are the interpreter's, with vectors of 256 bits and of 128.
+#[test]
+fn products_of_shorts_keep_to_float32() {
+    for (name, quant, ..) in FIXTURES_OF_BYTES {
+        let tokens = prompt(name);
+        let kernels = |target: &Target| Interpreter::quantised_kernels(&fixture(name), quant, target);
+        let (exact, wide) = (kernels(&INT16.with(Activations::F32)), kernels(&INT16.target()));
+        let text = format!("{name} {}", quant.map_or("keep", name_of));
+        let [want, got] = [&exact, &wide].map(|subject| one(subject, &tokens, Feed::Prefill).logits);
+        let rel = distance(&got, &want);
+        println!("{text}: relative L2 {rel:.2e}");
+        assert!(rel > 0.0, "{text}: nothing was rounded");
+        assert!(rel <= INT16_REL_L2, "{text}: relative L2 {rel:e}");
+        same_bits(&one(&wide, &tokens, Feed::Decode).logits, &got, &format!("{text}, token by token"));
+        if let Some(exe) = rounding(INT16, &fixture(name), quant) {
+            same_bits(&one(&exe, &tokens, Feed::Prefill).logits, &got, &format!("{text}, compiled and interpreted"));
+        }
+        let narrow = kernels(&INT16.target().for_cranelift());
+        let args = ["--activations", INT16.name, "--kv", "f32", "--quant", quant.map_or("keep", name_of)];
+        let exe = Exe::build(&fixture(name), "cranelift", &args);
+        let [got, want] = [&exe as &dyn Subject, &narrow].map(|s| one(s, &tokens, Feed::Prefill).logits);
+        same_bits(&got, &want, &format!("{text}, compiled by Cranelift and interpreted"));
     }
 }
 
@@ -162,12 +218,14 @@ fn repeated(name: &str, tokens: usize) -> Vec<i32> {
 /// A token's bits follow from its class: they are the same whole and in long pieces, alone and beside others of either class.
 #[test]
 fn bits_depend_on_the_class_alone() {
-    let cases = [(BF16, "odd", None), (BF16, "int4", None), (INT8, "odd", Some(Quant::Q8)), (INT8, "int4", None)];
+    let (q8, q4) = (Some(Quant::Q8), Some(Quant::Q4));
+    let rounded = [(INT8, "odd", q8), (INT8, "int4", None), (INT16, "odd", q4)];
+    let cases = [(BF16, "odd", None), (BF16, "int4", None)].into_iter().chain(rounded);
     for (to, name, quant) in cases {
         let long = repeated(name, 75);
         let reversed: Vec<i32> = long.iter().rev().copied().collect();
         let short = long[3..8].to_vec();
-        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &target(to.to));
+        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &to.target());
         let exe = rounding(to, &fixture(name), quant);
         let subjects = std::iter::once(&kernels as &dyn Subject).chain(exe.as_ref().map(|e| e as &dyn Subject));
         for subject in subjects {
@@ -208,7 +266,7 @@ fn long_runs_of_a_gpu_keep_their_bits_between_chunks() {
 #[test]
 fn generated_tokens_depend_on_neither_batch_nor_steps() {
     let prompts: Vec<Vec<i32>> = [200, 90, 150, 131].map(|tokens| repeated("tiny", tokens)).into();
-    for (to, quant) in [(BF16, None), (INT8, Some(Quant::Q8))] {
+    for (to, quant) in [(BF16, None), (INT8, Some(Quant::Q8)), (INT16, Some(Quant::Q8))] {
         if let Some(exe) = rounding(to, &fixture("tiny"), quant) {
             check_generated_tokens(&exe, &prompts);
         }
@@ -236,10 +294,11 @@ fn the_demo_model_keeps_to_its_lines() {
     let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
     let window = golden["window"].as_u64().expect("a number") as usize;
     let bf16 = [None, Some(Quant::Q8), Some(Quant::Q4)].map(|quant| (BF16, quant));
-    for (to, quant) in bf16.into_iter().chain([Quant::Q8, Quant::Q4].map(|quant| (INT8, Some(quant)))) {
+    let integers = [INT8, INT16].into_iter().flat_map(|to| [Quant::Q8, Quant::Q4].map(|quant| (to, Some(quant))));
+    for (to, quant) in bf16.into_iter().chain(integers) {
         let Some(rounded) = rounding(to, &dir, quant) else { continue };
         let quant = quant.map_or("keep", name_of);
-        let exact = Exe::build(&dir, "llvm", &["--quant", quant]);
+        let exact = Exe::build(&dir, "llvm", &["--quant", quant, "--cpu", to.native.0]);
         let nats = |exe: &Exe| {
             let ids = exe.ids(std::slice::from_ref(&tokens));
             let out = exe.json("eval", &["--tokens", ids.to_str().expect("UTF-8"), "--window", &window.to_string()]);

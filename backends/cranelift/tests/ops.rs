@@ -121,6 +121,7 @@ fn integer_arithmetic() {
         build.into_iter().for_each(|b| ints(op.name(), b));
     }
     let scalar = inputs(INTS.map(i32::cast_unsigned));
+    check_words("short_dot", I32, &scalar, 4, |k, [x, y, z]| k.short_dot(x, y, z));
     check_words("div", I32, &scalar, 1, |k, [x, y, _]| quotient(k, KOp::Div, x, y));
     check_words("rem", I32, &scalar, 1, |k, [x, y, _]| quotient(k, KOp::Rem, x, y));
 }

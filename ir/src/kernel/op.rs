@@ -55,7 +55,7 @@ pub enum Sig {
     FloatBinary,
     /// `(a, a, a) -> a`, f32.
     FloatTernary,
-    /// `(a, a, a) -> a`, i32.
+    /// `(a, a, a) -> a`, vectors of i32.
     IntTernary,
     /// `(a, a) -> bool` of the same lanes.
     Compare,

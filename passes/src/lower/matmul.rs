@@ -237,11 +237,13 @@ impl Rows {
     /// Pointers to the given rows of x, after the prologue.
     pub fn load(&self, k: &mut KernelBuilder, scratch: Option<Scratch>, rows: &[Val]) -> Vec<Val> {
         let load = |(i, &row): (u64, &Val)| {
-            let reader = |k: &mut KernelBuilder| self.reader(k, row);
-            let Some(scratch) = scratch else { return reader(k).x };
+            let reader = self.reader(k, row);
+            let Some(scratch) = scratch else {
+                assert!(reader.norm.is_none(), "`scratch` gives scratch to rows that are computed");
+                return reader.x;
+            };
             let i = k.index(i);
             let out = row_ptr(k, scratch.at, i, scratch.words);
-            let reader = reader(k);
             k.for_range(self.stride(), LANES, |k, i| {
                 let v = reader.at(k, i);
                 k.store(out, i, v);

@@ -186,3 +186,74 @@ fn add_word(k: &mut KernelBuilder, tiles: &[Tile], rows: &[Val], column: Val, in
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
+
+    use super::*;
+
+    /// What [`write`] writes behind a row: its words.
+    fn written(row: &[f32]) -> Vec<u32> {
+        let columns = row.len() as u64;
+        let words = columns + row_words(columns);
+        let mut k = KernelBuilder::new("write", &[("row", false), ("out", true)], 1.into());
+        let (from, to) = (k.param(0), k.param(1));
+        k.for_range(columns, LANES, |k, i| {
+            let x = k.load_f32x16(from, i);
+            k.store(to, i, x);
+        });
+        write(&mut k, to, columns);
+        let mut buffers = [Buffer::from_f32(row), Buffer::from_f32(&vec![0.0; words as usize])];
+        let places = [Place::start(0), Place::start(1)];
+        run(&k.finish(), [1; 4], &mut buffers, &places, Options::default()).expect("the kernel runs");
+        buffers[1].to_f32()[row.len()..].iter().map(|x| x.to_bits()).collect()
+    }
+
+    /// Numbers of all magnitudes, the largest of each block another.
+    fn row(columns: usize) -> Vec<f32> {
+        let number = |i: usize| ((i * 7919) % 2001) as f32 / 1000.0 - 1.0;
+        (0..columns).map(|i| number(i) * 2.0_f32.powi((i / 32 * 5) as i32 % 9 - 4)).collect()
+    }
+
+    #[test]
+    fn a_word_has_two_codes_and_a_block_its_scale_and_sum() {
+        for columns in [16, 32, 48, 96, 208] {
+            let row = row(columns);
+            let words = written(&row);
+            let of_blocks = &words[codes_words(columns as u64) as usize..];
+            let code = |c: usize| words[c] as u16 as i16;
+            for (block, numbers) in row.chunks(BLOCK as usize).enumerate() {
+                let scale = f32::from_bits(of_blocks[2 * block]);
+                let largest = numbers.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+                assert_eq!(scale, largest / LARGEST, "block {block} of {columns} columns");
+                let mut sum = 0;
+                for (i, &x) in numbers.iter().enumerate() {
+                    let c = block * BLOCK as usize + i;
+                    let far = (f64::from(code(c)) * f64::from(scale) - f64::from(x)).abs();
+                    assert!(
+                        far <= 0.502 * f64::from(scale),
+                        "column {c} of {columns}: {far:e} apart, steps of {scale:e}"
+                    );
+                    let after = if c + 2 < columns { code(c + 2) } else { 0 };
+                    assert_eq!((words[c] >> 16) as u16 as i16, after, "column {c} of {columns}");
+                    sum += i32::from(code(c));
+                }
+                assert_eq!(of_blocks[2 * block + 1].cast_signed(), sum, "block {block} of {columns} columns");
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_stay_and_what_is_no_number_spoils_the_row() {
+        let words = written(&[0.0; 48]);
+        assert!(words[..48].iter().all(|&word| word == 0), "{words:?}");
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut row = row(48);
+            row[40] = bad;
+            let words = written(&row);
+            let first = f32::from_bits(words[codes_words(48) as usize]);
+            assert!(first.is_nan(), "{bad}: the first scale is {first}");
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! The matrix unit, and products of bytes: their bits are the interpreter's, for ordinary numbers and for those at the ends of the range.
 
-use nextc_ir::kernel::{Kernel, KernelBuilder};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred};
 use nextc_ir::target::Activations;
 use nextc_ir::{DType, Target};
 
@@ -72,9 +72,19 @@ fn product(rows: u64, columns: u64, count: u64) -> Kernel {
     };
     let (pa, pb, c) = (k.param(0), k.param(1), k.param(2));
     let (a, b, bytes) = (strips(&mut k, pa, rows), strips(&mut k, pb, columns), k.index(128));
-    k.tile_dot(c, (&a, &b), count, |k, i| {
-        let at = k.mul_const(i, 512);
-        k.prefetch(pb, at, bytes);
+    // in two parts, the second of which adds to the first
+    let (zero, split, count) = (k.const_i64(0), k.index(count / 2), k.index(count));
+    let parts = k.index(2);
+    k.for_each((zero, parts, 1), |k, part| {
+        let is_first = k.cmp(Pred::Eq, part, zero);
+        let (begin, end) = (k.select(is_first, zero, split), k.select(is_first, split, count));
+        let tiles = k.sub(end, begin);
+        let first = k.mul_const(begin, 1024);
+        let [a, b] = [&a, &b].map(|strips| strips.iter().map(|&strip| k.offset(strip, first)).collect::<Vec<_>>());
+        k.tile_add((c, Some(is_first)), (&a, &b), tiles, |k, i| {
+            let at = k.mul_const(i, 512);
+            k.prefetch(pb, at, bytes);
+        });
     });
     k.finish()
 }
@@ -135,6 +145,29 @@ fn a_product_of_tiles_is_a_product_of_matrices() {
     for (i, &got) in c.iter().enumerate() {
         let want: f32 = (0..64).map(|k| value(i / 32, k) * value(40 + i % 32, k)).sum();
         assert_eq!(f32::from_bits(got), want, "row {}, column {}", i / 32, i % 32);
+    }
+}
+
+/// Sums of two products of 16 bits, at the ends of the range too, in registers of each width.
+#[test]
+fn products_of_halves_have_the_interpreters_bits() {
+    let target = Target::named("x86-64-v3").expect("the least CPU there is");
+    for lanes in [4, 8, 16] {
+        let params = [("sum", false), ("a", false), ("b", false), ("out", true)];
+        let mut k = KernelBuilder::new("halves", &params, 1.into());
+        let [sum, a, b, out] = [0, 1, 2, 3].map(|i| k.param(i));
+        k.for_range(64, lanes, |k, at| {
+            let [sum, a, b] = [sum, a, b].map(|p| k.load(DType::I32, lanes as u32, p, at));
+            let value = k.short_dot(sum, a, b);
+            k.store(out, at, value);
+        });
+        let mut random = Random(17);
+        let mut words: Vec<Vec<u32>> =
+            (0..3).map(|_| (0..64).map(|_| random.word() << 9 ^ random.word()).collect()).collect();
+        (words[0][0], words[1][0], words[2][0]) = (1, 0x8000_8000, 0x8000_8000);
+        (words[1][1], words[2][1]) = (0x7fff_8000, 0x8000_7fff);
+        let buffers = [words, vec![vec![0; 64]]].concat();
+        check_on(Some(target.clone()), &k.finish(), &buffers, &format!("{lanes} lanes"));
     }
 }
 

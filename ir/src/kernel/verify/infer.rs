@@ -49,7 +49,7 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
         }
         KOp::ShortDot => {
             (1..args.len()).try_for_each(|i| same(args, i))?;
-            like_first("i32", is(args[0], DType::I32))?
+            like_first("i32 in 4, 8 or 16 lanes", is(args[0], DType::I32) && args[0].lanes() >= 4)?
         }
         KOp::Fneg | KOp::Fabs | KOp::Fsqrt | KOp::Fround => like_first("f32", is(args[0], DType::F32))?,
         KOp::Cmp { .. } => {
