@@ -5,6 +5,7 @@
 //! dot      per 16 weight rows and row of x: `even += w[2j] x[2j]`, `odd += w[2j+1] x[2j+1]` over j, then `even + odd`;
 //!          of scaled formats so for each block of columns, and `sum += scale · (even + odd)` over the blocks (or, where blocks
 //!          have offsets, `w = code · scale + offset` and `sum += even + odd`)
+//! rounded  integer weights meet rows of 16 bits where vectors have less than 512 and may round: [`super::shorts`]
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
 //! ahead    with each turn of the inner loop the weights of a later one are asked for, at a tile's end those of the tile that is read next: unpacking and products
 //!          fill the processor's window with a few lines, which is less than memory needs to be kept busy

@@ -2,8 +2,8 @@
 //!
 //! row      in scratch behind its numbers in f32: words of 16-bit codes, word `c` those of columns `c` and `c + 2`; then for each block of 32 columns a scale (its
 //!          largest magnitude over 32767) and the sum of its codes; what is infinite or no number makes the row's first scale NaN, and with it all products
-//! weights  in each 16-bit half of a word an unsigned number, 8 or 128 more than it counts: bytes 0 and 2 of a word of four columns, then 1 and 3; of words of eight columns first the lower
-//!          halves of bytes, then the upper ones
+//! weights  in each 16-bit half of a word an unsigned number, 8 or 128 more than it counts: bytes 0 and 2 of a word of four columns, then 1 and 3; of words of
+//!          eight columns first the lower halves of bytes, then the upper ones
 //! dot      in each block integers, which begin with what those add too much and so are exact; then `sum += integer · (weight's scale · row's scale)` by one fused
 //!          multiply-add, over the blocks in order
 //! traffic  half an operation a weight and lane, where conversions to f32 and their products are four
