@@ -340,7 +340,7 @@ mod tests {
         assert!(error.contains("`x86-64-v4`") && error.contains("expected `auto` or `f32`"), "{error}");
         let several = plan("--cpu x86-64-v3,znver4,sapphirerapids").expect("they are known");
         let others: Vec<Rounding> = several.others.iter().map(|target| target.activations).collect();
-        assert_eq!((several.target.activations, others), (Rounding::Bf16, vec![Rounding::Int8, Rounding::F32]));
+        assert_eq!((several.target.activations, others), (Rounding::Bf16, vec![Rounding::Int8, Rounding::Int16]));
 
         let target = plan("--cpu znver4").expect("it is known").target;
         let with = |format| {
@@ -353,6 +353,19 @@ mod tests {
         assert_eq!([with(q4), with(Format::Bf16)].map(|t| t.activations), [Rounding::Int8, Rounding::F32]);
         assert!(with(q4).required_features().contains(&"avx512vnni"));
         assert!(!with(Format::Bf16).required_features().contains(&"avx512vnni"));
+    }
+
+    #[test]
+    fn activations_are_rounded_to_16_bits_where_vectors_are_narrow() {
+        let of = |options: &str| plan(options).expect(options).target.activations;
+        assert_eq!(of("--cpu sapphirerapids --backend cranelift"), Rounding::Int16);
+        assert_eq!(of("--cpu x86-64-v3 --backend cranelift --activations int16"), Rounding::Int16);
+        assert_eq!(of("--cpu x86-64-v3 --backend cranelift --activations f32"), Rounding::F32);
+        if cfg!(feature = "llvm") {
+            assert_eq!(of("--cpu x86-64-v3 --backend llvm"), Rounding::Int16);
+            let error = plan("--cpu x86-64-v4 --backend llvm --activations int16").expect_err("it is wide").to_string();
+            assert!(error.contains("512 bits for `x86-64-v4`"), "{error}");
+        }
     }
 
     #[test]
