@@ -29,6 +29,14 @@ pub fn module(kernels: Vec<Kernel>) -> KernelModule {
     }
 }
 
+/// Asks the kernel for tile registers, without which their instructions are illegal; whether it gives them.
+pub fn allows_tiles() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    // SAFETY: this call only widens what the process may use.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
 /// Code that can be called.
 pub struct Loaded {
     image: Image,

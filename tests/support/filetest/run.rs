@@ -21,7 +21,7 @@ use nextc_ir::{Module, Op, Target, Type};
 use nextc_passes::lower::{lower_group, ports::Bind};
 use nextc_passes::{PIPELINE, legalise::legalise, partition};
 
-use super::machine::{Loaded, Memory, module};
+use super::machine::{Loaded, Memory, allows_tiles, module};
 use super::tolerance::Tolerance;
 use super::values::{PAGE_TOKENS, Step, arguments, parts, steps};
 use super::{Case, Checked, graph, lines, memory, text};
@@ -74,7 +74,7 @@ fn backends() -> [Backend; 7] {
     let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
     let native = Target::native();
     let runs_wide = native.as_ref().is_ok_and(|native| native.vector_bits == 512);
-    let runs_tiles = native.as_ref().is_ok_and(|native| native.has_tiles());
+    let runs_tiles = native.as_ref().is_ok_and(|native| native.has_tiles()) && allows_tiles();
     let runs_bytes = native.is_ok_and(|native| native.has_byte_dots());
     [
         Backend { name: "cranelift", target: graph::target().for_cranelift(), objects: Some(cranelift), rounds: None },
