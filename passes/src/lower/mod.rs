@@ -20,7 +20,7 @@ pub mod packed;
 mod pages;
 pub mod ports;
 pub mod sample;
-mod shorts;
+pub mod shorts;
 pub mod strips;
 
 use std::collections::HashMap;
