@@ -294,7 +294,7 @@ fn the_demo_model_keeps_to_its_lines() {
     let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
     let window = golden["window"].as_u64().expect("a number") as usize;
     let bf16 = [None, Some(Quant::Q8), Some(Quant::Q4)].map(|quant| (BF16, quant));
-    let integers = [INT8, INT16].into_iter().flat_map(|to| [Quant::Q8, Quant::Q4].map(|quant| (to, Some(quant))));
+    let integers = [(INT8, Quant::Q8), (INT8, Quant::Q4), (INT16, Quant::Q4)].map(|(to, quant)| (to, Some(quant)));
     for (to, quant) in bf16.into_iter().chain(integers) {
         let Some(rounded) = rounding(to, &dir, quant) else { continue };
         let quant = quant.map_or("keep", name_of);
