@@ -149,9 +149,9 @@ pub fn target_of(plan: &Plan, model: &Model) -> Target {
 }
 
 fn with_model(target: &Target, module: &Module) -> Target {
-    // bytes are multiplied with weights of bytes only
+    // integers are multiplied with weights of integers only
     let activations = match target.activations {
-        Rounding::Int8 if !module.weights.values().any(|w| w.format.is_bytes()) => Rounding::F32,
+        Rounding::Int8 | Rounding::Int16 if !module.weights.values().any(|w| w.format.is_bytes()) => Rounding::F32,
         activations => activations,
     };
     Target { max_context: module.info.max_context, activations, ..target.clone() }
@@ -343,14 +343,18 @@ mod tests {
         assert_eq!((several.target.activations, others), (Rounding::Bf16, vec![Rounding::Int8, Rounding::Int16]));
 
         let target = plan("--cpu znver4").expect("it is known").target;
-        let with = |format| {
+        let with_weight = |target: &Target, format| {
             let origin = nextc_ir::graph::Origin::Values(Vec::new());
             let weight = nextc_ir::graph::WeightDecl { shape: vec![16, 64], in_rank: 1, format, origin };
             let weights = [("w".to_owned(), weight)].into_iter().collect();
-            with_model(&target, &Module { weights, ..Module::default() })
+            with_model(target, &Module { weights, ..Module::default() })
         };
+        let with = |format| with_weight(&target, format);
         let q4 = Format::Q4(Blocks::group(32));
         assert_eq!([with(q4), with(Format::Bf16)].map(|t| t.activations), [Rounding::Int8, Rounding::F32]);
+        let narrow = plan("--cpu x86-64-v3").expect("it is known").target;
+        let with_narrow = |format| with_weight(&narrow, format).activations;
+        assert_eq!([with_narrow(q4), with_narrow(Format::Bf16)], [Rounding::Int16, Rounding::F32]);
         assert!(with(q4).required_features().contains(&"avx512vnni"));
         assert!(!with(Format::Bf16).required_features().contains(&"avx512vnni"));
     }

@@ -37,14 +37,8 @@ const BF16: Rounding = Rounding {
     nats: 0.002,
     kl: 0.001,
 };
-const INT8: Rounding = Rounding {
-    name: "int8",
-    to: Activations::Int8,
-    cpu: "sapphirerapids",
-    native: ("native", Target::has_byte_dots),
-    nats: 0.002,
-    kl: 0.002,
-};
+const INT8: Rounding =
+    Rounding { name: "int8", to: Activations::Int8, native: ("native", Target::has_byte_dots), kl: 0.002, ..BF16 };
 const INT16: Rounding = Rounding {
     name: "int16",
     to: Activations::Int16,

@@ -384,7 +384,7 @@ impl Panel {
     }
 }
 
-/// Gives the sums of 16 weight rows that lie behind those of `i` rows of as many vectors as `strips`.
+/// The sums of row `i` by each of so many strips, which lie side by side.
 pub fn sums_of(k: &mut KernelBuilder, sums: Val, i: Val, strips: u64) -> Vec<Val> {
     let row = row_ptr(k, sums, i, LANES * strips);
     (0..strips)

@@ -482,22 +482,23 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let size = group_tiles(site.target);
     let tasks = tiles.div_ceil(size);
     let mut k = ports.builder(site, tasks.into());
+    let tile = site.target.matmul_tile();
+    let [h, s] = [(h, pad(shape[2])), (s, site.stride(site.named("s")))].map(|(x, stride)| Rows::Plain { x, stride });
+    let scratch = [(h, routed), (s, dense)].map(|(rows, m)| rows.scratch(&mut k, tile.tokens, &[m]));
     let back = Back {
         choices: Choices { order, table, layout: Table { experts }, each },
-        h: Rows::Plain { x: h, stride: pad(shape[2]) },
-        s: Rows::Plain { x: s, stride: site.stride(site.named("s")) },
+        h,
+        s,
         weights,
         shared,
         routed: (routed, k.param(w_down)),
         dense: (dense, k.param(s_down)),
         residual,
         tiles,
-        tile: site.target.matmul_tile(),
+        tile,
         sym,
-        scratch: [None; 2],
+        scratch,
     };
-    let scratch = [(back.h, routed), (back.s, dense)].map(|(rows, m)| rows.scratch(&mut k, back.tile.tokens, &[m]));
-    let back = Back { scratch, ..back };
     let bulk = classes.map(|classes| {
         let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
         let at_once = classes.at_once(size, tasks);

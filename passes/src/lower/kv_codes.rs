@@ -38,6 +38,13 @@ impl Extremes {
     }
 }
 
+/// The integer whose sum with [`ROUNDER`] is `sum`: it lies in the last bits, without a conversion that has no result for NaN.
+pub(super) fn integer_of(k: &mut KernelBuilder, sum: Val) -> Val {
+    let shift = k.const_f32(ROUNDER);
+    let (sum, shift) = (k.bitcast(sum, DType::I32), k.bitcast(shift, DType::I32));
+    k.sub(sum, shift)
+}
+
 /// The codes of numbers of a row with this scale (of as many lanes), in the lowest byte of each lane; the other bytes are zero.
 pub(super) fn encode(k: &mut KernelBuilder, stored: Stored, x: Val, scale: Val) -> Val {
     let x = k.fdiv(x, scale);

@@ -13,7 +13,7 @@ use nextc_ir::kernel::{KernelBuilder, Val};
 use nextc_ir::shape::LANES;
 use nextc_ir::{DType, Format, Layout};
 
-use super::kv_codes::Extremes;
+use super::kv_codes::{Extremes, integer_of};
 use super::packed::{Lanes, Tile, quotient};
 
 /// Columns that share a scale.
@@ -88,7 +88,7 @@ fn put_block(
     let (inverse, shift) = (k.splat(inverse, LANES as u32), k.splat_f32(LANES as u32, ROUNDER));
     let mut total = k.splat_f32(LANES as u32, 0.0);
     for (&at, &x) in places.iter().zip(&numbers) {
-        // an integer in the last bits, without a conversion that has no result for NaN
+        // its last 16 bits are the code
         let sum = k.fma(x, inverse, shift);
         let code = k.fsub(sum, shift);
         total = k.fadd(total, code);
@@ -97,8 +97,7 @@ fn put_block(
     }
     let (total, shift) = (k.reduce_add(total), k.const_f32(ROUNDER));
     let total = k.fadd(total, shift);
-    let (total, shift) = (k.bitcast(total, DType::I32), k.bitcast(shift, DType::I32));
-    let total = k.sub(total, shift);
+    let total = integer_of(k, total);
     let at = k.div_const(first, BLOCK / 2);
     let at = k.add_const(at, codes_words(columns));
     k.store(to, at, scale);

@@ -16,7 +16,7 @@ use nextc_ir::shape::LANES;
 use nextc_ir::target::BulkKind;
 use nextc_ir::{DType, Layout, Stored};
 
-use super::super::kv_codes::Extremes;
+use super::super::kv_codes::{Extremes, integer_of};
 use super::super::packed::{Matrix, Tile};
 use super::super::strips::{Ahead, Group, STRIPS};
 use super::sums_of;
@@ -116,11 +116,9 @@ impl Bytes {
             let rounded: Vec<Val> = sums.iter().map(|&sum| k.fsub(sum, shift)).collect();
             let total = rounded.into_iter().reduce(|a, b| k.fadd(a, b)).expect("a block has numbers");
             let total = k.reduce_add(total);
-            // an integer in the last bits, without a conversion that has no result for NaN
             let (many, shift) = (k.const_f32(-128.0), k.const_f32(ROUNDER));
             let begin = k.fma(total, many, shift);
-            let (begin, shift) = (k.bitcast(begin, DType::I32), k.bitcast(shift, DType::I32));
-            let begin = k.sub(begin, shift);
+            let begin = integer_of(k, begin);
             let at = k.add_const(at, 2 * block);
             k.store(to, at, scale);
             let at = k.add_const(at, 1);

@@ -10,6 +10,7 @@ use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 use nextc_ir::{DType, Format, Layout};
 
+use super::super::matmul::row_ptr;
 use super::super::packed::Matrix;
 use super::super::strips::{Ahead, Group, Part, Strips, TILE_BYTES, TILE_COLUMNS};
 use super::{round_up, sums_of};
@@ -199,7 +200,7 @@ impl Tiles {
                 let block = k.div_const(first, TOGETHER);
                 let step = k.mul(block, part.tiles);
                 let step = k.add(steps, step);
-                let at = (first, self.sums_at(k, first, width));
+                let at = (first, row_ptr(k, self.sums, first, width * LANES));
                 self.add_block(k, at, end, (&strips, part), |k, i| {
                     let step = k.add(step, i);
                     ahead.ask(k, 0, step);
@@ -218,12 +219,6 @@ impl Tiles {
                 }
             });
         });
-    }
-
-    /// Where the sums of row `i` by so many strips lie.
-    fn sums_at(&self, k: &mut KernelBuilder, i: Val, strips: u64) -> Val {
-        let bytes = k.mul_const(i, 4 * strips * LANES);
-        k.offset(self.sums, bytes)
     }
 
     /// Adds the products of rows from `first` on, a multiple of 32, of `end`, with a part of some strips.
