@@ -465,6 +465,164 @@ fn matmul(dtype: DType) -> Kernel {
     k.finish()
 }
 
+/// The products of 64 rows with 16 tokens by four warps, 32 columns: A lies by rows, B by tokens, as pairs in the order of operands; B comes to shared memory by copies.
+/// `by_group` says whether the group of warps multiplies, or each warp by itself.
+fn group_product(dtype: DType, by_group: bool) -> Kernel {
+    const WORDS: u64 = 16;
+    let mut k = KernelBuilder::new("group", &[("a", false), ("b", false), ("out", true)], Extent::from(1));
+    k.threads(128);
+    let shared = k.shared(DType::I32, Kernel::SWIZZLED_BYTES / 4);
+    let t = k.thread();
+    let (warp, lane) = (k.div_const(t, 32), k.rem_const(t, 32));
+    let (group, pair) = (k.div_const(lane, 4), k.rem_const(lane, 4));
+    // a token has a line of 32 words, of which the second half is used here, and lies in the second kilobyte
+    let (token, piece) = (k.div_const(t, 8), k.rem_const(t, 8));
+    let (line, eight) = (k.mul_const(token, 32), k.rem_const(token, 8));
+    let place = k.xor(piece, eight);
+    let to = k.mul_const(place, 4);
+    let to = k.add(to, line);
+    let to = k.add_const(to, 256);
+    let from = k.mul_const(token, WORDS);
+    let own = k.mul_const(piece, 4);
+    let from = k.add(from, own);
+    let (half, b) = (k.index(4), k.param(1));
+    let is_upper = k.cmp(Pred::Ge, piece, half);
+    k.if_then(is_upper, |k| {
+        let back = k.index(WORDS);
+        let from = k.sub(from, back);
+        k.copy_async((shared, to), (b, from));
+    });
+    k.copy_commit();
+    k.copy_wait(0);
+    k.barrier();
+    let row = k.mul_const(warp, 16);
+    let row = k.add(row, group);
+    let word = |k: &mut KernelBuilder, from: usize, row: Val, (row_offset, offset): (u64, u64)| {
+        let row = k.add_const(row, row_offset);
+        let at = k.mul_const(row, WORDS);
+        let at = k.add(at, pair);
+        let at = k.add_const(at, offset);
+        let ptr = k.param(from);
+        k.load(DType::I32, 1, ptr, at)
+    };
+    let a: Vec<[Val; 4]> =
+        [0, 8].map(|step| [(0, 0), (8, 0), (0, 4), (8, 4)].map(|(r, o)| word(&mut k, 0, row, (r, o + step)))).to_vec();
+    let sums: Vec<Val> = if by_group {
+        let index = k.index(256 + 16);
+        let sums = k.mma_group(dtype, &a, (shared, index), 2);
+        (0..8).map(|i| k.extract(sums, i)).collect()
+    } else {
+        let mut sums = Vec::new();
+        for first in [0, 8] {
+            let zero = k.const_f32(0.0);
+            let mut sum = k.splat(zero, 4);
+            for (a, step) in a.iter().zip([0, 8]) {
+                let b = [0, 4].map(|o| word(&mut k, 1, group, (first, o + step)));
+                sum = k.mma(dtype, *a, b, sum);
+            }
+            sums.extend((0..4).map(|i| k.extract(sum, i)));
+        }
+        sums
+    };
+    let out = k.param(2);
+    for (i, sum) in (0..).zip(sums) {
+        let at = k.mul_const(t, 8);
+        let at = k.add_const(at, i);
+        k.store(out, at, sum);
+    }
+    k.finish()
+}
+
+#[test]
+fn a_group_of_warps_multiplies_as_its_warps_do() {
+    let numbers = |n: usize, m: usize| (0..n).map(|i| ((i * m + 3) % 23) as f32 / 4.0 - 2.5).collect::<Vec<f32>>();
+    for (dtype, encode) in [(DType::F16, encode_f16 as fn(f32) -> u16), (DType::BF16, encode_bf16)] {
+        let words = |x: &[f32]| {
+            let pair = |p: &[f32]| (u32::from(encode(p[0])) | u32::from(encode(p[1])) << 16).cast_signed();
+            Buffer::from_i32(&x.chunks(2).map(pair).collect::<Vec<_>>())
+        };
+        let found = [true, false].map(|by_group| {
+            let mut buffers = [words(&numbers(64 * 32, 7)), words(&numbers(16 * 32, 11)), Buffer::uninit(128 * 8 * 4)];
+            let places = [0, 1, 2].map(Place::start);
+            let ran = run(&group_product(dtype, by_group), [0; 4], &mut buffers, &places, Options::default());
+            ran.unwrap_or_else(|e| panic!("{dtype}, {by_group}: {e}"));
+            buffers[2].to_f32()
+        });
+        assert_eq!(found[0], found[1], "{dtype}");
+        assert!(found[0].iter().any(|&x| x != 0.0));
+    }
+}
+
+/// What 128 threads do wrong.
+fn fault_of_four_warps(body: &str) -> Misdeed {
+    match run_kernel(&blocks(128, body), 1) {
+        Err(EvalError::Fault(fault)) => fault.what,
+        other => panic!("{other:?}\n{body}"),
+    }
+}
+
+#[test]
+fn lines_of_a_product_lie_where_it_reads_them() {
+    let product = |elems: u64, at: i64| {
+        format!(
+            "%s = shared i32 {elems}\n %at = const i64 {at}\n %m = mma_group f16 2 1 %s, %at, %i1, %i1, %i1, %i1, %i1, %i1, %i1, %i1"
+        )
+    };
+    let misaligned = |at| Misdeed::Misaligned { at, bytes: Kernel::SWIZZLED_ALIGN };
+    // a small array need not begin at 1024 bytes
+    assert_eq!(fault_of_four_warps(&product(4096, 0)), misaligned(0));
+    assert_eq!(fault_of_four_warps(&product(8192, 4)), misaligned(16));
+    // not the first line of eight, and two steps of which the second is beyond the line
+    assert_eq!(fault_of_four_warps(&product(8192, 32)), misaligned(128));
+    assert_eq!(fault_of_four_warps(&product(8192, 24)), misaligned(96));
+    assert_eq!(fault_of_four_warps(&product(8192, 256)), Misdeed::Unwritten { at: 1024 });
+    let some = format!(
+        "%64 = const i64 64\n %here = cmp lt %t, %64\n if %here {{\n {} \n }}",
+        product(8192, 0).replacen("%s = shared i32 8192\n", "", 1)
+    );
+    let some = format!("%s = shared i32 8192\n {some}");
+    assert_eq!(fault_of_four_warps(&some), Misdeed::Diverged { group: "group of four warps", here: 64, of: 128 });
+}
+
+#[test]
+fn copies_arrive_when_they_are_waited_for() {
+    let copies =
+        "%s = shared f32 512\n %4 = const i64 4\n %at = mul %t, %4\n copy_async %s[%at], %x[%at]\n copy_commit\n";
+    let rest = "%v = load f32 %s[%at]\n store %out[%t], %v";
+    let out = of_one(&format!("{copies} copy_wait 0\n {rest}")).to_f32();
+    assert!((0..64u8).all(|t| out[usize::from(t)] == 4.0 * f32::from(t)));
+    // not yet: a group is left, or nobody has waited
+    for wait in ["copy_wait 1\n", ""] {
+        let out = of_one(&format!("{copies} {wait} {rest}")).to_f32();
+        assert!((0..64).all(|t| out[t].is_nan()), "{wait}");
+    }
+    // the younger group may be left
+    let two = "%256 = const i64 256\n %b = add %at, %256\n copy_async %s[%b], %x[%b]\n copy_commit\n copy_wait 1\n";
+    let out = of_one(&format!("{copies} {two} {rest}")).to_f32();
+    assert!((0..64u8).all(|t| out[usize::from(t)] == 4.0 * f32::from(t)));
+    let out = of_one(&format!("{copies} {two} %w = load f32 %s[%b]\n store %out[%t], %w")).to_f32();
+    assert!((0..64).all(|t| out[t].is_nan()));
+}
+
+#[test]
+fn nobody_else_touches_what_is_copied_before_the_next_barrier() {
+    let copies = "%s = shared f32 512\n %4 = const i64 4\n %at = mul %t, %4\n copy_async %s[%at], %x[%at]\n copy_commit\n copy_wait 0\n";
+    let other =
+        "%63 = const i64 63\n %o = sub %63, %t\n %from = mul %o, %4\n %v = load f32 %s[%from]\n store %out[%t], %v";
+    assert!(matches!(fault_of(1, &format!("{copies} {other}")).what, Misdeed::Race { .. }));
+    let out = of_one(&format!("{copies} barrier\n {other}")).to_f32();
+    assert!((0..64u8).all(|t| out[usize::from(t)] == 4.0 * f32::from(63 - t)));
+    assert_eq!(
+        fault_of(1, "%s = shared f32 512\n copy_async %s[%1], %x[%0]").what,
+        Misdeed::Misaligned { at: 4, bytes: 16 }
+    );
+    let block = Misdeed::Diverged { group: "block", here: 1, of: 64 };
+    for op in ["copy_commit", "copy_wait 0"] {
+        let one = format!("%first = cmp eq %t, %0\n if %first {{\n {op}\n }}");
+        assert_eq!(fault_of(1, &one).what, block, "{op}");
+    }
+}
+
 #[test]
 fn mma_multiplies_matrices() {
     let numbers = |n: usize, m: usize| (0..n).map(|i| ((i * m + 3) % 23) as f32 / 4.0 - 2.5).collect::<Vec<f32>>();

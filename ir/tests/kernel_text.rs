@@ -94,8 +94,8 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
 
 /// Every op of a block of threads.
 const EVERY_BLOCK_OP: &str = "\
-kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads = 64 together = 2 {
-  %0 = shared f32 256
+kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads = 128 together = 2 {
+  %0 = shared f32 8192
   %1 = partials f32 64
   %2 = thread
   %3 = const i64 0
@@ -119,10 +119,14 @@ kernel @every.block.op(%x: ptr<global>, %out: mut ptr<global>) grid = T threads 
   %16 = quad %4, %5, %10, %4
   %17 = warp_max %15
   %18 = warp_min %17
+  copy_async %0[%3], %x[%3]
+  copy_commit
+  copy_wait 0
+  %19 = mma_group f16 1 2 %0, %3, %6, %6, %8, %8
   release
 } tail grid = ceil(T / 2) {
-  %19 = partials f32 64
-  %20 = load f32 %19[%task]
+  %20 = partials f32 64
+  %21 = load f32 %20[%task]
 }
 ";
 

@@ -78,6 +78,10 @@ impl Emitter<'_, '_> {
             | KOp::HalfToFloat
             | KOp::Fp8ToF16
             | KOp::Mma { .. }
+            | KOp::MmaGroup { .. }
+            | KOp::CopyAsync
+            | KOp::CopyCommit
+            | KOp::CopyWait { .. }
             | KOp::Wait
             | KOp::Release => Err(Error::Block { op: stmt.op.name() }),
             // changes nothing

@@ -39,6 +39,11 @@ impl KernelBuilder {
         self.kernel.threads = threads;
     }
 
+    /// Threads of a task.
+    pub const fn block_threads(&self) -> u32 {
+        self.kernel.threads
+    }
+
     /// Makes room for so many blocks on a multiprocessor.
     pub fn together(&mut self, blocks: u32) {
         self.kernel.together = blocks;
@@ -436,6 +441,24 @@ impl KernelBuilder {
     pub fn mma(&mut self, dtype: DType, a: [Val; 4], b: [Val; 2], c: Val) -> Val {
         let args = [a[0], a[1], a[2], a[3], b[0], b[1], c];
         self.emit(KOp::Mma { dtype }, &args, KType::vector(DType::F32, 4))
+    }
+    /// Products of rows of A that four warps have with tokens in shared memory: of each group of eight tokens four numbers.
+    pub fn mma_group(&mut self, dtype: DType, a: &[[Val; 4]], (b, index): (Val, Val), groups: u32) -> Val {
+        let args: Vec<Val> = [b, index].into_iter().chain(a.iter().flatten().copied()).collect();
+        let op = KOp::MmaGroup { dtype, steps: a.len() as u32, groups };
+        self.emit(op, &args, KType::vector(DType::F32, 4 * groups))
+    }
+    /// Copies 16 bytes into shared memory while the thread goes on.
+    pub fn copy_async(&mut self, (to, at): (Val, Val), (from, from_at): (Val, Val)) {
+        self.push(KOp::CopyAsync, &[to, at, from, from_at], Vec::new(), Vec::new());
+    }
+    /// Ends a group of copies.
+    pub fn copy_commit(&mut self) {
+        self.push(KOp::CopyCommit, &[], Vec::new(), Vec::new());
+    }
+    /// Waits for all but the youngest `left` groups of copies.
+    pub fn copy_wait(&mut self, left: u32) {
+        self.push(KOp::CopyWait { left }, &[], Vec::new(), Vec::new());
     }
     /// Asks for memory to be brought near.
     pub fn prefetch(&mut self, ptr: Val, at: Val, bytes: Val) {

@@ -129,6 +129,11 @@ impl Region {
     pub fn waits(&self) -> bool {
         self.stmts.iter().any(|s| s.op == KOp::Wait)
     }
+
+    /// True if it has such an op, at any depth.
+    pub fn has(&self, such: &impl Fn(KOp) -> bool) -> bool {
+        self.stmts.iter().any(|s| such(s.op) || s.regions.iter().any(|r| r.has(such)))
+    }
 }
 
 /// A kernel's pointer parameter.
@@ -179,14 +184,23 @@ impl Kernel {
     pub const WARP: u32 = 32;
     /// Threads of a GPU's block that runs tasks of one thread, each a task.
     pub const SINGLE_THREADS: u32 = Self::WARP;
-    /// Alignment of memory that the threads of a block share, and of each piece of it, bytes.
+    /// Least alignment of memory that the threads of a block share, and of each piece of it, bytes.
     pub const SHARED_ALIGN: u64 = 128;
+    /// Bytes of a shared array that may hold tokens of [`KOp::MmaGroup`], at least, and what such an array is aligned to.
+    pub const SWIZZLED_BYTES: u64 = 1 << 15;
+    /// See [`Self::SWIZZLED_BYTES`]: the exchange of pieces goes by addresses, and repeats after so many bytes.
+    pub const SWIZZLED_ALIGN: u64 = 1024;
     /// Most threads of a block.
     pub const MAX_THREADS: u32 = 1024;
 
     /// True if a task is a block of threads.
     pub const fn is_block(&self) -> bool {
         self.threads > 1
+    }
+
+    /// The body, and the tail if there is one.
+    pub fn regions(&self) -> impl Iterator<Item = &Region> {
+        std::iter::once(&self.body).chain(&self.tail)
     }
 
     /// The type of a value.
@@ -217,13 +231,22 @@ impl Kernel {
         self.allocated(bytes).into_iter().fold(0, u64::max)
     }
 
-    /// Bytes of memory that the threads of a block share: the larger of body and tail, each `shared` rounded up to 128 bytes.
+    /// Bytes of memory that the threads of a block share: the larger of body and tail, each `shared` behind the one before.
     pub fn shared_bytes(&self) -> u64 {
-        let bytes = |op| match op {
-            KOp::Shared { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(Self::SHARED_ALIGN)),
-            _ => None,
+        let of = |region: &Region| {
+            region.stmts.iter().fold(0, |taken, s| match s.op {
+                KOp::Shared { dtype, elems } => Self::place_shared(taken, elems * dtype.bytes()).1,
+                _ => taken,
+            })
         };
-        self.allocated(bytes).into_iter().fold(0, u64::max)
+        self.regions().map(of).fold(0, u64::max)
+    }
+
+    /// Where an array of `bytes` lies that the threads of a block share, behind `taken` bytes; and how many are taken with it.
+    pub const fn place_shared(taken: u64, bytes: u64) -> (u64, u64) {
+        let align = if bytes < Self::SWIZZLED_BYTES { Self::SHARED_ALIGN } else { Self::SWIZZLED_ALIGN };
+        let at = taken.next_multiple_of(align);
+        (at, (at + bytes).next_multiple_of(Self::SHARED_ALIGN))
     }
 
     /// Bytes that body and tail allocate at their top level.

@@ -220,6 +220,18 @@ kops! {
     /// `C + A·B` by a warp, `mma.m16n8k16` of the PTX ISA: `(a0, a1, a2, a3, b0, b1, c)`. A is 16 rows by 16 columns of 16-bit floats, B 16 by 8, C 16 by 8 of f32
     /// (`f32x4`), in the fragments that the manual draws (section 9.7.14.5.8). Every thread of the warp is here.
     Mma { dtype: DType } = "mma" Block;
+    /// `A·B` by four neighbouring warps of which the first has a number that is a multiple of 4, `wgmma` of the PTX ISA (section 9.7.15): `(b, index, a...)`. Warp `w` has rows
+    /// `16w ..` of A as [`KOp::Mma`] wants them, four words for each of `steps` steps of 16 columns. B is 8 · `groups` tokens in shared memory, in an array of
+    /// [`Kernel::SWIZZLED_BYTES`](super::Kernel::SWIZZLED_BYTES) at least, from i32 element `index` on: a token has a line of 128 bytes, and the sixteen bytes that would be
+    /// piece `p` of line `n` are piece `p ^ (n % 8)`. `index` is where a line of number `8 · i` has its first step, before that exchange; the others follow.
+    /// The result is what `groups` products of [`KOp::Mma`] would be, step by step from zeros, four numbers each. All four warps are here.
+    MmaGroup { dtype: DType, steps: u32, groups: u32 } = "mma_group" Block;
+    /// Copies 16 bytes, four i32 elements, from global to shared memory while the thread goes on: `(to, at, from, at)`.
+    CopyAsync = "copy_async" Block;
+    /// Ends a group of the thread's copies. Every thread of the block is here.
+    CopyCommit = "copy_commit" Block;
+    /// Waits until at most `left` of the thread's groups of copies are under way, the youngest. Others see what came after the next barrier. Every thread of the block is here.
+    CopyWait { left: u32 } = "copy_wait" Block;
     /// Asks for `bytes` bytes from byte `at` of a pointer to global memory to be brought near, both multiples of 16: `(ptr, at, bytes)`. Changes nothing.
     Prefetch = "prefetch" Block;
     /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel

@@ -227,6 +227,10 @@ impl<'t> Parser<'t> {
         Ok((rows?, columns?))
     }
 
+    fn small(&mut self, what: &'static str) -> Parsed<u32> {
+        self.read(what, |w| w.parse().ok())
+    }
+
     fn values(&mut self) -> Parsed<Vec<Val>> {
         let mut values = vec![self.value()?];
         while self.eat(",") {
@@ -444,6 +448,17 @@ impl<'t> Parser<'t> {
             "pack" => (KOp::Pack { dtype: self.dtype()? }, self.values()?),
             "half_fma" => (KOp::HalfFma { dtype: self.dtype()? }, self.values()?),
             "mma" => (KOp::Mma { dtype: self.dtype()? }, self.values()?),
+            "mma_group" => {
+                let (dtype, steps, groups) = (self.dtype()?, self.small("steps")?, self.small("groups")?);
+                (KOp::MmaGroup { dtype, steps, groups }, self.values()?)
+            }
+            "copy_async" => {
+                let to = self.element()?;
+                self.punct(",")?;
+                (KOp::CopyAsync, [to, self.element()?].concat())
+            }
+            "copy_commit" => (KOp::CopyCommit, Vec::new()),
+            "copy_wait" => (KOp::CopyWait { left: self.small("groups")? }, Vec::new()),
             "nibble" => {
                 let words = self.value()?;
                 (KOp::Nibble { shift: self.read("a shift", |w| w.parse().ok())? }, vec![words])

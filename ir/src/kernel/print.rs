@@ -206,6 +206,11 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
         KOp::Bitcast { dtype } | KOp::Pack { dtype } | KOp::HalfFma { dtype } | KOp::Mma { dtype } => {
             put(out, format_args!(" {dtype} {}", names.list(&s.args)));
         }
+        KOp::MmaGroup { dtype, steps, groups } => {
+            put(out, format_args!(" {dtype} {steps} {groups} {}", names.list(&s.args)));
+        }
+        KOp::CopyAsync => put(out, format_args!(" {}[{}], {}[{}]", arg(0), arg(1), arg(2), arg(3))),
+        KOp::CopyWait { left } => put(out, format_args!(" {left}")),
         KOp::TileStep { rows, columns, once } => {
             let once = if once { "once " } else { "" };
             put(out, format_args!(" {rows} {columns} {once}{}", names.list(&s.args)));
@@ -219,7 +224,7 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
             put(out, format_args!(" {} {}[{}]", super::KType::vector(dtype, lanes), arg(0), arg(1)));
         }
         KOp::Store | KOp::AtomicAdd | KOp::Prefetch => put(out, format_args!(" {}[{}], {}", arg(0), arg(1), arg(2))),
-        KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release | KOp::TileZero => {}
+        KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release | KOp::CopyCommit | KOp::TileZero => {}
         KOp::For => for_head(out, s, names, &arg),
         _ => put(out, format_args!(" {}", names.list(&s.args))),
     }

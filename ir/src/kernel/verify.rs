@@ -64,7 +64,7 @@ pub enum Broken {
         expected: KType,
     },
     /// A type that no value may have.
-    #[error("value %{} has type {ty}, expected f32, i32, i64 or bool of 1, 2, 4, 8 or 16 lanes", value.0)]
+    #[error("value %{} has type {ty}, expected f32, i32, i64 or bool of 1, 2, 4, 8 or 16 lanes (f32 of any multiple of 4 up to 128)", value.0)]
     NoSuchType {
         /// The value.
         value: Val,

@@ -2,6 +2,9 @@
 //!
 //! Source: the PTX ISA manual, sections 9.7.9 (conversions), 9.7.13 (synchronisation) and 9.7.14 (matrix multiply-accumulate).
 
+use std::borrow::Cow;
+use std::fmt::Write as _;
+
 use inkwell::attributes::{Attribute, AttributeLoc};
 use inkwell::intrinsics::Intrinsic;
 use inkwell::module::Linkage;
@@ -16,10 +19,14 @@ use super::{EmitError, Emitter, Result, kind};
 /// The symbol of the memory that a launch gives each block.
 const SHARED: &str = "nextc_shared";
 
+/// What a descriptor of a matrix in shared memory says beside its address: lines of 128 bytes whose pieces are exchanged, eight lines every 1024 bytes
+/// (section 9.7.15.5.1).
+const SWIZZLED_128: u64 = 1 << 62 | 64 << 32 | 1 << 16;
+
 /// A piece of PTX: text, constraints, and whether it does more than compute its result.
 struct Ptx {
     text: String,
-    constraints: &'static str,
+    constraints: Cow<'static, str>,
     effects: bool,
 }
 
@@ -59,7 +66,16 @@ impl<'c> Emitter<'_, 'c> {
         self.call_intrinsic(name, &[]).map(drop)
     }
 
+    /// Meets the other threads. What they wrote to shared memory is seen by their products too, which read it by a way of their own (section 9.7.15.4).
     pub(super) fn barrier(&self) -> Result<()> {
+        if self.has_groups {
+            let fence = Ptx {
+                text: "fence.proxy.async.shared::cta;".to_owned(),
+                constraints: "~{memory}".into(),
+                effects: true,
+            };
+            self.call_ptx(&fence, None, &[])?;
+        }
         let first = self.context.i32_type().const_zero();
         self.call_intrinsic("llvm.nvvm.barrier.cta.sync.aligned.all", &[first.into()]).map(drop)
     }
@@ -70,11 +86,12 @@ impl<'c> Emitter<'_, 'c> {
         let memory = self.module.get_global(SHARED).unwrap_or_else(|| {
             let memory = self.module.add_global(bytes.array_type(0), Some(address_space(Space::Shared)), SHARED);
             memory.set_linkage(Linkage::External);
-            memory.set_alignment(Kernel::SHARED_ALIGN as u32);
+            memory.set_alignment(Kernel::SWIZZLED_ALIGN as u32);
             memory
         });
-        let at = self.context.i64_type().const_int(self.taken_bytes, false);
-        self.taken_bytes += (elems * dtype.bytes()).next_multiple_of(Kernel::SHARED_ALIGN);
+        let (at, taken) = Kernel::place_shared(self.taken_bytes, elems * dtype.bytes());
+        self.taken_bytes = taken;
+        let at = self.context.i64_type().const_int(at, false);
         Ok(self.element(bytes.into(), memory.as_pointer_value(), at)?.into())
     }
 
@@ -118,7 +135,7 @@ impl<'c> Emitter<'_, 'c> {
         let at = self.element(i32.into(), self.pointer(stmt, 0)?, self.int(stmt, 1)?)?;
         let ptx = Ptx {
             text: "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;".to_owned(),
-            constraints: "=r,l,r,~{memory}",
+            constraints: "=r,l,r,~{memory}".into(),
             effects: true,
         };
         self.ptx(&ptx, Some(i32.into()), &[at.into(), self.arg(stmt, 2)?])
@@ -176,11 +193,71 @@ impl<'c> Emitter<'_, 'c> {
         Ok(d.into())
     }
 
+    /// `wgmma`, started and waited for at once: what overlaps are the groups of warps.
+    pub(super) fn mma_group(
+        &self,
+        stmt: &Stmt,
+        dtype: DType,
+        (steps, groups): (u32, u32),
+    ) -> Result<BasicValueEnum<'c>> {
+        let (sums, words, ty) = (4 * groups, 4 * steps, dtype.name());
+        let list = |from: u32, count: u32| (from..from + count).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
+        let (d, begin) = (list(0, sums), sums + words);
+        let mut text = format!(
+            "{{\n.reg .pred first, other;\n.reg .b32 at;\n.reg .b64 b;\nsetp.ne.u32 first, 0, 0;\nsetp.eq.u32 other, 0, 0;\n             shr.u32 at, ${begin}, 4;\nand.b32 at, at, 0x3fff;\ncvt.u64.u32 b, at;\nor.b64 b, b, {SWIZZLED_128:#x};\n             wgmma.fence.sync.aligned;\n"
+        );
+        for step in 0..steps {
+            let (a, adds) = (list(sums + 4 * step, 4), if step == 0 { "first" } else { "other" });
+            let tokens = 8 * groups;
+            if step > 0 {
+                // a step is 32 bytes, and an address counts in sixteens
+                text.push_str("add.s64 b, b, 2;\n");
+            }
+            writeln!(
+                text,
+                "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{ty}.{ty} {{{d}}}, {{{a}}}, b, {adds}, 1, 1, 0;"
+            )
+            .expect("a string takes everything");
+        }
+        text.push_str("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n}");
+        let at = self.element(self.context.i32_type().into(), self.pointer(stmt, 0)?, self.int(stmt, 1)?)?;
+        let at = self.builder.build_ptr_to_int(at, self.context.i32_type(), "b")?;
+        let mut args = (0..words as usize).map(|i| self.arg(stmt, 2 + i)).collect::<Result<Vec<_>>>()?;
+        args.push(at.into());
+        let of = |kind: &str, count: u32| vec![kind; count as usize].join(",");
+        let constraints = [of("=f", sums), of("r", words + 1), "~{memory}".to_owned()].join(",");
+        let f32 = self.context.f32_type();
+        let all = self.context.struct_type(&vec![f32.into(); sums as usize], false);
+        let ptx = Ptx { text, constraints: constraints.into(), effects: true };
+        let found = self.ptx(&ptx, Some(all.into()), &args)?.into_struct_value();
+        let mut d = f32.vec_type(sums).get_poison();
+        for i in 0..sums {
+            let sum = self.builder.build_extract_value(found, i, "d")?;
+            d = self.builder.build_insert_element(d, sum, self.context.i32_type().const_int(i.into(), false), "d")?;
+        }
+        Ok(d.into())
+    }
+
+    pub(super) fn copy_async(&self, stmt: &Stmt) -> Result<()> {
+        let i32 = self.context.i32_type();
+        let to = self.element(i32.into(), self.pointer(stmt, 0)?, self.int(stmt, 1)?)?;
+        let from = self.element(i32.into(), self.pointer(stmt, 2)?, self.int(stmt, 3)?)?;
+        self.call_intrinsic("llvm.nvvm.cp.async.cg.shared.global.16", &[to.into(), from.into()]).map(drop)
+    }
+
+    pub(super) fn copy_wait(&self, left: u32) -> Result<()> {
+        let left = self.context.i32_type().const_int(left.into(), false);
+        self.call_intrinsic("llvm.nvvm.cp.async.wait.group", &[left.into()]).map(drop)
+    }
+
     pub(super) fn prefetch(&self, stmt: &Stmt) -> Result<()> {
         let at = self.element(self.context.i8_type().into(), self.pointer(stmt, 0)?, self.int(stmt, 1)?)?;
         let bytes = self.builder.build_int_truncate(self.int(stmt, 2)?, self.context.i32_type(), "")?;
-        let ptx =
-            Ptx { text: "cp.async.bulk.prefetch.L2.global [$0], $1;".to_owned(), constraints: "l,r", effects: true };
+        let ptx = Ptx {
+            text: "cp.async.bulk.prefetch.L2.global [$0], $1;".to_owned(),
+            constraints: "l,r".into(),
+            effects: true,
+        };
         self.call_ptx(&ptx, None, &[at.into(), bytes.into()]).map(drop)
     }
 
@@ -192,7 +269,7 @@ impl<'c> Emitter<'_, 'c> {
         ty: BasicTypeEnum<'c>,
         args: &[BasicValueEnum<'c>],
     ) -> Result<BasicValueEnum<'c>> {
-        self.ptx(&Ptx { text, constraints, effects: false }, Some(ty), args)
+        self.ptx(&Ptx { text, constraints: constraints.into(), effects: false }, Some(ty), args)
     }
 
     fn ptx(&self, ptx: &Ptx, ty: Option<BasicTypeEnum<'c>>, args: &[BasicValueEnum<'c>]) -> Result<BasicValueEnum<'c>> {
@@ -213,7 +290,7 @@ impl<'c> Emitter<'_, 'c> {
         let code = self.context.create_inline_asm(
             function,
             ptx.text.clone(),
-            ptx.constraints.to_owned(),
+            ptx.constraints.to_string(),
             ptx.effects,
             false,
             None,

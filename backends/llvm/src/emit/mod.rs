@@ -21,7 +21,7 @@ use inkwell::types::{BasicTypeEnum, VectorType};
 use inkwell::values::{BasicValue, BasicValueEnum, FunctionValue, IntValue, PhiValue, PointerValue};
 use inkwell::{AddressSpace, IntPredicate};
 use nextc_ir::DType;
-use nextc_ir::kernel::{KType, Kernel, Region, Space, Stmt, Val};
+use nextc_ir::kernel::{KOp, KType, Kernel, Region, Space, Stmt, Val};
 use nextc_ir::schedule::KernelModule;
 
 /// What the emitter cannot express.
@@ -130,6 +130,8 @@ struct Emitter<'a, 'c> {
     taken_bytes: u64,
     /// Whether spaces of memory are told apart, as GPUs want it.
     spaces: bool,
+    /// Whether groups of warps multiply what lies in shared memory.
+    has_groups: bool,
 }
 
 impl<'a, 'c> Emitter<'a, 'c> {
@@ -167,7 +169,9 @@ impl<'a, 'c> Emitter<'a, 'c> {
         builder.position_at_end(context.append_basic_block(function, "entry"));
         let count = kernel.types.len();
         let (values, constant) = (vec![None; count], vec![false; count]);
-        Self { context, module, builder, kernel, function, values, constant, scratch: None, taken_bytes: 0, spaces }
+        let (scratch, taken_bytes) = (None, 0);
+        let has_groups = kernel.regions().any(|r| r.has(&|op| matches!(op, KOp::MmaGroup { .. })));
+        Self { context, module, builder, kernel, function, values, constant, scratch, taken_bytes, spaces, has_groups }
     }
 
     /// Notes which parameters point to memory that never changes.

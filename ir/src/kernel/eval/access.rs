@@ -1,5 +1,6 @@
 //! Memory as a running kernel sees it: buffers, the allocations of the task at work, and what is looked for at every access.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::Misdeed;
@@ -19,6 +20,16 @@ pub(super) struct Pointer {
 /// The lowest alignment of a vector that blocks do not ask for, in bytes.
 const MOST_ALIGNED: u64 = 16;
 
+/// A thread's copy of four words that is under way: where to, and what.
+struct Copy {
+    to: (Pointer, i64),
+    words: [u32; 4],
+    thread: usize,
+}
+
+/// What is found where a copy has not come to yet: no number.
+const UNDER_WAY: u32 = 0x7fc0_dead;
+
 pub(super) struct Memory<'r, 's> {
     slots: &'r mut [Slot<'s>],
     /// What the current task has allocated.
@@ -30,6 +41,9 @@ pub(super) struct Memory<'r, 's> {
     /// One for each allocation that threads share.
     own_shadows: Vec<Shadow>,
     clock: Clock,
+    /// Copies under way: the groups that are closed, and the open one.
+    groups: VecDeque<Vec<Copy>>,
+    open: Vec<Copy>,
     /// Whether a task is a block of threads.
     is_block: bool,
     races: bool,
@@ -41,8 +55,9 @@ impl<'r, 's> Memory<'r, 's> {
     pub(super) fn new(kernel: &Kernel, slots: &'r mut [Slot<'s>], args: &[Place], races: bool) -> Self {
         let (own, own_shadows, is_block) = (Vec::new(), Vec::new(), kernel.is_block());
         let (clock, must_wait, partials) = (Clock::default(), false, Buffer::uninit(0));
+        let (shadows, groups, open) = (Vec::new(), VecDeque::new(), Vec::new());
         let mut this =
-            Self { slots, own, partials, shadows: Vec::new(), own_shadows, clock, is_block, races, must_wait };
+            Self { slots, own, partials, shadows, own_shadows, clock, groups, open, is_block, races, must_wait };
         if races {
             let written = |i: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == i);
             let shadow = |(i, slot): (usize, &Slot<'_>)| written(i).then(|| Shadow::new(slot.get()));
@@ -70,6 +85,8 @@ impl<'r, 's> Memory<'r, 's> {
     pub(super) fn begin(&mut self, task: Option<u32>, block: &Block) {
         self.clock.begin(task);
         self.must_wait = block.wait.is_some();
+        self.groups.clear();
+        self.open.clear();
         let same = self.own.len() == block.own.len()
             && self.own.iter().zip(&block.own).all(|(b, &n)| b.len_bytes() == n.next_multiple_of(4));
         if same {
@@ -161,6 +178,65 @@ impl<'r, 's> Memory<'r, 's> {
         let before = buffer.read(range.clone())?[0];
         buffer.write(range)[0] = before.wrapping_add(x);
         Ok(before)
+    }
+
+    /// A thread copies four words: from now on nobody may touch where they go, and they are there when [`Self::wait_for_copies`] says so.
+    pub(super) fn copy(
+        &mut self,
+        to: (Pointer, i64),
+        (from, from_at): (Pointer, i64),
+        thread: usize,
+    ) -> Result<(), Misdeed> {
+        let read = self.read(from, from_at, (4, 4), thread)?;
+        let words = std::array::from_fn(|i| read[i]);
+        self.write(to.0, to.1, (4, 4), thread)?.fill(UNDER_WAY);
+        self.open.push(Copy { to, words, thread });
+        Ok(())
+    }
+
+    /// Closes the group of copies that is open.
+    pub(super) fn commit_copies(&mut self) {
+        let group = std::mem::take(&mut self.open);
+        self.groups.push_back(group);
+    }
+
+    /// All but the youngest `left` groups of copies arrive.
+    pub(super) fn wait_for_copies(&mut self, left: usize) -> Result<(), Misdeed> {
+        while self.groups.len() > left {
+            for copy in self.groups.pop_front().unwrap_or_default() {
+                self.write(copy.to.0, copy.to.1, (4, 4), copy.thread)?.copy_from_slice(&copy.words);
+            }
+        }
+        Ok(())
+    }
+
+    /// The words of `tokens` lines of which sixteen bytes each are exchanged by the number of their line, from word `index` on: eight for each of `steps` steps.
+    /// `thread` reads them.
+    pub(super) fn swizzled(
+        &mut self,
+        p: Pointer,
+        index: i64,
+        (tokens, steps): (usize, usize),
+        thread: usize,
+    ) -> Result<Vec<Vec<u32>>, Misdeed> {
+        let at = address(p.at, index, 4);
+        let (align, line) = (Kernel::SWIZZLED_ALIGN as i64, 128);
+        let own = p.buffer.checked_sub(self.slots.len() + 1).and_then(|piece| self.own.get(piece));
+        let fits = own.is_some_and(|b| b.len_bytes() >= Kernel::SWIZZLED_BYTES);
+        if !fits || at % 32 != 0 || at % align + 32 * steps as i64 > line {
+            return Err(Misdeed::Misaligned { at, bytes: Kernel::SWIZZLED_ALIGN });
+        }
+        let (base, piece) = (at / align * align, at % align / 16);
+        let mut lines = Vec::with_capacity(tokens);
+        for n in 0..tokens as i64 {
+            let mut words = Vec::with_capacity(8 * steps);
+            for piece in piece..piece + 2 * steps as i64 {
+                let at = base + n * line + (piece ^ (n % 8)) * 16;
+                words.extend_from_slice(self.read(Pointer { at, ..p }, 0, (4, 4), thread)?);
+            }
+            lines.push(words);
+        }
+        Ok(lines)
     }
 
     /// Looks whether bytes that are asked for are there.

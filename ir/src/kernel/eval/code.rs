@@ -85,6 +85,19 @@ pub(super) struct Mma {
     pub c: Reg,
 }
 
+/// The operands of a product by a group of warps.
+#[derive(Clone, Debug)]
+pub(super) struct MmaGroup {
+    pub dtype: DType,
+    pub d: Reg,
+    /// Pointer and index of B.
+    pub b: [Reg; 2],
+    /// Four of each step.
+    pub a: Vec<Reg>,
+    /// Groups of eight tokens.
+    pub groups: usize,
+}
+
 /// The operands of products of tiles.
 #[derive(Clone, Debug)]
 pub(super) struct TileStep {
@@ -308,6 +321,20 @@ pub(super) enum Inst {
     Mma {
         number: usize,
     },
+    /// The product of this number in [`Block::mma_groups`].
+    MmaGroup {
+        number: usize,
+    },
+    CopyAsync {
+        to: Reg,
+        at: Reg,
+        from: Reg,
+        from_at: Reg,
+    },
+    CopyCommit,
+    CopyWait {
+        left: usize,
+    },
     Prefetch {
         p: Reg,
         at: Reg,
@@ -381,6 +408,8 @@ pub(super) struct Block {
     pub own: Vec<u64>,
     /// Products of fragments.
     pub mmas: Vec<Mma>,
+    /// Products by groups of warps.
+    pub mma_groups: Vec<MmaGroup>,
     /// Products of tiles.
     pub tile_steps: Vec<TileStep>,
     /// How deep regions lie in regions.
@@ -437,7 +466,7 @@ impl Code {
             None
         }
         let mut left = number;
-        let regions = std::iter::once(&self.kernel.body).chain(&self.kernel.tail);
+        let regions = self.kernel.regions();
         let found = regions.into_iter().find_map(|r| find(r, &mut left));
         found.map_or_else(String::new, |s| crate::kernel::print::statement_in(&self.kernel, s))
     }

@@ -1,6 +1,6 @@
 //! Arithmetic on small floats: what `pack`, `half_fma`, `fp8_to_f16` and `mma` compute.
 
-use super::code::{HalfOp, Mma, Reg};
+use super::code::{HalfOp, Mma, MmaGroup, Reg};
 use crate::dtype::DType;
 use crate::format::{decode_bf16, decode_e4m3, decode_f16, encode_bf16, encode_f16};
 
@@ -93,6 +93,27 @@ pub(super) fn mma(m: &Mma, narrow: &mut [u32], first: usize, threads: usize) {
         }
         for (n, sum) in sums.into_iter().enumerate() {
             narrow[at(m.d, row, n)] = (sum as f32).to_bits();
+        }
+    }
+}
+
+/// `A·B` of the warp whose first thread is `first`, where `tokens` has eight words a step of each column of B.
+pub(super) fn mma_group(m: &MmaGroup, narrow: &mut [u32], tokens: &[Vec<u32>], (first, threads): (usize, usize)) {
+    for (step, a) in m.a.chunks(4).enumerate() {
+        let a: [[f64; K]; M] = each(|row, k| {
+            let word = narrow[a[row / 8 + k / 8 * 2] + first + owner(row, k)];
+            f64::from(decode(m.dtype, halves(word)[k % 2]))
+        });
+        for (n, token) in tokens.iter().enumerate() {
+            let b: [f64; K] =
+                std::array::from_fn(|k| f64::from(decode(m.dtype, halves(token[step * K / 2 + k / 2])[k % 2])));
+            for (row, a) in a.iter().enumerate() {
+                let number = n / N * 4 + row / 8 * 2 + n % 2;
+                let at = m.d + number * threads + first + owner(row, n);
+                let begin = if step == 0 { 0.0 } else { f64::from(f32::from_bits(narrow[at])) };
+                let sum = a.iter().zip(&b).fold(begin, |sum, (x, y)| sum + x * y);
+                narrow[at] = (sum as f32).to_bits();
+            }
         }
     }
 }

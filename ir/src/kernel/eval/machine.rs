@@ -1,7 +1,7 @@
 //! Running the instructions of a [`Code`].
 
 use super::access::{Memory, Pointer};
-use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, Reg, TileStep, UnaryOp};
+use super::code::{Bank, Block, CmpOf, Code, FloatOp, HalfOp, Inst, IntOp, MmaGroup, Reg, TileStep, UnaryOp};
 use super::half;
 use super::mask::Masks;
 use super::memory::{Place, Slot};
@@ -313,6 +313,19 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                     half::mma(&block.mmas[number], &mut self.narrow, first, threads);
                 }
             }
+            Inst::MmaGroup { number } => self.mma_group(&block.mma_groups[number])?,
+            Inst::CopyAsync { to, at, from, from_at } => self.each(|m, t| {
+                let from = (m.pointers[from + t], m.wide[from_at + t]);
+                m.memory.copy((m.pointers[to + t], m.wide[at + t]), from, t)
+            })?,
+            Inst::CopyCommit => {
+                self.masks.whole_block()?;
+                self.memory.commit_copies();
+            }
+            Inst::CopyWait { left } => {
+                self.masks.whole_block()?;
+                self.memory.wait_for_copies(left)?;
+            }
             Inst::Prefetch { p, at, bytes } => {
                 self.each(|m, t| m.memory.prefetch(m.pointers[p + t], m.wide[at + t], m.wide[bytes + t]))?;
             }
@@ -355,6 +368,20 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
             Inst::TileLoad { c, rows, columns } => self.tile_load(c, rows as usize, columns as usize)?,
         }
         Ok(next)
+    }
+
+    /// The products of the groups of four warps that are here.
+    fn mma_group(&mut self, m: &MmaGroup) -> Result<(), Misdeed> {
+        let threads = self.threads();
+        for first in self.masks.whole_warp_groups()? {
+            self.thread = Some(first);
+            let (b, index) = (self.pointers[m.b[0] + first], self.wide[m.b[1] + first]);
+            let tokens = self.memory.swizzled(b, index, (8 * m.groups, m.a.len() / 4), first)?;
+            for warp in 0..4 {
+                half::mma_group(m, &mut self.narrow, &tokens, (first + warp * Kernel::WARP as usize, threads));
+            }
+        }
+        Ok(())
     }
 
     /// What can fail, for each thread that is here.

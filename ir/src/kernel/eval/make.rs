@@ -1,6 +1,6 @@
 //! From a kernel's tree to instructions.
 
-use super::code::{Bank, Block, CmpOf, FloatOp, HalfOp, Inst, IntOp, Mma, Reg, TileStep, UnaryOp};
+use super::code::{Bank, Block, CmpOf, FloatOp, HalfOp, Inst, IntOp, Mma, MmaGroup, Reg, TileStep, UnaryOp};
 use crate::dtype::DType;
 use crate::kernel::{KOp, KType, Kernel, Region, Stmt, Val};
 
@@ -294,6 +294,14 @@ impl<'k> Maker<'k> {
                 self.block.mmas.push(mma);
                 Inst::Mma { number: self.block.mmas.len() - 1 }
             }
+            KOp::MmaGroup { dtype, steps, groups } => {
+                let rows = (2..2 + 4 * steps as usize).map(arg).collect();
+                self.block.mma_groups.push(MmaGroup { dtype, d, b: [a, b], a: rows, groups: groups as usize });
+                Inst::MmaGroup { number: self.block.mma_groups.len() - 1 }
+            }
+            KOp::CopyAsync => Inst::CopyAsync { to: a, at: b, from: arg(2), from_at: arg(3) },
+            KOp::CopyCommit => Inst::CopyCommit,
+            KOp::CopyWait { left } => Inst::CopyWait { left: left as usize },
             KOp::Prefetch => Inst::Prefetch { p: a, at: b, bytes: arg(2) },
             KOp::Wait => {
                 self.block.wait.get_or_insert(self.stmt);

@@ -88,14 +88,22 @@ impl Masks {
 
     /// What warps do together: the first thread of each warp that is here, whole.
     pub(super) fn whole_warps(&self) -> Result<Vec<usize>, Misdeed> {
-        let warp = Kernel::WARP as usize;
+        self.whole("warp", Kernel::WARP as usize)
+    }
+
+    /// The first threads of the groups of four warps that are here; each is here as a whole.
+    pub(super) fn whole_warp_groups(&self) -> Result<Vec<usize>, Misdeed> {
+        self.whole("group of four warps", 4 * Kernel::WARP as usize)
+    }
+
+    fn whole(&self, group: &'static str, warp: usize) -> Result<Vec<usize>, Misdeed> {
         let bits = &self.bits[self.depth * self.threads..][..self.threads];
         let mut first = Vec::with_capacity(self.threads / warp);
         for (i, bits) in bits.chunks(warp).enumerate() {
             match bits.iter().filter(|&&on| on).count() {
                 0 => {}
                 here if here == warp => first.push(i * warp),
-                here => return Err(Misdeed::Diverged { group: "warp", here, of: warp }),
+                here => return Err(Misdeed::Diverged { group, here, of: warp }),
             }
         }
         Ok(first)

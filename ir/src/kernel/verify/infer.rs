@@ -158,6 +158,22 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             exact(args, 6, KType::vector(DType::F32, 4))?;
             Some(args[6])
         }
+        KOp::MmaGroup { dtype, steps, groups } => {
+            half(dtype)?;
+            range("steps", steps.into(), (1..=4).contains(&steps), "1 to 4")?;
+            range("groups", groups.into(), (1..=MOST_GROUPS).contains(&groups), "1 to 32")?;
+            exact(args, 0, KType::Ptr(Space::Shared))?;
+            exact(args, 1, i64_scalar)?;
+            (2..args.len()).try_for_each(|i| exact(args, i, i32_scalar))?;
+            Some(KType::vector(DType::F32, 4 * groups))
+        }
+        KOp::CopyAsync => {
+            exact(args, 0, KType::Ptr(Space::Shared))?;
+            pointer(args, 2)?;
+            [1, 3].into_iter().try_for_each(|i| exact(args, i, i64_scalar))?;
+            None
+        }
+        KOp::CopyCommit | KOp::CopyWait { .. } => None,
         KOp::Prefetch => {
             exact(args, 0, KType::Ptr(Space::Global))?;
             (1..3).try_for_each(|i| exact(args, i, i64_scalar))?;
@@ -204,7 +220,8 @@ const fn arity(op: KOp) -> usize {
         | KOp::Nibble { .. } => 1,
         KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
         KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch | KOp::ByteDot => 3,
-        KOp::Quad | KOp::ByteRow => 4,
+        KOp::Quad | KOp::ByteRow | KOp::CopyAsync => 4,
+        KOp::MmaGroup { steps, .. } => 2 + 4 * steps as usize,
         KOp::Mma { .. } => 7,
         KOp::TileStep { rows, columns, .. } => (rows + columns) as usize,
         KOp::TileStore { .. } | KOp::TileLoad { .. } => 1,
@@ -301,6 +318,9 @@ fn is(ty: KType, dtype: DType) -> bool {
 fn is_int(ty: KType) -> bool {
     is(ty, DType::I32) || is(ty, DType::I64)
 }
+
+/// Most groups of eight tokens of a product by groups of warps.
+pub(super) const MOST_GROUPS: u32 = 32;
 
 pub(super) const fn lanes_exist(lanes: u32) -> bool {
     matches!(lanes, 1 | 2 | 4 | 8 | 16)

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::infer::{count, exact, infer, lanes_exist};
+use super::infer::{MOST_GROUPS, count, exact, infer, lanes_exist};
 use super::{Broken, KernelError, RESERVED, error, is_name};
 use crate::dtype::DType;
 use crate::kernel::op::Sig;
@@ -65,6 +65,10 @@ impl<'k> Checker<'k> {
         }
         for (i, &ty) in k.types.iter().enumerate() {
             let exists = match ty {
+                // what groups of warps multiply
+                KType::Value { dtype: DType::F32, lanes } if lanes.is_multiple_of(4) && lanes <= 4 * MOST_GROUPS => {
+                    true
+                }
                 KType::Value { dtype, lanes } => {
                     lanes_exist(lanes) && matches!(dtype, DType::F32 | DType::I32 | DType::I64 | DType::Bool)
                 }
@@ -112,7 +116,7 @@ impl<'k> Checker<'k> {
     fn partials(&mut self) {
         let of = |region: &'k Region| region.stmts.iter().filter(|s| matches!(s.op, KOp::Partials { .. }));
         let k = self.kernel;
-        let found: Vec<_> = std::iter::once(&k.body).chain(&k.tail).map(|r| of(r).collect::<Vec<_>>()).collect();
+        let found: Vec<_> = k.regions().map(|r| of(r).collect::<Vec<_>>()).collect();
         for again in found.iter().flat_map(|stmts| stmts.iter().skip(1)) {
             self.fail(&print::statement(again), Broken::Partials);
         }
@@ -264,7 +268,7 @@ impl<'k> Checker<'k> {
         let k = self.kernel;
         let mut flows = Vec::new();
         let mut stores = Vec::new();
-        for region in std::iter::once(&k.body).chain(&k.tail) {
+        for region in k.regions() {
             collect(region, &mut flows, &mut stores);
         }
         let mut roots: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); k.types.len()];

@@ -229,7 +229,8 @@ impl Groups<'_> {
                 let last = k.index(all - 1);
                 let next = k.min_i64(next, last);
                 let ahead = product.codes(k, next).concat();
-                let (own, before) = if parts { self.end_part(k, t, own, before) } else { (own.to_vec(), Vec::new()) };
+                let (own, before) =
+                    if parts { product.end_part(k, t, own, before) } else { (own.to_vec(), Vec::new()) };
                 let own: Vec<Vec<Val>> = own.chunks(no_sums.len()).map(<[Val]>::to_vec).collect();
                 let codes: Vec<Vec<Val>> =
                     codes.chunks(codes.len() / product.tiles.len()).map(<[Val]>::to_vec).collect();
@@ -264,25 +265,6 @@ impl Groups<'_> {
             self.product.turn_sums_of_many(k, turn, codes, &b, &mut sums);
         }
         sums.concat()
-    }
-
-    /// Where a part of the columns begins with turn `t`, its sums begin anew, and those before are added to the ones before them.
-    fn end_part(&self, k: &mut KernelBuilder, t: Val, own: &[Val], before: &[Val]) -> (Vec<Val>, Vec<Val>) {
-        let within = k.rem_const(t, self.product.part_turns());
-        let zero = k.const_i64(0);
-        let begins = k.cmp(Pred::Eq, within, zero);
-        let both = k.if_else(
-            begins,
-            |k| {
-                let none = self.product.no_sums(k);
-                let anew = own.iter().zip(none.iter().cycle()).map(|(_, &none)| none).collect::<Vec<_>>();
-                let added = before.iter().zip(own).map(|(&before, &own)| k.fadd(before, own)).collect();
-                [anew, added].concat()
-            },
-            |_| [own, before].concat(),
-        );
-        let (own, before) = both.split_at(own.len());
-        (own.to_vec(), before.to_vec())
     }
 
     /// Makes the operands of a stage: this warp those of one group, of some turns.

@@ -23,9 +23,10 @@ use super::experts_down::Down;
 use super::few::At;
 use super::fragments::Fragments;
 use super::many::{self, FEW_ROWS, MANY_TOKENS, OwnTiles, TILES, WARPS, few_rows, many, some, token_blocks};
-use super::matmul::{GatePair, store_pair, store_residual};
+use super::matmul::{GatePair, WidePairs, store_pair, store_residual};
 use super::router::Choice;
 use super::tile::{Product, Split};
+use super::wide::{self, Goes, Own, Packed, Tiles, Width, X};
 use super::{Place, begin, lanes_alike, lanes_before, warp_count};
 
 /// The products of the router.
@@ -380,18 +381,18 @@ impl Choices {
         k.if_else(is_one, |_| vec![zero], |k| vec![self.at(k, place).1])[0]
     }
 
-    /// Most units of the routed experts.
-    fn units(&self, sym: Sym) -> Extent {
+    /// Most units of the routed experts, of `tokens` tokens each.
+    fn units(&self, sym: Sym, tokens: u64) -> Extent {
         let choices = Extent::from(sym) * self.each.into();
-        token_blocks(choices.clone()) + Extent::from(self.layout.experts).min(choices)
+        choices.clone().ceil_div(tokens) + Extent::from(self.layout.experts).min(choices)
     }
 
-    /// Unit `number` of the routed experts, by a warp, and whether there is one: runs of experts in blocks of [`MANY_TOKENS`].
-    fn unit(&self, k: &mut KernelBuilder, lane: Val, number: Val) -> (Val, Unit) {
+    /// Unit `number` of the routed experts, by a warp, and whether there is one: runs of experts in blocks of `tokens` tokens.
+    fn unit(&self, k: &mut KernelBuilder, lane: Val, (number, tokens): (Val, u64)) -> (Val, Unit) {
         let per_lane = self.layout.experts.div_ceil(32);
         let (table, number) = (k.param(self.table), k.narrow(number));
         let (none, one) = (k.const_i32(0), k.const_i32(1));
-        let (up, size) = (k.const_i32(MANY_TOKENS as i32 - 1), k.const_i32(MANY_TOKENS as i32));
+        let (up, size) = (k.const_i32(tokens as i32 - 1), k.const_i32(tokens as i32));
         let own = k.mul_const(lane, per_lane);
         let end = k.index(self.layout.experts);
         let units: Vec<(Val, Val)> = (0..per_lane)
@@ -426,7 +427,7 @@ impl Choices {
         let index = k.select(exists, index, none);
         let (expert, index) = (k.widen(expert), k.widen(index));
         let (begin, end) = self.layout.run(k, table, expert);
-        let skipped = k.mul_const(index, MANY_TOKENS);
+        let skipped = k.mul_const(index, tokens);
         (exists, Unit { expert, first: k.add(begin, skipped), end })
     }
 }
@@ -452,10 +453,13 @@ pub struct GateUp<'a> {
 impl GateUp<'_> {
     /// The kernel for steps of more tokens than `above`.
     pub fn kernel(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
+        if wide::covers(site.target, Width::PAIRS, [&self.routed.0, &self.dense.0]) {
+            return self.wide(site, ports, (sym, above));
+        }
         let (dense_tiles, tiles) = (self.dense.0.planes.tiles(), pad(self.width) / LANES);
         let [dense_groups, groups] = [dense_tiles, tiles].map(|n| n.div_ceil(WARPS));
         let shared_tasks = token_blocks(sym) * dense_groups.into();
-        let grid = shared_tasks.clone() + self.choices.units(sym) * groups.into();
+        let grid = shared_tasks.clone() + self.choices.units(sym, MANY_TOKENS) * groups.into();
         let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
         let place = many::begin_block(&mut k);
         let operands = [self.routed.0, self.dense.0].map(|f| f.numbers().operands()).into_iter().max();
@@ -478,7 +482,7 @@ impl GateUp<'_> {
             |k| {
                 let number = k.sub(task, shared_end);
                 let (number, group) = (k.div_const(number, groups), k.rem_const(number, groups));
-                let (exists, unit) = self.choices.unit(k, place.lane, number);
+                let (exists, unit) = self.choices.unit(k, place.lane, (number, MANY_TOKENS));
                 k.if_then(exists, |k| {
                     let pair =
                         GatePair::of_expert(k, (&self.routed.0, self.routed.1), unit.expert, (group, tiles), place);
@@ -498,14 +502,71 @@ impl GateUp<'_> {
     }
 }
 
-/// Threads of a block that adds up the products of a token.
-const COMBINE_THREADS: u64 = WARPS * 32;
+impl GateUp<'_> {
+    /// The same by groups of warps.
+    fn wide(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
+        let shape = |tiles: u64| (tiles, wide::PAIRS, 1);
+        let (dense_shape, shape) = (shape(self.dense.0.planes.tiles()), shape(pad(self.width) / LANES));
+        let [dense_shares, shares] = [dense_shape, shape].map(Tiles::shares);
+        let shared_tasks = Width::PAIRS.token_blocks(sym) * dense_shares.into();
+        let grid = shared_tasks.clone() + self.choices.units(sym, Width::PAIRS.tokens()) * shares.into();
+        let packed = Packed::of(&self.routed.0);
+        let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
+        packed.body(&mut k, self.rows);
+        k.finish_with_tail_grid(many(sym, above, grid), |k| {
+            let memory = wide::Memory::alloc(k, (site.target, Width::PAIRS), [&self.routed.0, &self.dense.0]);
+            let x = X::Packed(packed, packed.rows(k));
+            let place = wide::begin_block(k);
+            let (task, count) = (k.task(), k.dim(sym));
+            let shared_end = super::extent(k, &shared_tasks);
+            let is_shared = k.cmp(Pred::Lt, task, shared_end);
+            let [routed_out, shared_out] = self.outs.map(|(port, stride)| (k.param(port), stride));
+            let warps = self.split.warps;
+            k.if_else(
+                is_shared,
+                |k| {
+                    let ((first, share), skipped) = (Width::PAIRS.block_of(k, task, dense_shares), k.const_i64(0));
+                    let (fragments, weights) = (&self.dense.0, self.dense.1);
+                    let pairs =
+                        WidePairs { fragments, weights, skipped, tiles: Tiles::of_share(k, share, dense_shape) };
+                    let block = wide::Block { fragments, warps, place, memory, x, range: (first, count) };
+                    let mut same = [(); 2].map(|()| |_: &mut KernelBuilder, token: Val| token);
+                    let [row_of, row_to] = &mut same;
+                    pairs.products(k, &block, (row_of, row_to), shared_out);
+                    Vec::new()
+                },
+                |k| {
+                    let number = k.sub(task, shared_end);
+                    let (number, share) = (k.div_const(number, shares), k.rem_const(number, shares));
+                    let (exists, unit) = self.choices.unit(k, place.lane, (number, Width::PAIRS.tokens()));
+                    k.if_then(exists, |k| {
+                        let skipped = k.mul_const(unit.expert, shape.0);
+                        let (fragments, weights) = (&self.routed.0, self.routed.1);
+                        let pairs = WidePairs { fragments, weights, skipped, tiles: Tiles::of_share(k, share, shape) };
+                        let range = (unit.first, unit.end);
+                        let block = wide::Block { fragments, warps, place, memory, x, range };
+                        let mut row_of = |k: &mut KernelBuilder, at: Val| self.choices.at(k, at).1;
+                        let mut row_to = |k: &mut KernelBuilder, at: Val| self.choices.at(k, at).0;
+                        pairs.products(k, &block, (&mut row_of, &mut row_to), routed_out);
+                    });
+                    Vec::new()
+                },
+            );
+        })
+    }
+}
+
+/// Blocks that share the tiles of an expert's `down` for the same tokens.
+const DOWN_SHARES: u64 = 2;
 
 /// `experts_down`.
 pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64)) -> Kernel {
+    if wide::covers_plain(site.target, Width::WHOLE, [&down.routed, &down.dense]) {
+        return wide_down(site, ports, down, (sym, above));
+    }
     let (groups, stride) = (down.tiles.div_ceil(TILES), down.tiles * LANES);
     let shared_tasks = token_blocks(sym) * groups.into();
-    let grid = shared_tasks.clone() + down.choices.units(sym) * groups.into();
+    let grid = shared_tasks.clone() + down.choices.units(sym, MANY_TOKENS) * groups.into();
     let mut k = ports.builder_of(site, ".many", many(sym, above, grid));
     let place = many::begin_block(&mut k);
     let operands = [down.routed, down.dense].map(|f| f.numbers().operands()).into_iter().max();
@@ -528,7 +589,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
         |k| {
             let number = k.sub(task, shared_end);
             let (number, group) = (k.div_const(number, groups), k.rem_const(number, groups));
-            let (exists, unit) = down.choices.unit(k, place.lane, number);
+            let (exists, unit) = down.choices.unit(k, place.lane, (number, MANY_TOKENS));
             k.if_then(exists, |k| {
                 let weight = (&down.routed, k.param(down.w_down), unit.expert);
                 let mut choice = |k: &mut KernelBuilder, at: Val| down.choices.at(k, at).0;
@@ -538,14 +599,89 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
             Vec::new()
         },
     );
+    combine(k, down, (sym, above), MANY_TOKENS * TILES * LANES)
+}
+
+/// The same by groups of warps: a block takes half of the tiles of an expert for its tokens.
+fn wide_down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64)) -> Kernel {
+    let shape = (down.tiles, wide::WARPS, down.tiles.div_ceil(wide::WARPS).div_ceil(DOWN_SHARES));
+    let (shares, stride) = (Tiles::shares(shape), down.tiles * LANES);
+    let shared_tasks = Width::WHOLE.token_blocks(sym) * shares.into();
+    let grid = shared_tasks.clone() + down.choices.units(sym, Width::WHOLE.tokens()) * shares.into();
+    let mut k = ports.builder_of(site, ".wide", many(sym, above, grid));
+    k.threads(wide::THREADS as u32);
+    let memory = wide::Memory::resident(&mut k, (site.target, Width::WHOLE), [&down.routed, &down.dense]);
+    // as for blocks without groups of warps
+    let elems = Width::WHOLE.tokens() * shape.1 * shape.2 * LANES;
+    let partials = k.partials(DType::F32, elems);
+    let place = wide::begin_block(&mut k);
+    let (task, count) = (k.task(), k.dim(sym));
+    let shared_end = super::extent(&mut k, &shared_tasks);
+    let is_shared = k.cmp(Pred::Lt, task, shared_end);
+    let choices = k.mul_const(count, down.choices.each);
+    let row = k.div_const(place.lane, 4);
+    let products = |k: &mut KernelBuilder,
+                    (fragments, weight, skipped): (&Fragments, Port, Val),
+                    (rows, range, share): (&Rows, (Val, Val), Val),
+                    both: (&mut wide::RowOf<'_>, &mut wide::RowOf<'_>)| {
+        let (tiles, base) = (Tiles::of_share(k, share, shape), k.param(weight));
+        let own = |k: &mut KernelBuilder, go: Val| {
+            let (_, _, tile) = tiles.at(k, go, place.warp);
+            let tile = k.add(skipped, tile);
+            Own::Tile(fragments.own_tile(k, base, tile))
+        };
+        let block = wide::Block { fragments, warps: 1, place, memory, x: X::Plain(rows), range };
+        let goes = Goes { count: tiles.goes(k), own: &own };
+        block.products(
+            k,
+            &goes,
+            both,
+            |_, _, _| (),
+            |k, go, at, values, ()| {
+                let (tile, is_tile, _) = tiles.at(k, go, place.warp);
+                let exists = k.and(at.exists, is_tile);
+                k.if_then(exists, |k| store_pair(k, (partials, stride), at.token, (tile, row), values));
+            },
+        );
+    };
+    k.if_else(
+        is_shared,
+        |k| {
+            let ((first, share), none) = (Width::WHOLE.block_of(k, task, shares), k.const_i64(0));
+            let (mut row_of, mut row_to) =
+                (|_: &mut KernelBuilder, t: Val| t, |k: &mut KernelBuilder, t: Val| k.add(choices, t));
+            let weight = (&down.dense, down.s_down, none);
+            products(k, weight, (&down.s, (first, count), share), (&mut row_of, &mut row_to));
+            Vec::new()
+        },
+        |k| {
+            let number = k.sub(task, shared_end);
+            let (number, share) = (k.div_const(number, shares), k.rem_const(number, shares));
+            let (exists, unit) = down.choices.unit(k, place.lane, (number, Width::WHOLE.tokens()));
+            k.if_then(exists, |k| {
+                let skipped = k.mul_const(unit.expert, down.tiles);
+                let mut rows = [(); 2].map(|()| |k: &mut KernelBuilder, at: Val| down.choices.at(k, at).0);
+                let [row_of, row_to] = &mut rows;
+                let weight = (&down.routed, down.w_down, skipped);
+                products(k, weight, (&down.h, (unit.first, unit.end), share), (row_of, row_to));
+            });
+            Vec::new()
+        },
+    );
+    combine(k, down, (sym, above), elems)
+}
+
+/// Adds the tail: a block a token adds up the products of its choices, whose tasks had room for `elems` each.
+fn combine(k: KernelBuilder, down: &Down, (sym, above): (Sym, u64), elems: u64) -> Kernel {
+    let (stride, threads) = (down.tiles * LANES, u64::from(k.block_threads()));
     k.finish_with_tail_grid(many(sym, above, sym.into()), |k| {
-        let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
+        let partials = k.partials(DType::F32, elems);
         begin(k);
         let (thread, token) = (k.thread(), k.task());
         let (first, choices) = (k.mul_const(token, down.choices.each), k.mul_const(k.dim(sym), down.choices.each));
         let [sums, shared] = [first, k.add(choices, token)].map(|row| row_ptr(k, partials, row, stride));
         let (zero, end) = (k.const_i64(0), k.index(stride));
-        k.for_each((zero, end, COMBINE_THREADS), |k, from| {
+        k.for_each((zero, end, threads), |k, from| {
             let column = k.add(from, thread);
             let exists = k.cmp(Pred::Lt, column, end);
             let column = k.select(exists, column, zero);

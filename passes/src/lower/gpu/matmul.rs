@@ -19,6 +19,7 @@ use super::many::{self, FEW_ROWS, OwnTiles, Pair, TILES, WARPS, few, few_rows, m
 use super::some::{Blocks, SomeRows};
 use super::stage::Form;
 use super::tile::{Product, Split};
+use super::wide::{self, Goes, Own, Packed, Tiles, Width, X};
 use super::{Place, across, begin, half_warp_sum};
 
 /// Some weights of one format and width, and where their products go.
@@ -80,18 +81,22 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let blocks = Blocks::of(site.target, warps, all);
         linears_of_some(site, &ports, (&groups, blocks), (&rows, sym, most))
     });
-    let many = linears_of_many(site, &ports, (&groups, warps), (&rows, sym, most));
+    let (wide, other): (Vec<_>, Vec<_>) =
+        groups.into_iter().partition(|g| wide::covers(site.target, Width::PLAIN, [&g[0].fragments]));
+    let mut many = Vec::new();
+    if !wide.is_empty() {
+        many.push(linears_of_wide(site, &ports, (&wide, warps), (&rows, sym, most)));
+    }
+    if !other.is_empty() {
+        many.push(linears_of_many(site, &ports, (&other, warps), (&rows, sym, most)));
+    }
     Ok(by_rows(ports, k.finish(), some, many))
 }
 
 /// The kernels of a node for steps of few, of some, if there is one, and of many rows.
-fn by_rows(ports: Ports, few: Kernel, some: Option<Kernel>, many: Kernel) -> Lowered {
-    let few = ports.clone().finish(few);
-    let few = match some {
-        Some(some) => few.then(ports.clone().finish(some)),
-        None => few,
-    };
-    few.then(ports.finish(many))
+fn by_rows(ports: Ports, few: Kernel, some: Option<Kernel>, many: Vec<Kernel>) -> Lowered {
+    let kernels = some.into_iter().chain(many);
+    kernels.fold(ports.clone().finish(few), |all, kernel| all.then(ports.clone().finish(kernel)))
 }
 
 /// The kernel for some rows, at most `most`.
@@ -155,6 +160,59 @@ fn linears_of_many(
         });
     });
     k.finish()
+}
+
+/// The same by groups of warps.
+fn linears_of_wide(
+    site: &Site<'_>,
+    ports: &Ports,
+    (groups, warps): (&[Vec<Segment>], u64),
+    (rows, sym, above): (&Rows, Sym, u64),
+) -> Kernel {
+    let each = wide::WARPS;
+    let tasks = |group: &[Segment]| group.iter().map(|s| s.fragments.planes.tiles().div_ceil(each)).sum::<u64>();
+    let all: u64 = groups.iter().map(|g| tasks(g)).sum();
+    let packed = Packed::of(&groups[0][0].fragments);
+    let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
+    packed.body(&mut k, rows);
+    k.finish_with_tail_grid(many(sym, above, Width::PLAIN.token_blocks(sym) * all.into()), |k| {
+        let memory = wide::Memory::alloc(k, (site.target, Width::PLAIN), groups.iter().map(|g| &g[0].fragments));
+        let x = X::Packed(packed, packed.rows(k));
+        let place = wide::begin_block(k);
+        let (task, count) = (k.task(), k.dim(sym));
+        let (first, number) = Width::PLAIN.block_of(k, task, all);
+        for_parts(k, number, groups.iter().map(|g| tasks(g)), |k, i, number| {
+            let group = &groups[i];
+            let fragments = &group[0].fragments;
+            let chosen = choose(k, group, Split { warps, tiles: each }, number);
+            let (behind, end) = (k.add_const(chosen.last, 1), k.add_const(chosen.first, each));
+            let tiles = Tiles { first: chosen.first, end: k.min_i64(end, behind), each, most: 1 };
+            let own = |k: &mut KernelBuilder, go: Val| {
+                let (_, _, tile) = tiles.at(k, go, place.warp);
+                Own::Tile(fragments.tile(k, chosen.weight, chosen.scales_at, tile))
+            };
+            let block = wide::Block { fragments, warps, place, memory, x, range: (first, count) };
+            let row = k.div_const(place.lane, 4);
+            let goes = Goes { count: tiles.goes(k), own: &own };
+            block.of_tokens(
+                k,
+                &goes,
+                |_, _, _| (),
+                |k, go, at, values, ()| {
+                    let (tile, is_tile, _) = tiles.at(k, go, place.warp);
+                    let exists = k.and(at.exists, is_tile);
+                    k.if_then(exists, |k| {
+                        let to = k.mul(at.token, chosen.stride);
+                        let to = row_ptr(k, chosen.out, to, 1);
+                        let column = column_of(k, tile, row);
+                        let lower = k.add_const(column, LANES / 2);
+                        k.store(to, column, values[0]);
+                        k.store(to, lower, values[1]);
+                    });
+                },
+            );
+        });
+    })
 }
 
 /// Groups of [`TILES`] tiles.
@@ -314,8 +372,12 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let node = ResidualNode { rows: &rows, fragments, weight, residual: &residual, warps: split.warps };
     let most = some_rows(site.target, tiles.div_ceil(TILES));
     let some = (most > FEW_ROWS).then(|| node.some(site, &ports, (sym, most)));
-    let many = node.many(site, &ports, (sym, most));
-    Ok(by_rows(ports, few, some, many))
+    let many = if wide::covers(site.target, Width::PLAIN, [&fragments]) {
+        node.wide(site, &ports, (sym, most))
+    } else {
+        node.many(site, &ports, (sym, most))
+    };
+    Ok(by_rows(ports, few, some, vec![many]))
 }
 
 /// `linear_residual` and what it is connected to.
@@ -379,11 +441,46 @@ impl ResidualNode<'_> {
             &mut |_, token| token,
             &mut |k, at, pair| {
                 own.each(k, at, pair, |k, tile, at, values| {
-                    store_residual_pair(k, self.residual, tile, at, pair.row, values);
+                    store_residual_pair(k, self.residual, tile, at, (pair.row, None), values);
                 });
             },
         );
         k.finish()
+    }
+}
+
+impl ResidualNode<'_> {
+    /// The same by groups of warps.
+    fn wide(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
+        let (fragments, packed) = (&self.fragments, Packed::of(&self.fragments));
+        let shape = (fragments.planes.tiles(), wide::WARPS, 1);
+        let shares = Tiles::shares(shape);
+        let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
+        packed.body(&mut k, self.rows);
+        k.finish_with_tail_grid(many(sym, above, Width::PLAIN.token_blocks(sym) * shares.into()), |k| {
+            let memory = wide::Memory::alloc(k, (site.target, Width::PLAIN), [fragments]);
+            let x = X::Packed(packed, packed.rows(k));
+            let place = wide::begin_block(k);
+            let (base, task, count) = (k.param(self.weight), k.task(), k.dim(sym));
+            let (first, share) = Width::PLAIN.block_of(k, task, shares);
+            let tiles = Tiles::of_share(k, share, shape);
+            let own = |k: &mut KernelBuilder, go: Val| {
+                let (_, _, tile) = tiles.at(k, go, place.warp);
+                Own::Tile(fragments.own_tile(k, base, tile))
+            };
+            let block = wide::Block { fragments, warps: self.warps, place, memory, x, range: (first, count) };
+            let row = k.div_const(place.lane, 4);
+            let ask = |k: &mut KernelBuilder, go: Val, at: &At| {
+                let (_, _, tile) = tiles.at(k, go, place.warp);
+                self.residual.load_pair(k, tile, (at.token, row))
+            };
+            let goes = Goes { count: tiles.goes(k), own: &own };
+            block.of_tokens(k, &goes, ask, |k, go, at, values, old| {
+                let (tile, is_tile, _) = tiles.at(k, go, place.warp);
+                let at = At { exists: k.and(at.exists, is_tile), ..*at };
+                store_residual_pair(k, self.residual, tile, &at, (row, Some(old)), values);
+            });
+        })
     }
 }
 
@@ -454,6 +551,15 @@ pub fn store_residual(
     k.if_then(leads, |k| residual.store_sum(k, tile, at.token, sum));
 }
 
+impl Residual {
+    /// The residual of a token at rows `row` and `row + 8` of a tile of weights.
+    fn load_pair(&self, k: &mut KernelBuilder, tile: Val, (token, row): (Val, Val)) -> [Val; 2] {
+        let column = column_of(k, tile, row);
+        let lower = k.add_const(column, LANES / 2);
+        [column, lower].map(|column| self.load_one(k, token, column))
+    }
+}
+
 /// The column of row `row` of a tile of weights.
 pub fn column_of(k: &mut KernelBuilder, tile: Val, row: Val) -> Val {
     let column = k.mul_const(tile, LANES);
@@ -461,16 +567,21 @@ pub fn column_of(k: &mut KernelBuilder, tile: Val, row: Val) -> Val {
 }
 
 /// The same where a thread has rows `row` and `row + 8`, and the others of a token lie four threads apart.
-pub fn store_residual_pair(k: &mut KernelBuilder, residual: &Residual, tile: Val, at: &At, row: Val, values: [Val; 2]) {
+pub fn store_residual_pair(
+    k: &mut KernelBuilder,
+    residual: &Residual,
+    tile: Val,
+    at: &At,
+    (row, old): (Val, Option<[Val; 2]>),
+    values: [Val; 2],
+) {
     let column = column_of(k, tile, row);
     let lower = k.add_const(column, LANES / 2);
     let zero = k.const_f32(0.0);
     let new = |k: &mut KernelBuilder| {
-        let add = |(column, value)| {
-            let old = residual.load_one(k, at.token, column);
-            residual.add_one(k, (at.token, column), old, value)
-        };
-        [(column, values[0]), (lower, values[1])].map(add).to_vec()
+        let old = old.unwrap_or_else(|| residual.load_pair(k, tile, (at.token, row)));
+        let add = |(column, old, value)| residual.add_one(k, (at.token, column), old, value);
+        [(column, old[0], values[0]), (lower, old[1], values[1])].map(add).to_vec()
     };
     let new = k.if_else(at.exists, new, |_| vec![zero; 2]);
     let squares = [k.fmul(new[0], new[0]), k.fmul(new[1], new[1])];
@@ -517,8 +628,31 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
     });
     let few = k.finish();
 
-    let mut k =
-        ports.builder_of(site, ".many", many(sym, few_rows(site.target, groups), token_blocks(sym) * groups.into()));
+    let above = few_rows(site.target, groups);
+    if wide::covers(site.target, Width::PAIRS, [&fragments]) {
+        let (packed, width) = (Packed::of(&fragments), Width::PAIRS);
+        let shape = (fragments.planes.tiles(), wide::PAIRS, 1);
+        let shares = Tiles::shares(shape);
+        let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
+        packed.body(&mut k, &rows);
+        let many = k.finish_with_tail_grid(many(sym, above, width.token_blocks(sym) * shares.into()), |k| {
+            let memory = wide::Memory::alloc(k, (site.target, width), [&fragments]);
+            let x = X::Packed(packed, packed.rows(k));
+            let place = wide::begin_block(k);
+            let (task, to, none) = (k.task(), k.param(out), k.const_i64(0));
+            let (first, share) = width.block_of(k, task, shares);
+            let pairs =
+                WidePairs { fragments: &fragments, weights, skipped: none, tiles: Tiles::of_share(k, share, shape) };
+            let block =
+                wide::Block { fragments: &fragments, warps: split.warps, place, memory, x, range: (first, count) };
+            let mut same = [(); 2].map(|()| |_: &mut KernelBuilder, token: Val| token);
+            let [row_of, row_to] = &mut same;
+            pairs.products(k, &block, (row_of, row_to), (to, stride));
+        });
+        let many = ports.clone().finish(many);
+        return Ok(ports.finish(few).then(many));
+    }
+    let mut k = ports.builder_of(site, ".many", many(sym, above, token_blocks(sym) * groups.into()));
     let place = many::begin_block(&mut k);
     let stage = many::stage(&mut k, fragments.numbers().operands());
     let (task, to) = (k.task(), k.param(out));
@@ -582,6 +716,58 @@ impl GatePair {
             let values = [0, 1].map(|i: usize| silu_times(k, sums.values[0][i], sums.values[1][i]));
             store_pair(k, out, row, (self.tile, sums.row), values);
         });
+    }
+}
+
+/// Tiles of gate and of up in blocks of [`wide`].
+pub struct WidePairs<'a> {
+    /// Both matrices.
+    pub fragments: &'a Fragments,
+    /// Where they lie.
+    pub weights: [Port; 2],
+    /// Tiles before those of the expert.
+    pub skipped: Val,
+    /// Which tiles the block takes.
+    pub tiles: Tiles,
+}
+
+impl WidePairs<'_> {
+    /// `out = silu(gate) · up` of the block's tokens: `row_of` gives the row of x of one, `row_to` that of its products.
+    pub fn products(
+        &self,
+        k: &mut KernelBuilder,
+        block: &wide::Block<'_>,
+        rows: (&mut wide::RowOf<'_>, &mut wide::RowOf<'_>),
+        out: (Val, u64),
+    ) {
+        let pair = k.div_const(block.place.warp, 2);
+        let own = |k: &mut KernelBuilder, go: Val| {
+            let (_, _, tile) = self.tiles.at(k, go, pair);
+            let tile = k.add(self.skipped, tile);
+            Own::Both(self.weights.map(|w| {
+                let base = k.param(w);
+                self.fragments.own_tile(k, base, tile)
+            }))
+        };
+        // the second of two warps has rows 8 and more
+        let (second, row) = (k.rem_const(block.place.warp, 2), k.div_const(block.place.lane, 4));
+        let skipped = k.mul_const(second, LANES / 2);
+        let row = k.add(row, skipped);
+        let goes = Goes { count: self.tiles.goes(k), own: &own };
+        block.products(
+            k,
+            &goes,
+            rows,
+            |_, _, _| (),
+            |k, go, at, [gate, up], ()| {
+                let (tile, is_tile, _) = self.tiles.at(k, go, pair);
+                let exists = k.and(at.exists, is_tile);
+                k.if_then(exists, |k| {
+                    let value = silu_times(k, gate, up);
+                    store_one(k, out, at.token, tile, row, value);
+                });
+            },
+        );
     }
 }
 

@@ -24,6 +24,7 @@ pub mod sample;
 pub mod some;
 pub mod stage;
 pub mod tile;
+pub mod wide;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;

@@ -239,7 +239,7 @@ impl<'a> Stage<'a> {
 const WARP_PARTS: u64 = 4 * 32;
 
 /// What thread `lane` of a warp has of a row's sum of squares: [`warp_sum`] of it is the sum.
-fn own_ssq(k: &mut KernelBuilder, n: &Normed, lane: Val, row: Val) -> Val {
+pub fn own_ssq(k: &mut KernelBuilder, n: &Normed, lane: Val, row: Val) -> Val {
     let parts = pad(n.width.div_ceil(LANES));
     let ssq = k.param(n.ssq);
     let (ssq, own) = (row_ptr(k, ssq, row, parts), k.mul_const(lane, 4));

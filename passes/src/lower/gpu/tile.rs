@@ -95,7 +95,7 @@ pub struct Product<'a> {
 pub type Operand = [[[Val; 2]; 2]; 2];
 
 /// Columns of a turn that share scales, of one tile, as numbers.
-struct Block {
+pub struct Block {
     tile: usize,
     /// Operand A, by half turn and step.
     a: Vec<(usize, usize, [Val; 4])>,
@@ -307,6 +307,52 @@ impl<'a> Product<'a> {
         }
     }
 
+    /// Where a part of the columns begins with turn `t`, its sums begin anew, and those before are added to the ones before them.
+    pub fn end_part(&self, k: &mut KernelBuilder, t: Val, own: &[Val], before: &[Val]) -> (Vec<Val>, Vec<Val>) {
+        let within = k.rem_const(t, self.part_turns());
+        let zero = k.const_i64(0);
+        let begins = k.cmp(Pred::Eq, within, zero);
+        let both = k.if_else(
+            begins,
+            |k| {
+                let none = self.no_sums(k);
+                let anew = own.iter().zip(none.iter().cycle()).map(|(_, &none)| none).collect::<Vec<_>>();
+                let added = before.iter().zip(own).map(|(&before, &own)| k.fadd(before, own)).collect();
+                [anew, added].concat()
+            },
+            |_| [own, before].concat(),
+        );
+        let (own, before) = both.split_at(own.len());
+        (own.to_vec(), before.to_vec())
+    }
+
+    /// Adds the scaled products of a block of columns with groups of eight tokens, whose lines of this turn begin at a word of shared memory; four sums a group.
+    pub fn group_sums(&self, k: &mut KernelBuilder, block: &Block, (b, index): (Val, Val), sums: &mut [Val]) {
+        let a: Vec<[Val; 4]> = block.a.iter().map(|&(_, _, a)| a).collect();
+        let (half, step, _) = block.a[0];
+        let index = k.add_const(index, 8 * (2 * half + step) as u64);
+        let products = k.mma_group(self.fragments.half(), &a, (b, index), sums.len() as u32 / 4);
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let x = k.extract(products, i as u32);
+            *sum = match block.scales {
+                Some(scales) => k.fma(x, scales[i / 2 % 2], *sum),
+                None => k.fadd(x, *sum),
+            };
+        }
+    }
+
+    /// The same of two rows of weights that may be of two tiles: the thread's codes are of eight rows of each.
+    pub fn blocks_of_rows(
+        &self,
+        k: &mut KernelBuilder,
+        turn: Val,
+        codes: &[Val],
+        rows: [(Tile, Val); 2],
+    ) -> Vec<Block> {
+        let scales = self.scale_words_of(k, rows, turn);
+        self.blocks(k, turn, 0, &Asked { codes: codes.to_vec(), scales })
+    }
+
     /// The blocks of columns of a turn whose codes are `codes`.
     fn blocks_of(&self, k: &mut KernelBuilder, turn: Val, tile: usize, codes: &[Val]) -> Vec<Block> {
         let scales = self.scale_words(k, self.tiles[tile], turn);
@@ -421,18 +467,22 @@ impl<'a> Product<'a> {
 
     /// What the scales of a turn are read from: of each block of columns in it, for the thread's two rows.
     fn scale_words(&self, k: &mut KernelBuilder, tile: Tile, turn: Val) -> Vec<[[Val; 2]; 2]> {
+        let lower = k.add_const(self.row, 8);
+        self.scale_words_of(k, [(tile, self.row), (tile, lower)], turn)
+    }
+
+    /// The same of two rows of tiles.
+    fn scale_words_of(&self, k: &mut KernelBuilder, rows: [(Tile, Val); 2], turn: Val) -> Vec<[[Val; 2]; 2]> {
         let Some(blocks) = self.fragments.planes.format.blocks() else { return Vec::new() };
+        let [first, second] = rows;
         let mut words = Vec::new();
         for halves in turn_parts(blocks) {
             let block = self.column_block(k, blocks, turn, halves[0] as u64);
-            let first = self.fragments.scale_words(k, blocks, tile, (self.row, block));
-            let second = if blocks.rows > 1 {
-                first
-            } else {
-                let lower = k.add_const(self.row, 8);
-                self.fragments.scale_words(k, blocks, tile, (lower, block))
-            };
-            words.push([first, second]);
+            let mut read = |(tile, row): (Tile, Val)| self.fragments.scale_words(k, blocks, tile, (row, block));
+            let above = read(first);
+            // a tile has one scale for several rows, or one for each
+            let below = if blocks.rows > 1 && first.0.scales == second.0.scales { above } else { read(second) };
+            words.push([above, below]);
         }
         words
     }
