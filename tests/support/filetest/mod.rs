@@ -22,11 +22,11 @@ mod run;
 mod tolerance;
 mod values;
 
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use nextc_ir::Op;
 use nextc_ir::op::Class;
+use rayon::prelude::*;
 
 /// What a check gives: what is wrong, for people.
 pub type Checked<T = ()> = Result<T, String>;
@@ -52,13 +52,12 @@ pub fn check_folder(folder: &str) {
     let wanted = std::env::var("FILETEST").unwrap_or_default();
     let files = files(folder);
     assert!(!files.is_empty(), "{folder} holds no files");
-    let chosen = files.iter().filter(|path| path.to_string_lossy().contains(&wanted));
-    let mut failed = String::new();
-    for path in chosen {
-        if let Err(error) = Case::read(path).and_then(|case| case.check()) {
-            let _ = writeln!(failed, "{}:\n{error}\n", path.display());
-        }
-    }
+    let chosen = files.par_iter().filter(|path| path.to_string_lossy().contains(&wanted));
+    let check = |path: &PathBuf| {
+        let error = Case::read(path).and_then(|case| case.check()).err()?;
+        Some(format!("{}:\n{error}\n\n", path.display()))
+    };
+    let failed: String = chosen.filter_map(check).collect();
     assert!(failed.is_empty(), "\n{failed}");
 }
 
