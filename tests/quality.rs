@@ -6,6 +6,7 @@ mod support;
 use std::path::Path;
 
 use nextc_ir::Target;
+use rayon::prelude::*;
 use support::exe::{Exe, backends};
 use support::golden::{divergence, root};
 use support::{Feed, Rows, Subject, argmax};
@@ -99,20 +100,20 @@ fn quantised_demo_models_keep_to_their_lines() {
     let backend = *backends().last().expect("there is a backend");
     let float32 = Exe::build(&dir, backend, &[]);
     let limits: Vec<Limit> = LIMITS.into_iter().filter(|limit| limit.can_run(backend)).collect();
-    let exes: Vec<Exe> = limits.iter().map(|limit| Exe::build(&dir, backend, limit.options)).collect();
+    let exes: Vec<Exe> = limits.par_iter().map(|limit| Exe::build(&dir, backend, limit.options)).collect();
     let mut all: Vec<Sums> = (0..=limits.len()).map(|_| Sums::default()).collect();
     let windows: Vec<&[i32]> =
         (0..(tokens.len() - 1) / window).map(|w| &tokens[w * window..=(w + 1) * window]).collect();
     for windows in windows.chunks(WINDOWS) {
         let inputs: Vec<Vec<i32>> = windows.iter().map(|w| w[..window].to_vec()).collect();
         let reference = float32.logits(&inputs, Feed::Prefill, 1);
-        for (i, sums) in all.iter_mut().enumerate() {
+        all.par_iter_mut().enumerate().for_each(|(i, sums)| {
             let own = i.checked_sub(1).map(|i| exes[i].logits(&inputs, Feed::Prefill, 1));
             let own = own.as_ref().unwrap_or(&reference);
             for ((tokens, own), float32) in windows.iter().zip(own).zip(&reference) {
                 sums.add(tokens, own, float32, vocab);
             }
-        }
+        });
     }
     println!(
         "build                                MB      nats/token  more than f32  KL         same top-1  drafts right"
