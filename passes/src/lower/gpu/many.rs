@@ -1,4 +1,4 @@
-//! Products of many rows: 64 tokens at a time.
+//! Products of many rows: 64 tokens at a time, for weights without scales and rows that are sums of two numbers. Others have [`wide`](super::wide).
 //!
 //! task     16 tiles of weight rows by 64 tokens; a warp has two tiles, for all columns and all tokens
 //! stage    four turns of columns: the threads make operand B of the tokens in shared memory, once for all warps

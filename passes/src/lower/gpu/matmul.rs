@@ -1,6 +1,7 @@
 //! `matmul` on a GPU: projections of rows of activations, and what is fused into them.
 //!
-//! Each has a kernel for few rows (`few.rs`), one for some (`some.rs`), where the one for many would leave multiprocessors idle, and one for many (`many.rs`):
+//! Each has a kernel for few rows (`few.rs`), one for some (`some.rs`), where the one for many would leave multiprocessors idle, and one for many (`many.rs`, or
+//! `wide/` for weights with scales):
 //!
 //! prologue the rows as they are, or `x · rms_scale · (1 + gain)`
 //! epilogue store; or residual + store + sum of squares; or SwiGLU of a gate and an up tile
@@ -19,12 +20,13 @@ use super::many::{self, FEW_ROWS, OwnTiles, Pair, TILES, WARPS, few, few_rows, m
 use super::some::{Blocks, SomeRows};
 use super::stage::Form;
 use super::tile::{Product, Split};
-use super::wide::{self, Goes, Own, Packed, Tiles, Width, X};
+use super::wide::linears::{GateUp, linears};
+use super::wide::{self, Width};
 use super::{Place, across, begin, half_warp_sum};
 
 /// Some weights of one format and width, and where their products go.
-struct Segment {
-    fragments: Fragments,
+pub(super) struct Segment {
+    pub(super) fragments: Fragments,
     weight: Port,
     out: Port,
     stride: u64,
@@ -32,14 +34,15 @@ struct Segment {
 
 /// What a block found out about its segment.
 #[derive(Clone, Copy)]
-struct Chosen {
-    weight: Val,
-    scales_at: Val,
-    out: Val,
-    stride: Val,
+pub(super) struct Chosen {
+    pub(super) weight: Val,
+    pub(super) scales_at: Val,
+    pub(super) out: Val,
+    pub(super) stride: Val,
     /// Its first tile, and the segment's last.
-    first: Val,
-    last: Val,
+    pub(super) first: Val,
+    /// See `first`.
+    pub(super) last: Val,
 }
 
 /// `linear`, `linears`, `norm_linears`: tasks are groups of tiles of one weight after the other. Weights of one format share their code.
@@ -85,7 +88,7 @@ pub fn lower_linears(site: &Site<'_>) -> Result<Lowered, LowerError> {
         groups.into_iter().partition(|g| wide::covers(site.target, Width::PLAIN, [&g[0].fragments]));
     let mut many = Vec::new();
     if !wide.is_empty() {
-        many.push(linears_of_wide(site, &ports, (&wide, warps), (&rows, sym, most)));
+        many.push(linears(site, &ports, (&wide, warps), (&rows, sym, most)));
     }
     if !other.is_empty() {
         many.push(linears_of_many(site, &ports, (&other, warps), (&rows, sym, most)));
@@ -160,59 +163,6 @@ fn linears_of_many(
         });
     });
     k.finish()
-}
-
-/// The same by groups of warps.
-fn linears_of_wide(
-    site: &Site<'_>,
-    ports: &Ports,
-    (groups, warps): (&[Vec<Segment>], u64),
-    (rows, sym, above): (&Rows, Sym, u64),
-) -> Kernel {
-    let each = wide::WARPS;
-    let tasks = |group: &[Segment]| group.iter().map(|s| s.fragments.planes.tiles().div_ceil(each)).sum::<u64>();
-    let all: u64 = groups.iter().map(|g| tasks(g)).sum();
-    let packed = Packed::of(&groups[0][0].fragments);
-    let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
-    packed.body(&mut k, rows);
-    k.finish_with_tail_grid(many(sym, above, Width::PLAIN.token_blocks(sym) * all.into()), |k| {
-        let memory = wide::Memory::alloc(k, (site.target, Width::PLAIN), groups.iter().map(|g| &g[0].fragments));
-        let x = X::Packed(packed, packed.rows(k));
-        let place = wide::begin_block(k);
-        let (task, count) = (k.task(), k.dim(sym));
-        let (first, number) = Width::PLAIN.block_of(k, task, all);
-        for_parts(k, number, groups.iter().map(|g| tasks(g)), |k, i, number| {
-            let group = &groups[i];
-            let fragments = &group[0].fragments;
-            let chosen = choose(k, group, Split { warps, tiles: each }, number);
-            let (behind, end) = (k.add_const(chosen.last, 1), k.add_const(chosen.first, each));
-            let tiles = Tiles { first: chosen.first, end: k.min_i64(end, behind), each, most: 1 };
-            let own = |k: &mut KernelBuilder, go: Val| {
-                let (_, _, tile) = tiles.at(k, go, place.warp);
-                Own::Tile(fragments.tile(k, chosen.weight, chosen.scales_at, tile))
-            };
-            let block = wide::Block { fragments, warps, place, memory, x, range: (first, count) };
-            let row = k.div_const(place.lane, 4);
-            let goes = Goes { count: tiles.goes(k), own: &own };
-            block.of_tokens(
-                k,
-                &goes,
-                |_, _, _| (),
-                |k, go, at, values, ()| {
-                    let (tile, is_tile, _) = tiles.at(k, go, place.warp);
-                    let exists = k.and(at.exists, is_tile);
-                    k.if_then(exists, |k| {
-                        let to = k.mul(at.token, chosen.stride);
-                        let to = row_ptr(k, chosen.out, to, 1);
-                        let column = column_of(k, tile, row);
-                        let lower = k.add_const(column, LANES / 2);
-                        k.store(to, column, values[0]);
-                        k.store(to, lower, values[1]);
-                    });
-                },
-            );
-        });
-    })
 }
 
 /// Groups of [`TILES`] tiles.
@@ -299,7 +249,7 @@ impl OwnSegment {
 }
 
 /// Finds the segment of a task.
-fn choose(k: &mut KernelBuilder, group: &[Segment], split: Split, task: Val) -> Chosen {
+pub(super) fn choose(k: &mut KernelBuilder, group: &[Segment], split: Split, task: Val) -> Chosen {
     let of = |k: &mut KernelBuilder, s: &Segment, begin: u64| {
         let begin = k.index(begin);
         let number = k.sub(task, begin);
@@ -373,7 +323,7 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let most = some_rows(site.target, tiles.div_ceil(TILES));
     let some = (most > FEW_ROWS).then(|| node.some(site, &ports, (sym, most)));
     let many = if wide::covers(site.target, Width::PLAIN, [&fragments]) {
-        node.wide(site, &ports, (sym, most))
+        wide::linears::residual(&node, site, &ports, (sym, most))
     } else {
         node.many(site, &ports, (sym, most))
     };
@@ -381,13 +331,13 @@ pub fn lower_linear_residual(site: &Site<'_>) -> Result<Lowered, LowerError> {
 }
 
 /// `linear_residual` and what it is connected to.
-struct ResidualNode<'a> {
-    rows: &'a Rows,
-    fragments: Fragments,
-    weight: Port,
-    residual: &'a Residual,
+pub(super) struct ResidualNode<'a> {
+    pub(super) rows: &'a Rows,
+    pub(super) fragments: Fragments,
+    pub(super) weight: Port,
+    pub(super) residual: &'a Residual,
     /// Warps that share the columns.
-    warps: u64,
+    pub(super) warps: u64,
 }
 
 impl ResidualNode<'_> {
@@ -446,41 +396,6 @@ impl ResidualNode<'_> {
             },
         );
         k.finish()
-    }
-}
-
-impl ResidualNode<'_> {
-    /// The same by groups of warps.
-    fn wide(&self, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64)) -> Kernel {
-        let (fragments, packed) = (&self.fragments, Packed::of(&self.fragments));
-        let shape = (fragments.planes.tiles(), wide::WARPS, 1);
-        let shares = Tiles::shares(shape);
-        let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
-        packed.body(&mut k, self.rows);
-        k.finish_with_tail_grid(many(sym, above, Width::PLAIN.token_blocks(sym) * shares.into()), |k| {
-            let memory = wide::Memory::alloc(k, (site.target, Width::PLAIN), [fragments]);
-            let x = X::Packed(packed, packed.rows(k));
-            let place = wide::begin_block(k);
-            let (base, task, count) = (k.param(self.weight), k.task(), k.dim(sym));
-            let (first, share) = Width::PLAIN.block_of(k, task, shares);
-            let tiles = Tiles::of_share(k, share, shape);
-            let own = |k: &mut KernelBuilder, go: Val| {
-                let (_, _, tile) = tiles.at(k, go, place.warp);
-                Own::Tile(fragments.own_tile(k, base, tile))
-            };
-            let block = wide::Block { fragments, warps: self.warps, place, memory, x, range: (first, count) };
-            let row = k.div_const(place.lane, 4);
-            let ask = |k: &mut KernelBuilder, go: Val, at: &At| {
-                let (_, _, tile) = tiles.at(k, go, place.warp);
-                self.residual.load_pair(k, tile, (at.token, row))
-            };
-            let goes = Goes { count: tiles.goes(k), own: &own };
-            block.of_tokens(k, &goes, ask, |k, go, at, values, old| {
-                let (tile, is_tile, _) = tiles.at(k, go, place.warp);
-                let at = At { exists: k.and(at.exists, is_tile), ..*at };
-                store_residual_pair(k, self.residual, tile, &at, (row, Some(old)), values);
-            });
-        })
     }
 }
 
@@ -553,7 +468,7 @@ pub fn store_residual(
 
 impl Residual {
     /// The residual of a token at rows `row` and `row + 8` of a tile of weights.
-    fn load_pair(&self, k: &mut KernelBuilder, tile: Val, (token, row): (Val, Val)) -> [Val; 2] {
+    pub(super) fn load_pair(&self, k: &mut KernelBuilder, tile: Val, (token, row): (Val, Val)) -> [Val; 2] {
         let column = column_of(k, tile, row);
         let lower = k.add_const(column, LANES / 2);
         [column, lower].map(|column| self.load_one(k, token, column))
@@ -630,25 +545,8 @@ pub fn lower_norm_swiglu(site: &Site<'_>) -> Result<Lowered, LowerError> {
 
     let above = few_rows(site.target, groups);
     if wide::covers(site.target, Width::PAIRS, [&fragments]) {
-        let (packed, width) = (Packed::of(&fragments), Width::PAIRS);
-        let shape = (fragments.planes.tiles(), wide::PAIRS, 1);
-        let shares = Tiles::shares(shape);
-        let mut k = ports.builder_of(site, ".wide", many(sym, above, sym.into()));
-        packed.body(&mut k, &rows);
-        let many = k.finish_with_tail_grid(many(sym, above, width.token_blocks(sym) * shares.into()), |k| {
-            let memory = wide::Memory::alloc(k, (site.target, width), [&fragments]);
-            let x = X::Packed(packed, packed.rows(k));
-            let place = wide::begin_block(k);
-            let (task, to, none) = (k.task(), k.param(out), k.const_i64(0));
-            let (first, share) = width.block_of(k, task, shares);
-            let pairs =
-                WidePairs { fragments: &fragments, weights, skipped: none, tiles: Tiles::of_share(k, share, shape) };
-            let block =
-                wide::Block { fragments: &fragments, warps: split.warps, place, memory, x, range: (first, count) };
-            let mut same = [(); 2].map(|()| |_: &mut KernelBuilder, token: Val| token);
-            let [row_of, row_to] = &mut same;
-            pairs.products(k, &block, (row_of, row_to), (to, stride));
-        });
+        let pairs = GateUp { rows: &rows, fragments: &fragments, weights, warps: split.warps, out: (out, stride) };
+        let many = pairs.kernel(site, &ports, (sym, above));
         let many = ports.clone().finish(many);
         return Ok(ports.finish(few).then(many));
     }
@@ -719,58 +617,6 @@ impl GatePair {
     }
 }
 
-/// Tiles of gate and of up in blocks of [`wide`].
-pub struct WidePairs<'a> {
-    /// Both matrices.
-    pub fragments: &'a Fragments,
-    /// Where they lie.
-    pub weights: [Port; 2],
-    /// Tiles before those of the expert.
-    pub skipped: Val,
-    /// Which tiles the block takes.
-    pub tiles: Tiles,
-}
-
-impl WidePairs<'_> {
-    /// `out = silu(gate) · up` of the block's tokens: `row_of` gives the row of x of one, `row_to` that of its products.
-    pub fn products(
-        &self,
-        k: &mut KernelBuilder,
-        block: &wide::Block<'_>,
-        rows: (&mut wide::RowOf<'_>, &mut wide::RowOf<'_>),
-        out: (Val, u64),
-    ) {
-        let pair = k.div_const(block.place.warp, 2);
-        let own = |k: &mut KernelBuilder, go: Val| {
-            let (_, _, tile) = self.tiles.at(k, go, pair);
-            let tile = k.add(self.skipped, tile);
-            Own::Both(self.weights.map(|w| {
-                let base = k.param(w);
-                self.fragments.own_tile(k, base, tile)
-            }))
-        };
-        // the second of two warps has rows 8 and more
-        let (second, row) = (k.rem_const(block.place.warp, 2), k.div_const(block.place.lane, 4));
-        let skipped = k.mul_const(second, LANES / 2);
-        let row = k.add(row, skipped);
-        let goes = Goes { count: self.tiles.goes(k), own: &own };
-        block.products(
-            k,
-            &goes,
-            rows,
-            |_, _, _| (),
-            |k, go, at, [gate, up], ()| {
-                let (tile, is_tile, _) = self.tiles.at(k, go, pair);
-                let exists = k.and(at.exists, is_tile);
-                k.if_then(exists, |k| {
-                    let value = silu_times(k, gate, up);
-                    store_one(k, out, at.token, tile, row, value);
-                });
-            },
-        );
-    }
-}
-
 /// How a block computes a gate and an up tile.
 pub fn pair_split(site: &Site<'_>, fragments: &Fragments) -> Split {
     Split { tiles: 2, ..Split::of(site.target, fragments.planes.tiles(), &fragments.planes) }
@@ -781,7 +627,7 @@ pub fn swiglu(k: &mut KernelBuilder, sum: &Sum) -> Val {
     silu_times(k, sum.values[0], sum.values[1])
 }
 
-fn silu_times(k: &mut KernelBuilder, gate: Val, up: Val) -> Val {
+pub(super) fn silu_times(k: &mut KernelBuilder, gate: Val, up: Val) -> Val {
     let gate = k.silu(gate);
     k.fmul(gate, up)
 }

@@ -11,6 +11,7 @@ pub mod delta_rule;
 pub mod delta_state;
 pub mod delta_sweep;
 pub mod delta_within;
+pub mod dispatch;
 pub mod experts_down;
 pub mod experts_gate_up;
 pub mod few;

@@ -1,17 +1,19 @@
-//! Products of many rows by groups of four warps: 96 tokens at a time, for weights with scales. What [`super::many`] does for others.
+//! Products of many rows by groups of four warps ([`KOp::MmaGroup`](nextc_ir::kernel::KOp::MmaGroup)), for weights with scales. What [`super::many`] does for others.
 //!
 //! pack     a block a row of x: norms it and makes it operand B, in lines of 128 bytes a turn; handed to the tail
-//! task     12 tiles of weight rows, one a warp, by 96 tokens; then the next 12, some goes
+//! task     12 tiles of weight rows, one a warp, by 80 to 96 tokens ([`Width`]); then the next 12, some goes
 //! ring     codes and operands come into shared memory two turns at a time, some stages ahead of their use, also over the end of a go
 //! products `mma_group`: four warps' tiles in registers times the tokens in shared memory, a block of columns at a time from zeros; then `sum += scale · part`
 //!          in registers, the columns in the parts and the order of [`tile`](super::tile): a token has the bits that it has in a step of few
 //! epilogue a thread has rows `r` and `r + 8` of its tile, or row `r` of two matrices, of two tokens of each group of eight
-//! traffic  each weight once for 96 tokens, each row of x once for 12 tiles; bound by products and the scaling of their sums, three groups of warps of which
+//! traffic  each weight once for so many tokens, each row of x once for 12 tiles; bound by products and the scaling of their sums, three groups of warps of which
 //!          one multiplies while others scale
 //!
 //! Where a row is short ([`X::Plain`]), it is made operand B in shared memory by the block that multiplies it, once for all its goes.
 
 mod codes;
+pub mod experts;
+pub mod linears;
 mod rows;
 mod sums;
 mod tiles;
@@ -198,7 +200,7 @@ pub struct Block<'a> {
     pub memory: Memory,
     /// What is multiplied.
     pub x: X<'a>,
-    /// The tokens: `first .. first + 96` of as many.
+    /// The tokens: from the first on, before the second.
     pub range: (Val, Val),
 }
 
@@ -211,7 +213,7 @@ pub struct Goes<'a> {
 }
 
 impl Block<'_> {
-    /// The same where each token is a row of x and of the products.
+    /// The products of tokens each of which is a row of x and of the products.
     pub fn of_tokens<A>(
         &self,
         k: &mut KernelBuilder,
@@ -224,7 +226,7 @@ impl Block<'_> {
         self.products(k, goes, (row_of, row_to), ask, epilogue);
     }
 
-    /// `row_of` gives the row of x of a token, `row_to` that of its products. In each go what `ask` reads of each pair of products (it gets the go and the place of one) is asked
+    /// The products: `row_of` gives the row of x of a token, `row_to` that of its products. In each go what `ask` reads of each pair of products (it gets the go and the place of one) is asked
     /// for before `epilogue` gets the first. All threads of a warp come along.
     pub fn products<A>(
         &self,
