@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use clap::Args;
+use nextc_abi::metadata::NVPTX64;
 use nextc_abi::{Cost, Model};
 use serde_json::{Value, json};
 
@@ -11,6 +12,7 @@ use crate::cli::MachineArgs;
 use crate::engine::draft::{DraftInput, HiddenRows};
 use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
+use crate::generate::args::GPU_STEP_TOKENS;
 use crate::limits::Limits;
 use crate::random::Random;
 use crate::sample::rows::Row as SampledRow;
@@ -45,9 +47,9 @@ pub struct BenchArgs {
     /// Measurements of each row
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
-    /// Prompts are processed in steps of at most this many tokens
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..))]
-    step_tokens: u64,
+    /// Prompts are processed in steps of at most this many tokens [default: 2048; on a GPU 4096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    step_tokens: Option<u64>,
     /// Decode with this temperature, instead of taking the most probable token
     #[arg(long, value_name = "X", value_parser = parse_number("temperature"), default_value_t = 0.0)]
     temperature: f64,
@@ -125,7 +127,12 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     check_rows(&rows, &artifact.metadata().model)?;
     let sequences = args.batch.iter().copied().max().unwrap_or(1) as usize;
     let mut options = args.machine.engine(sequences);
-    (options.random_weights, options.step_tokens) = (args.random_weights, args.step_tokens as usize);
+    options.random_weights = args.random_weights;
+    match args.step_tokens {
+        Some(tokens) => options.step_tokens = tokens as usize,
+        None if artifact.metadata().target.arch == NVPTX64 => options.step_tokens = GPU_STEP_TOKENS as usize,
+        None => {}
+    }
     let mut engine = Engine::new(artifact, &options)?;
     let limits = engine.limits()?;
     let mut results = Vec::with_capacity(rows.len());

@@ -48,7 +48,7 @@ pub(crate) fn run(artifact: Artifact, args: &ChatArgs) -> Result<(), Error> {
 }
 
 fn converse(artifact: Artifact, chat_args: &ChatArgs) -> Result<(), Error> {
-    let args = &chat_args.generate("");
+    let args = &chat_args.generate("").for_machine(&artifact.metadata().target.arch);
     let assets = artifact.assets()?;
     let files = TextFiles::find(|name| assets.get(name));
     let template = files.template().map_err(ChatError::from)?;

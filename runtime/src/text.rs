@@ -31,8 +31,7 @@ impl Model {
     pub(crate) fn open(artifact: Artifact, args: &GenerateArgs) -> Result<Self, Error> {
         let sequences = args.sequences()?;
         let threads = args.threads.unwrap_or_else(crate::pool::available_threads);
-        let step_tokens = args.step_tokens as usize;
-        let options = EngineOptions { threads, sequences, step_tokens, random_weights: false };
+        let options = EngineOptions { threads, sequences, step_tokens: args.step_tokens(), random_weights: false };
         let engine = Engine::new(artifact, &options)?;
         let shortlist = Shortlist::new(engine.metadata().model.vocab_size as usize);
         Ok(Self {
@@ -276,6 +275,7 @@ fn tentative_rows<'a>(runs: &[Run<'a>], drafts: usize) -> Vec<Row<'a>> {
 /// [`Error`] says what is wrong.
 pub(crate) fn generate(artifact: Artifact, args: &GenerateArgs) -> Result<(), Error> {
     let begun = Instant::now();
+    let args = &args.clone().for_machine(&artifact.metadata().target.arch);
     let assets = artifact.assets()?;
     let files = TextFiles::find(|name| assets.get(name));
     let mut model = Model::open(artifact, args)?;

@@ -2,11 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use nextc_abi::metadata::NVPTX64;
+
 use super::GenerateError;
 use super::draft::DraftTokens;
 use super::requests::{read_ids, read_lines};
 use super::settings::parse_bias;
 use crate::sample::settings::parse_number;
+
+/// Most tokens of prompts in a step of a processor: so many that its products are as fast as they get.
+const STEP_TOKENS: usize = 512;
+/// The same of a GPU, whose products of many rows want more.
+pub const GPU_STEP_TOKENS: u32 = 4096;
 
 /// The arguments of `generate`.
 #[derive(Clone, Debug, clap::Args)]
@@ -80,9 +87,9 @@ pub struct GenerateArgs {
     /// Tokens that the model's own multi-token prediction drafts ahead of each step: a number, or auto. The tokens stay the same.
     #[arg(long, value_name = "K|auto", default_value = "auto", allow_hyphen_values = true)]
     pub draft_tokens: DraftTokens,
-    /// Most tokens of prompts in one step.
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    pub step_tokens: u32,
+    /// Most tokens of prompts in one step [default: 512; on a GPU 4096].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub step_tokens: Option<u32>,
     /// Print JSON instead of text as it comes: one line at the end, or with `--prompts` one line for each.
     #[arg(long)]
     pub json: bool,
@@ -92,6 +99,19 @@ pub struct GenerateArgs {
 }
 
 impl GenerateArgs {
+    /// Most tokens of prompts in one step.
+    pub fn step_tokens(&self) -> usize {
+        self.step_tokens.map_or(STEP_TOKENS, |n| n as usize)
+    }
+
+    /// The same arguments, with what a machine wants where they say nothing.
+    pub fn for_machine(mut self, arch: &str) -> Self {
+        if arch == NVPTX64 {
+            self.step_tokens.get_or_insert(GPU_STEP_TOKENS);
+        }
+        self
+    }
+
     /// The numbers that say how to choose, by their names in [`crate::sample::settings`].
     pub fn numbers(&self) -> [(&'static str, Option<f64>); 7] {
         [

@@ -57,7 +57,7 @@ impl Settings {
     pub fn decoder(&self, args: &GenerateArgs, drafts: Planner) -> Decoder {
         let eos: &[u32] = if args.ignore_eos { &[] } else { &self.eos };
         Decoder {
-            step_tokens: args.step_tokens as usize,
+            step_tokens: args.step_tokens(),
             ends: [eos, &args.stop_token].concat(),
             drafts,
             logprobs: args.logprobs.map(|n| n as usize),

@@ -204,7 +204,10 @@ impl<'c> Emitter<'_, 'c> {
         let list = |from: u32, count: u32| (from..from + count).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
         let (d, begin) = (list(0, sums), sums + words);
         let mut text = format!(
-            "{{\n.reg .pred first, other;\n.reg .b32 at;\n.reg .b64 b;\nsetp.ne.u32 first, 0, 0;\nsetp.eq.u32 other, 0, 0;\n             shr.u32 at, ${begin}, 4;\nand.b32 at, at, 0x3fff;\ncvt.u64.u32 b, at;\nor.b64 b, b, {SWIZZLED_128:#x};\n             wgmma.fence.sync.aligned;\n"
+            "{{\n.reg .pred first, other;\n.reg .b32 at;\n.reg .b64 b;\n\
+             setp.ne.u32 first, 0, 0;\nsetp.eq.u32 other, 0, 0;\n\
+             shr.u32 at, ${begin}, 4;\nand.b32 at, at, 0x3fff;\ncvt.u64.u32 b, at;\nor.b64 b, b, {SWIZZLED_128:#x};\n\
+             wgmma.fence.sync.aligned;\n"
         );
         for step in 0..steps {
             let (a, adds) = (list(sums + 4 * step, 4), if step == 0 { "first" } else { "other" });

@@ -52,7 +52,7 @@ pub(super) const fn stages_in(bytes: u64, stage: u64) -> u64 {
 }
 
 /// Most stages of a ring, and the fewest with which anything is asked for ahead.
-pub(super) const MOST_STAGES: u64 = 4;
+const MOST_STAGES: u64 = 4;
 /// See [`MOST_STAGES`].
 pub(super) const LEAST_STAGES: u64 = 3;
 
@@ -64,19 +64,19 @@ pub(super) struct Codes<'a> {
 }
 
 impl Codes<'_> {
-    pub(super) fn turn_words(&self) -> u64 {
+    fn turn_words(&self) -> u64 {
         self.fragments.planes.turn_bytes() / 4
     }
 
     /// Where the codes of a warp in a slot begin.
-    pub(super) fn slot_at(&self, k: &mut KernelBuilder, slot: Val, warp: Val) -> Val {
+    fn slot_at(&self, k: &mut KernelBuilder, slot: Val, warp: Val) -> Val {
         let at = k.mul_const(slot, WARPS);
         let at = k.add(at, warp);
         k.mul_const(at, STAGE_TURNS * self.turn_words())
     }
 
     /// Whether the warp is the second of the two that share tiles.
-    pub(super) fn is_second(&self, k: &mut KernelBuilder) -> Val {
+    fn is_second(&self, k: &mut KernelBuilder) -> Val {
         let (odd, one) = (k.rem_const(self.place.warp, 2), k.const_i64(1));
         k.cmp(Pred::Eq, odd, one)
     }

@@ -14,8 +14,8 @@ use super::{LINE_WORDS, PIECES, ROWS_AT_ONCE, THREADS, Width};
 /// Rows of x as operands that the body of a kernel hands to its tail.
 #[derive(Clone, Copy, Debug)]
 pub struct Packed {
-    pub(super) columns: u64,
-    pub(super) half: DType,
+    columns: u64,
+    half: DType,
 }
 
 impl Packed {
@@ -53,8 +53,8 @@ impl Packed {
 
 /// A row of x, and what it is multiplied with where it is normed.
 pub(super) struct Row {
-    pub(super) x: Val,
-    pub(super) norm: Option<(Val, Val)>,
+    x: Val,
+    norm: Option<(Val, Val)>,
 }
 
 impl Row {
@@ -68,8 +68,8 @@ impl Row {
         Self { x, norm: Some((mean_rsqrt(k, sum, n.width, n.eps), k.param(n.gain))) }
     }
 
-    /// Piece `piece` of turn `turn` as operand B: of a step of 16 columns the first or the second pair of each of four columns.
-    pub(super) fn piece(&self, k: &mut KernelBuilder, packed: &Packed, turn: Val, piece: Val) -> Val {
+    /// Piece `piece` of turn `turn` as operand B: of a step of 16 columns the first or the second pair of each four that a thread has of a tile's row.
+    fn piece(&self, k: &mut KernelBuilder, packed: &Packed, turn: Val, piece: Val) -> Val {
         let (half, within) = (k.div_const(piece, PIECES / 2), k.rem_const(piece, PIECES / 2));
         let (base, half, within) = (k.mul_const(turn, TURN_COLUMNS), k.mul_const(half, 32), k.mul_const(within, 2));
         let base = k.add(base, half);
@@ -88,7 +88,7 @@ impl Row {
     }
 
     /// Two neighbouring columns.
-    pub(super) fn pair(&self, k: &mut KernelBuilder, half: DType, column: Val) -> Val {
+    fn pair(&self, k: &mut KernelBuilder, half: DType, column: Val) -> Val {
         let mut x = k.load(DType::F32, 2, self.x, column);
         if let Some((scale, gain)) = self.norm {
             let (gain, one, scale) = (k.load(DType::F32, 2, gain, column), k.splat_f32(2, 1.0), k.splat(scale, 2));
@@ -141,11 +141,11 @@ impl Tokens {
 
 /// The part of a thread in what a block copies: a piece of some lines.
 pub(super) struct Copier {
-    pub(super) piece: Val,
+    piece: Val,
     /// Numbers of its lines, and whether they are read.
     pub(super) lines: Vec<(Val, Val)>,
     /// Where its piece of its first line lies among the words of a turn: that of the others as far behind as they are.
-    pub(super) at: Val,
+    at: Val,
 }
 
 impl Copier {
@@ -192,7 +192,7 @@ impl Copier {
     }
 
     /// Where its piece of line number `i` of its own lies.
-    pub(super) fn place(&self, k: &mut KernelBuilder, turn_at: Val, i: usize) -> Val {
+    fn place(&self, k: &mut KernelBuilder, turn_at: Val, i: usize) -> Val {
         let at = k.add(turn_at, self.at);
         k.add_const(at, i as u64 * ROWS_AT_ONCE * LINE_WORDS)
     }
@@ -201,8 +201,8 @@ impl Copier {
 /// Where the products of a block's tokens go: the row of each line, in shared memory; of lines without a token that of the last.
 #[derive(Clone, Copy)]
 pub(super) struct OutRows {
-    pub(super) rows: Val,
-    pub(super) width: Width,
+    rows: Val,
+    width: Width,
 }
 
 impl OutRows {

@@ -8,8 +8,8 @@ use super::{STAGE_TURNS, Width};
 
 /// The sums of a tile that a thread has: of each group four; those of the part of the columns at work, and where there are several parts those before it.
 pub(super) struct Sums {
-    pub(super) own: Vec<Val>,
-    pub(super) before: Vec<Val>,
+    own: Vec<Val>,
+    before: Vec<Val>,
 }
 
 impl Sums {
@@ -60,7 +60,7 @@ impl Sums {
 }
 
 /// What `some` does with as many groups as are wanted, the first of `variants` whose condition holds, or the last.
-pub(super) fn most_of(
+fn most_of(
     k: &mut KernelBuilder,
     wants: &[Val],
     variants: &[u64],
