@@ -150,11 +150,11 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
     /// What the machine is fastest with: bfloat16 if it has a matrix unit (AMX), else int8 if its vectors multiply bytes (AVX-512 VNNI) and weights are integers that can
-    /// be multiplied so, or int16 if its vectors are narrower (AVX2) and weights are such integers, else float32.
+    /// be multiplied so, or bfloat16 if they multiply that (AVX-512 BF16), or int16 if they are narrower (AVX2) and weights are such integers, else float32.
     Auto,
     /// float32 throughout: the form that is compared with the reference.
     F32,
-    /// bfloat16, in a matrix unit.
+    /// bfloat16, in a matrix unit; or by vectors, with weights in bfloat16 alone.
     Bf16,
     /// 8-bit integers, a scale for 32 of them, with weights of 8 or 4 bits whose blocks have a scale and no zero point; with others float32.
     Int8,

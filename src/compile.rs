@@ -28,6 +28,8 @@ pub struct Plan {
     pub kv: Stored,
     /// What assembles PTX.
     pub ptxas: Ptxas,
+    /// Whether activations are rounded to what is fastest, which depends on the weights too.
+    is_auto: bool,
 }
 
 impl Plan {
@@ -43,7 +45,9 @@ impl Plan {
             );
         }
         let mut targets = targets(args, backend)?;
-        Ok(Self { target: targets.remove(0), others: targets, backend, kv: kv(args), ptxas: args.ptxas.clone() })
+        let is_auto = args.activations == Activations::Auto;
+        let target = targets.remove(0);
+        Ok(Self { target, others: targets, backend, kv: kv(args), ptxas: args.ptxas.clone(), is_auto })
     }
 
     /// Its backend's name.
@@ -80,10 +84,11 @@ fn activations(wanted: Activations, target: &Target) -> anyhow::Result<Rounding>
     match wanted {
         Activations::Auto | Activations::Bf16 if target.has_tiles() => Ok(Rounding::Bf16),
         Activations::Auto | Activations::Int8 if target.has_byte_dots() => Ok(Rounding::Int8),
+        Activations::Bf16 if target.has_pair_dots() => Ok(Rounding::Bf16),
         Activations::Auto | Activations::Int16 if target.has_short_dots() => Ok(Rounding::Int16),
         Activations::Auto | Activations::F32 => Ok(Rounding::F32),
         Activations::Bf16 => bail!(
-            "`--activations bf16`: `{}` has no matrix unit that the backend uses (AMX, through LLVM); expected `auto` or `f32`",
+            "`--activations bf16`: `{}` has no fast products of bfloat16 that the backend uses (AMX or AVX-512 BF16, through LLVM); expected `auto` or `f32`",
             target.cpu
         ),
         Activations::Int8 => bail!(
@@ -145,13 +150,15 @@ pub fn load(args: &ModelArgs, kv: Stored) -> anyhow::Result<Model> {
 
 /// The target with what the model adds to it.
 pub fn target_of(plan: &Plan, model: &Model) -> Target {
-    with_model(&plan.target, &model.module)
+    with_model(&plan.target, &model.module, plan.is_auto)
 }
 
-fn with_model(target: &Target, module: &Module) -> Target {
+fn with_model(target: &Target, module: &Module, is_auto: bool) -> Target {
     // integers are multiplied with weights of integers only
     let activations = match target.activations {
-        Rounding::Int8 | Rounding::Int16 if !module.weights.values().any(|w| w.format.is_bytes()) => Rounding::F32,
+        Rounding::Int8 | Rounding::Int16 if !module.weights.values().any(|w| w.format.is_bytes()) => {
+            if is_auto && target.has_pair_dots() { Rounding::Bf16 } else { Rounding::F32 }
+        }
         activations => activations,
     };
     Target { max_context: module.info.max_context, activations, ..target.clone() }
@@ -236,7 +243,7 @@ fn link(
 ) -> anyhow::Result<(Report, Module)> {
     let mut compiled = Vec::new();
     for target in std::iter::once(&plan.target).chain(&plan.others) {
-        let target = with_model(target, module);
+        let target = with_model(target, module, plan.is_auto);
         let fused = fuse(module.clone(), &target)?;
         let kernels = lower_to_kernels(&fused, &target)?;
         let objects = emit(&kernels, plan, &target)?;
@@ -347,11 +354,14 @@ mod tests {
             let origin = nextc_ir::graph::Origin::Values(Vec::new());
             let weight = nextc_ir::graph::WeightDecl { shape: vec![16, 64], in_rank: 1, format, origin };
             let weights = [("w".to_owned(), weight)].into_iter().collect();
-            with_model(target, &Module { weights, ..Module::default() })
+            with_model(target, &Module { weights, ..Module::default() }, true)
         };
         let with = |format| with_weight(&target, format);
         let q4 = Format::Q4(Blocks::group(32));
-        assert_eq!([with(q4), with(Format::Bf16)].map(|t| t.activations), [Rounding::Int8, Rounding::F32]);
+        assert_eq!([with(q4), with(Format::Bf16)].map(|t| t.activations), [Rounding::Int8, Rounding::Bf16]);
+        let older = plan("--cpu icelake-server").expect("it is known").target;
+        assert_eq!(with_weight(&older, Format::Bf16).activations, Rounding::F32);
+        assert_eq!(of("--cpu znver4 --activations bf16"), Rounding::Bf16);
         let narrow = plan("--cpu x86-64-v3").expect("it is known").target;
         let with_narrow = |format| with_weight(&narrow, format).activations;
         assert_eq!([with_narrow(q4), with_narrow(Format::Bf16)], [Rounding::Int16, Rounding::F32]);

@@ -37,6 +37,9 @@ const BF16: Rounding = Rounding {
     nats: 0.002,
     kl: 0.001,
 };
+/// The same where vectors multiply pairs.
+const PAIRS: Rounding =
+    Rounding { cpu: "cooperlake", native: ("cooperlake", Target::has_pair_dots), nats: 0.002, kl: 0.001, ..BF16 };
 const INT8: Rounding =
     Rounding { name: "int8", to: Activations::Int8, native: ("native", Target::has_byte_dots), kl: 0.002, ..BF16 };
 const INT16: Rounding = Rounding {
@@ -117,12 +120,25 @@ fn same_bits(a: &[f32], b: &[f32], what: &str) {
 /// Long runs are near the published logits, and the machine's bits are the interpreter's; tokens that are decoded have the bits of float32.
 #[test]
 fn products_in_tiles_keep_to_the_published_logits() {
+    check_published(BF16, &FIXTURES);
+}
+
+/// The same where vectors multiply pairs: of the fixtures those with weights in bf16, in columns by whole lines.
+#[test]
+fn products_of_pairs_keep_to_the_published_logits() {
+    check_published(
+        PAIRS,
+        &FIXTURES.into_iter().filter(|(name, _)| ["tiny", "dense-mix"].contains(name)).collect::<Vec<_>>(),
+    );
+}
+
+fn check_published(to: Rounding, fixtures: &[(&str, f64)]) {
     let (mut own, mut published) = (0.0, 0.0);
-    for (name, bfloat16) in FIXTURES {
+    for &(name, bfloat16) in fixtures {
         let g = Golden::read(&fixture(name).join("golden.safetensors"));
         let (want, vocab) = g.floats("prefill_logits");
         let tokens = prompt(name);
-        let kernels = Interpreter::kernels(&fixture(name), &BF16.target());
+        let kernels = Interpreter::kernels(&fixture(name), &to.target());
         let got = one(&kernels, &tokens, Feed::Prefill).logits;
         let rel = distance(&got[..want.len()], want);
         let rows = want.chunks(vocab).zip(got.chunks(vocab));
@@ -138,9 +154,9 @@ fn products_in_tiles_keep_to_the_published_logits() {
         (own, published) = (own + mean, published + bfloat16);
         assert!(rel > 0.0, "{name}: nothing was rounded");
         let few = &tokens[..11];
-        let exact = Interpreter::kernels(&fixture(name), &BF16.with(Activations::F32));
+        let exact = Interpreter::kernels(&fixture(name), &to.with(Activations::F32));
         same_bits(&one(&kernels, few, Feed::Decode).logits, &one(&exact, few, Feed::Decode).logits, name);
-        if let Some(exe) = rounding(BF16, &fixture(name), None) {
+        if let Some(exe) = rounding(to, &fixture(name), None) {
             same_bits(&one(&exe, &tokens, Feed::Prefill).logits, &got, &format!("{name}, compiled and interpreted"));
         }
     }
@@ -289,7 +305,7 @@ fn the_demo_model_keeps_to_its_lines() {
     let window = golden["window"].as_u64().expect("a number") as usize;
     let bf16 = [None, Some(Quant::Q8), Some(Quant::Q4)].map(|quant| (BF16, quant));
     let integers = [(INT8, Quant::Q8), (INT8, Quant::Q4), (INT16, Quant::Q4)].map(|(to, quant)| (to, Some(quant)));
-    for (to, quant) in bf16.into_iter().chain(integers) {
+    for (to, quant) in bf16.into_iter().chain([(PAIRS, None)]).chain(integers) {
         let Some(rounded) = rounding(to, &dir, quant) else { continue };
         let quant = quant.map_or("keep", name_of);
         let exact = Exe::build(&dir, "llvm", &["--quant", quant, "--cpu", to.native.0]);

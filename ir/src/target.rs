@@ -95,6 +95,8 @@ pub enum BulkKind {
     Tiles,
     /// As dot products of bytes, by vectors.
     Bytes,
+    /// As dot products of pairs of bfloat16, by vectors.
+    Pairs,
 }
 
 impl BulkKind {
@@ -102,7 +104,7 @@ impl BulkKind {
     pub const fn together(self) -> u64 {
         match self {
             Self::Tiles => 32,
-            Self::Bytes => 6,
+            Self::Bytes | Self::Pairs => 6,
         }
     }
 }
@@ -349,6 +351,7 @@ impl Target {
             None => &[],
             Some(BulkKind::Tiles) => TILES,
             Some(BulkKind::Bytes) => VNNI,
+            Some(BulkKind::Pairs) => BF16,
         };
         let used = |f: &&str| V3.contains(f) || (wide && V4.contains(f)) || bulk.contains(f);
         self.features.iter().map(String::as_str).filter(used).collect()
@@ -362,6 +365,11 @@ impl Target {
     /// True if the machine's vectors multiply bytes and sum four products at once, and the backend uses them at their full width.
     pub fn has_byte_dots(&self) -> bool {
         self.vector_bits == 512 && VNNI.iter().all(|f| self.has(f))
+    }
+
+    /// True if the machine's vectors multiply bfloat16 and sum two products at once, and the backend uses them at their full width.
+    pub fn has_pair_dots(&self) -> bool {
+        self.vector_bits == 512 && BF16.iter().all(|f| self.has(f))
     }
 
     /// True if the machine's vectors multiply numbers of 16 bits and sum two products, and are not so wide that converting weights to floats costs less than
@@ -379,6 +387,7 @@ impl Target {
     pub fn bulk_tile(&self) -> Option<BulkTile> {
         let kind = match self.activations {
             Activations::Bf16 if self.has_tiles() => BulkKind::Tiles,
+            Activations::Bf16 if self.has_pair_dots() => BulkKind::Pairs,
             Activations::Int8 if self.has_byte_dots() => BulkKind::Bytes,
             _ => return None,
         };
@@ -515,8 +524,19 @@ mod tests {
         assert!(rounding.required_features().contains(&"amx-bf16"));
         let narrow = rounding.clone().for_cranelift();
         assert!(!narrow.has_tiles() && !narrow.required_features().contains(&"amx-bf16"));
-        let without = Target { activations: Activations::Bf16, ..Target::named("znver5").expect("it is in the table") };
+        let without =
+            Target { activations: Activations::Bf16, ..Target::named("icelake-server").expect("it is in the table") };
         assert_eq!(without.bulk_tile(), None);
+    }
+
+    #[test]
+    fn pairs_are_multiplied_where_there_is_no_matrix_unit() {
+        let exact = Target::named("znver5").expect("it is in the table");
+        assert!(exact.has_pair_dots() && !exact.required_features().contains(&"avx512bf16"));
+        let rounding = Target { activations: Activations::Bf16, ..exact };
+        assert_eq!(rounding.bulk_tile().map(|tile| tile.kind), Some(BulkKind::Pairs));
+        assert!(rounding.required_features().contains(&"avx512bf16") && !rounding.has_chunks());
+        assert!(rounding.for_cranelift().bulk_tile().is_none());
     }
 
     #[test]

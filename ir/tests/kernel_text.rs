@@ -82,6 +82,7 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   %57 = byte_row %54, %54, %55, %55
   %58 = byte_dot %57, %54, %55
   %59 = short_dot %58, %54, %55
+  %60 = pair_dot %53, %54, %55
   prefetch %x[%52], %52
   tile_turn %out, %x
   tile_zero

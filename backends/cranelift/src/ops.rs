@@ -91,6 +91,7 @@ impl Emitter<'_, '_> {
             | KOp::Bf16Pairs
             | KOp::ByteRow
             | KOp::ByteDot
+            | KOp::PairDot
             | KOp::TileTurn
             | KOp::TileZero
             | KOp::TileStep { .. }

@@ -490,6 +490,10 @@ impl KernelBuilder {
     pub fn byte_row(&mut self, vectors: [Val; 4]) -> Val {
         self.emit(KOp::ByteRow, &vectors, KType::vector(DType::I32, 16))
     }
+    /// `sum + a[1]·b[1] + a[0]·b[0]` over the two bf16 of a lane.
+    pub fn pair_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
+        self.emit(KOp::PairDot, &[sum, a, b], KType::vector(DType::F32, 16))
+    }
     /// `sum + Σ a·b` over the four bytes of a lane: unsigned ones of `a`, signed ones of `b`.
     pub fn byte_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
         self.emit(KOp::ByteDot, &[sum, a, b], KType::vector(DType::I32, 16))

@@ -253,6 +253,9 @@ kops! {
     /// In each of 16 lanes `sum + Σ a[i]·b[i]` over the four bytes of an i32, unsigned ones of `a` and signed ones of `b`: `(sum, a, b) -> i32x16`. What does not fit
     /// 32 bits wraps. Source: Intel's Software Developer's Manual, VPDPBUSD.
     ByteDot = "byte_dot" Tile;
+    /// In each of 16 lanes `(sum + a[1]·b[1]) + a[0]·b[0]` over the two bf16 of an i32, the first in the lower half, by fused multiply-adds: `(sum, a, b) -> f32x16`. Numbers
+    /// smaller than the least normal one count as zero, as operands and as results. Source: Intel's Software Developer's Manual, VDPBF16PS.
+    PairDot = "pair_dot" Tile;
     /// Sets the sums of tiles of the task to zeros. There are four, 16 by 16 f32 each, which nothing else changes.
     TileZero = "tile_zero" Tile;
     /// Adds products of tiles to the sums, `sum[i · columns + j] += A[i]·B[j]` for `rows` times `columns` of them: `(a..., b...)`. Each pointer leads to a tile of

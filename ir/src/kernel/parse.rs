@@ -59,7 +59,7 @@ pub enum ParseError {
 const MAX_DEPTH: usize = 64;
 
 /// Ops whose text is their name and their operands.
-const PLAIN: [KOp; 41] = [
+const PLAIN: [KOp; 42] = [
     KOp::Add,
     KOp::Sub,
     KOp::Mul,
@@ -100,6 +100,7 @@ const PLAIN: [KOp; 41] = [
     KOp::Bf16Pairs,
     KOp::ByteRow,
     KOp::ByteDot,
+    KOp::PairDot,
     KOp::TileTurn,
 ];
 

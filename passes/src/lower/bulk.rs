@@ -1,15 +1,16 @@
-//! `bulk`: products of many tokens, rounded: in tiles of a CPU's matrix unit, or as dot products of bytes.
+//! `bulk`: products of many tokens, rounded: in tiles of a CPU's matrix unit, or as dot products of bytes or of pairs of bf16.
 //!
 //! class    tokens of runs longer than 8 are `bulk`; the others take the products of [`super::matmul`], whatever else the step holds
 //! panel    rows of x of a block of tokens, rounded, in scratch
 //! strip    16 weight rows in the form that they are multiplied in
-//! dot      some rows of the panel by two strips: [`tiles`], [`bytes`]
+//! dot      some rows of the panel by two strips: [`tiles`], [`bytes`], [`pairs`]
 //! epilogue as in [`super::matmul`], a token at a time
 //! traffic  each weight once a task from memory and once a block from the second cache; bound by arithmetic from about 64 tokens on
 //!
 //! One in several tasks takes the tiles of all of them, so that rows are rounded seldom. The order of a token's sums depends on its class alone.
 
 pub mod bytes;
+pub mod pairs;
 pub mod tiles;
 
 use nextc_ir::DType;
@@ -20,6 +21,7 @@ use nextc_ir::target::{BulkKind, BulkTile};
 use nextc_ir::types::DECODE_TOKENS;
 
 use self::bytes::Bytes;
+use self::pairs::Pairs;
 use self::tiles::Tiles;
 
 use super::matmul::{Epilogue, Rows, Weight, for_rows, row_ptr, tile_range};
@@ -110,6 +112,7 @@ impl Classes {
         match self.tile.kind {
             BulkKind::Tiles => tiles::takes(matrix),
             BulkKind::Bytes => bytes::takes(matrix),
+            BulkKind::Pairs => pairs::takes(matrix),
         }
     }
 
@@ -118,6 +121,7 @@ impl Classes {
         match self.tile.kind {
             BulkKind::Tiles => Tiles::row_bytes(columns),
             BulkKind::Bytes => Bytes::row_bytes(columns),
+            BulkKind::Pairs => Pairs::row_bytes(columns),
         }
     }
 
@@ -132,7 +136,7 @@ impl Classes {
         let tiles = size * self.joined(size, tasks);
         let most = match self.tile.kind {
             BulkKind::Tiles => tiles::AT_ONCE,
-            BulkKind::Bytes => STRIPS,
+            BulkKind::Bytes | BulkKind::Pairs => STRIPS,
         };
         [most, 2].into_iter().find(|n| tiles.is_multiple_of(*n)).unwrap_or(1)
     }
@@ -221,6 +225,7 @@ impl Mix {
 enum Rounded {
     Tiles(Tiles),
     Bytes(Bytes),
+    Pairs(Pairs),
 }
 
 impl Rounded {
@@ -228,6 +233,7 @@ impl Rounded {
         match self {
             Self::Tiles(rounded) => rounded.depth(),
             Self::Bytes(rounded) => rounded.depth(),
+            Self::Pairs(rounded) => rounded.depth(),
         }
     }
 
@@ -236,6 +242,7 @@ impl Rounded {
         match self {
             Self::Tiles(rounded) => rounded.pack(k, i, numbers),
             Self::Bytes(rounded) => rounded.pack(k, i, numbers),
+            Self::Pairs(rounded) => rounded.pack(k, i, numbers),
         }
     }
 
@@ -243,6 +250,7 @@ impl Rounded {
         match self {
             Self::Tiles(rounded) => rounded.fill_behind(k, count),
             Self::Bytes(rounded) => rounded.fill_behind(k, count),
+            Self::Pairs(rounded) => rounded.fill_behind(k, count),
         }
     }
 
@@ -257,6 +265,7 @@ impl Rounded {
         match self {
             Self::Tiles(rounded) => rounded.products(k, (group, ahead), count, each),
             Self::Bytes(rounded) => rounded.products(k, (group, ahead), count, each),
+            Self::Pairs(rounded) => rounded.products(k, (group, ahead), count, each),
         }
     }
 }
@@ -279,6 +288,7 @@ impl Panel {
         let rounded = match tile.kind {
             BulkKind::Tiles => Rounded::Tiles(Tiles::alloc(k, tokens, matrices)),
             BulkKind::Bytes => Rounded::Bytes(Bytes::alloc(k, tokens, columns)),
+            BulkKind::Pairs => Rounded::Pairs(Pairs::alloc(k, tokens, columns)),
         };
         Self { tokens, together: tile.together(), rounded }
     }

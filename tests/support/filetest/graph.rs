@@ -29,6 +29,12 @@ pub fn bytes_target() -> Target {
     Target { threads: 8, activations: Activations::Int8, ..named }
 }
 
+/// One whose vectors multiply pairs of bfloat16, in which activations are rounded.
+pub fn pairs_target() -> Target {
+    let named = Target::named("cooperlake").expect("it is in the table of CPUs");
+    Target { threads: 8, activations: Activations::Bf16, ..named }
+}
+
 /// A GPU.
 pub fn gpu_target() -> Target {
     Target::gpu(nextc_ir::target::GPUS[0].name).expect("it is in the table of GPUs")

@@ -12,7 +12,7 @@ use nextc_ir::eval::{Cx, Datum, WeightStore, evaluate};
 use nextc_ir::graph::{Function, NodeId, Value};
 use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
 use nextc_ir::kernel::verify::verify_kernel;
-use nextc_ir::kernel::{KOp, Kernel, Region};
+use nextc_ir::kernel::{KOp, Kernel};
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::target::BulkKind;
 use nextc_ir::types::{CHUNK_TOKENS, DECODE_TOKENS};
@@ -70,12 +70,13 @@ struct Backend {
 type Compile = fn(&KernelModule, &Target) -> Checked<Vec<Vec<u8>>>;
 
 /// One for each width of vectors, a matrix unit, products of bytes, and blocks of threads.
-fn backends() -> [Backend; 7] {
+fn backends() -> [Backend; 8] {
     let cranelift: Compile = |module, target| Ok(vec![nextc_cranelift::compile(module, target).map_err(text)?]);
     let native = Target::native();
     let runs_wide = native.as_ref().is_ok_and(|native| native.vector_bits == 512);
     let runs_tiles = native.as_ref().is_ok_and(|native| native.has_tiles()) && allows_tiles();
-    let runs_bytes = native.is_ok_and(|native| native.has_byte_dots());
+    let runs_bytes = native.as_ref().is_ok_and(|native| native.has_byte_dots());
+    let runs_pairs = native.is_ok_and(|native| native.has_pair_dots());
     [
         Backend { name: "cranelift", target: graph::target().for_cranelift(), objects: Some(cranelift), rounds: None },
         Backend { name: "256 bits", target: graph::target(), objects: LLVM, rounds: None },
@@ -91,6 +92,12 @@ fn backends() -> [Backend; 7] {
             target: graph::bytes_target(),
             objects: LLVM.filter(|_| runs_bytes),
             rounds: Some("bytes"),
+        },
+        Backend {
+            name: "pairs",
+            target: graph::pairs_target(),
+            objects: LLVM.filter(|_| runs_pairs),
+            rounds: Some("tiles"),
         },
         Backend { name: "gpu", target: graph::gpu_target(), objects: None, rounds: Some("half") },
         Backend { name: "small gpu", target: graph::small_gpu_target(), objects: None, rounds: Some("half") },
@@ -137,18 +144,14 @@ impl Backend {
         let load = |compile: Compile| Loaded::new(&compile(&kernels.module, &self.target)?);
         let loaded = self.objects.map(load).transpose()?;
         let tile = self.target.bulk_tile();
-        // where no weight can be multiplied as bytes, nothing is rounded
-        let is_bytes = kernels.module.kernels.iter().any(|kernel| multiplies_bytes(&kernel.body));
-        let bulk = tile.map(|tile| tile.kind).filter(|&kind| kind == BulkKind::Tiles || is_bytes);
+        // where no weight can be multiplied as bytes, or as pairs, nothing is rounded
+        let rounded =
+            kernels.module.kernels.iter().any(|k| k.body.has(&|op| matches!(op, KOp::ByteDot | KOp::PairDot)));
+        let bulk = tile.map(|tile| tile.kind).filter(|&kind| kind == BulkKind::Tiles || rounded);
         let rounds = self.rounds.filter(|_| tile.is_none() || bulk.is_some());
         let in_chunks = self.target.has_chunks();
         Ok(Code { backend: self.name, rounds, bulk, in_chunks, kernels, loaded })
     }
-}
-
-/// Whether there are products of bytes.
-fn multiplies_bytes(region: &Region) -> bool {
-    region.stmts.iter().any(|s| s.op == KOp::ByteDot || s.regions.iter().any(multiplies_bytes))
 }
 
 /// A function as kernels and as machine code.

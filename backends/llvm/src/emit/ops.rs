@@ -97,6 +97,7 @@ impl<'c> Emitter<'_, 'c> {
             KOp::Bf16Pairs => self.bf16_pairs(stmt)?,
             KOp::ByteRow => self.byte_row(stmt)?,
             KOp::ByteDot => self.byte_dot(stmt)?,
+            KOp::PairDot => self.pair_dot(stmt)?,
             KOp::ShortDot => self.short_dot(stmt)?,
             KOp::TileTurn => return self.tile_turn(stmt),
             KOp::TileZero => return self.tile_zero(),

@@ -119,6 +119,15 @@ impl<'c> Emitter<'_, 'c> {
         self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(NAME))
     }
 
+    pub(super) fn pair_dot(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
+        const NAME: &str = "llvm.x86.avx512bf16.dpbf16ps.512";
+        let halves = self.context.bf16_type().vec_type(2 * ROWS as u32);
+        let pairs =
+            |i| -> Result<BasicValueEnum<'c>> { Ok(self.builder.build_bit_cast(self.arg(stmt, i)?, halves, "pairs")?) };
+        let args = [self.arg(stmt, 0)?.into(), pairs(1)?.into(), pairs(2)?.into()];
+        self.call_intrinsic(NAME, &args)?.try_as_basic_value().basic().ok_or(EmitError::Intrinsic(NAME))
+    }
+
     /// In parts of up to 256 bits, as the vectors of CPUs that it is used for have no more.
     pub(super) fn short_dot(&self, stmt: &Stmt) -> Result<BasicValueEnum<'c>> {
         let [sum, a, b] = [self.arg(stmt, 0)?, self.arg(stmt, 1)?, self.arg(stmt, 2)?];

@@ -32,7 +32,7 @@ fn block(body: &str) -> Kernel {
 }
 
 /// Each op of a block: statements that use it, and what has to be in the PTX.
-const OPS: [(&str, &str, &str); 17] = [
+const OPS: [(&str, &str, &str); 21] = [
     ("thread", "store %out[%t], %t", "%tid.x"),
     (
         "shared",
@@ -67,6 +67,18 @@ const OPS: [(&str, &str, &str); 17] = [
         "%c = splat x4 %f\n %m = mma bf16 %w, %w, %w, %w, %w, %w, %c\n %n = mma f16 %w, %w, %w, %w, %w, %w, %m\n %r = reduce_add %n\n store %out[%t], %r",
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
     ),
+    (
+        "mma_group",
+        "%s = shared i32 8192\n store %s[%t], %w\n barrier\n %m = mma_group f16 1 1 %s, %0, %w, %w, %w, %w\n %e = extract %m[3]\n store %out[%t], %e",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16",
+    ),
+    (
+        "copy_async",
+        "%s = shared i32 256\n %4 = const i64 4\n %i = mul %t, %4\n copy_async %s[%i], %x[%i]\n copy_commit\n copy_wait 0\n %v = load i32 %s[%i]\n store %out[%t], %v",
+        "cp.async.cg.shared.global",
+    ),
+    ("copy_commit", "copy_commit\n store %out[%t], %w", "cp.async.commit_group"),
+    ("copy_wait", "copy_commit\n copy_wait 1\n store %out[%t], %w", "cp.async.wait_group"),
     ("prefetch", "%16 = const i64 16\n prefetch %x[%0], %16", "cp.async.bulk.prefetch.L2.global"),
     ("wait", "wait\n store %out[%t], %w", "griddepcontrol.wait"),
     ("release", "wait\n release\n store %out[%t], %w", "griddepcontrol.launch_dependents"),
@@ -80,6 +92,16 @@ fn every_op_of_a_block_assembles() {
         let text = ptx(block(body));
         assert!(text.contains(wanted), "{name}: `{wanted}` is not in\n{text}");
     }
+}
+
+#[test]
+fn products_by_groups_of_warps_see_what_was_stored_before_a_barrier() {
+    let fence = "fence.proxy.async.shared::cta";
+    let stored = "%s = shared i32 8192\n store %s[%t], %w\n barrier\n";
+    let product = "%m = mma_group f16 1 1 %s, %0, %w, %w, %w, %w\n %e = extract %m[0]\n store %out[%t], %e";
+    assert!(ptx(block(&format!("{stored} {product}"))).contains(fence));
+    // others need no fence
+    assert!(!ptx(block(&format!("{stored} %v = load i32 %s[%0]\n store %out[%t], %v"))).contains(fence));
 }
 
 #[test]
@@ -108,7 +130,7 @@ fn threads_shared_memory_and_tail_are_in_the_entries() {
            store %out[%t], %u
          }";
     let text = ptx(parse::kernel(text).expect("it is well formed"));
-    for wanted in [".entry nextc_kernel_0", ".entry nextc_tail_0", ".maxntid 128", ".extern .shared .align 128"] {
+    for wanted in [".entry nextc_kernel_0", ".entry nextc_tail_0", ".maxntid 128", ".extern .shared .align 1024"] {
         assert!(text.contains(wanted), "`{wanted}` is not in\n{text}");
     }
 }

@@ -30,6 +30,16 @@ fn machine_of_bytes() -> Option<Target> {
     there.then_some(target)
 }
 
+/// This machine with products of pairs of bfloat16, if it has them.
+fn machine_of_pairs() -> Option<Target> {
+    let target = Target { activations: Activations::Bf16, ..native() };
+    let there = target.has_pair_dots();
+    if !there {
+        println!("skipped: no products of pairs");
+    }
+    there.then_some(target)
+}
+
 /// Runs a kernel on the machine and in the interpreter; gives the last buffer, the same in both.
 fn check(kernel: &Kernel, buffers: &[Vec<u32>], what: &str) -> Vec<u32> {
     check_on(machine(), kernel, buffers, what)
@@ -246,6 +256,39 @@ fn bytes_of_four_vectors_lie_in_a_row() {
     let out = check_on(machine_of_bytes(), &k.finish(), &[words, vec![0; 16]], "bytes in a row");
     let bytes: Vec<u8> = out.iter().flat_map(|word| word.to_le_bytes()).collect();
     assert_eq!(bytes, (0..64).map(|i| 255 - i).collect::<Vec<u8>>());
+}
+
+#[test]
+fn products_of_pairs_have_the_interpreters_bits() {
+    let mut k = KernelBuilder::new("dots", &[("x", false), ("out", true)], 1.into());
+    let (x, out) = (k.param(0), k.param(1));
+    k.for_range(16 * 64, 16, |k, i| {
+        let (second, third) = (k.add_const(i, 1024), k.add_const(i, 2048));
+        let sum = k.load_f32x16(x, i);
+        let [a, b] = [second, third].map(|at| k.load(DType::I32, 16, x, at));
+        // one for all lanes too
+        let one = k.load(DType::I32, 1, x, third);
+        let one = k.splat(one, 16);
+        let dot = k.pair_dot(sum, a, b);
+        let dot = k.pair_dot(dot, a, one);
+        k.store(out, i, dot);
+    });
+    let kernel = k.finish();
+    let mut random = Random(31);
+    // numbers of like magnitudes, and some of all
+    let mut half = |wide: bool| {
+        let exponent = if wide { random.word() % 255 } else { 120 + random.word() % 14 };
+        random.word() & 0x807f | exponent << 7
+    };
+    let mut words: Vec<u32> = (0..3 * 1024).map(|i| half(i % 7 == 0) << 16 | half(i % 7 == 0)).collect();
+    // numbers below the least normal one, and sums of them
+    words[..16].fill(0);
+    words[1024..1040].fill(0x0001_0080);
+    words[2048..2064].fill(0x3f80_0080);
+    words[16..32].fill(0x0080_0000);
+    words[1040..1056].fill(0x8080_3f80);
+    words[2064..2080].fill(0x3f00_0000);
+    check_on(machine_of_pairs(), &kernel, &[words, vec![0; 1024]], "products of pairs");
 }
 
 #[test]

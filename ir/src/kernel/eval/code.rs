@@ -377,6 +377,14 @@ pub(super) enum Inst {
         b: Reg,
         n: usize,
     },
+    /// `sum` and the products of two bf16.
+    PairDot {
+        d: Reg,
+        sum: Reg,
+        a: Reg,
+        b: Reg,
+        n: usize,
+    },
     TileTurn {
         to: Reg,
         from: Reg,

@@ -355,6 +355,12 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                     self.narrow[d + i] = tile::byte_dot(sum, a, b);
                 }
             }
+            Inst::PairDot { d, sum, a, b, n } => {
+                for i in 0..n {
+                    let [sum, a, b] = [sum, a, b].map(|reg| self.narrow[reg + i]);
+                    self.narrow[d + i] = tile::pair_dot(sum, a, b);
+                }
+            }
             Inst::ShortDot { d, sum, a, b, n } => {
                 for i in 0..n {
                     let [sum, a, b] = [sum, a, b].map(|reg| self.narrow[reg + i]);

@@ -313,6 +313,7 @@ impl<'k> Maker<'k> {
             KOp::Bf16Pairs => Inst::Bf16 { in_a_row: false, d, a, b },
             KOp::ByteRow => Inst::ByteRow { d, from: [0, 1, 2, 3].map(arg) },
             KOp::ByteDot => Inst::ByteDot { d, sum: a, a: b, b: arg(2), n },
+            KOp::PairDot => Inst::PairDot { d, sum: a, a: b, b: arg(2), n },
             KOp::ShortDot => Inst::ShortDot { d, sum: a, a: b, b: arg(2), n },
             KOp::TileTurn => Inst::TileTurn { to: a, from: b },
             KOp::TileZero => Inst::TileZero,

@@ -1,4 +1,4 @@
-//! Arithmetic of a CPU's widest vectors and its matrix unit: what `bf16_row`, `bf16_pairs`, `byte_row`, `byte_dot`, `short_dot` and `tile_step` compute.
+//! Arithmetic of a CPU's widest vectors and its matrix unit: what `bf16_row`, `bf16_pairs`, `byte_row`, `byte_dot`, `pair_dot`, `short_dot` and `tile_step` compute.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VCVTNE2PS2BF16 and TDPBF16PS. Both round to nearest even and
 //! take numbers smaller than the least normal one for zeros, whatever MXCSR says.
@@ -58,6 +58,13 @@ pub(super) fn byte_dot(sum: u32, a: u32, b: u32) -> u32 {
 pub(super) fn short_dot(sum: u32, a: u32, b: u32) -> u32 {
     let half = |word: u32, upper: u32| i32::from((word >> (16 * upper)) as u16 as i16);
     [0, 1].into_iter().fold(sum, |sum, upper| sum.wrapping_add_signed(half(a, upper) * half(b, upper)))
+}
+
+/// `sum` and the products of the bf16 of `a` and `b`, those of the upper halves first.
+pub(super) fn pair_dot(sum: u32, a: u32, b: u32) -> u32 {
+    let half = |word: u32, upper: u32| flushed(decode_bf16((word >> (16 * upper)) as u16));
+    let add = |sum: f32, upper| flushed(half(a, upper).mul_add(half(b, upper), sum));
+    [1, 0].into_iter().fold(flushed(f32::from_bits(sum)), add).to_bits()
 }
 
 /// `c += a·b`: row `m` of `a` times column `n` of `b`.

@@ -192,6 +192,11 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             (0..args.len()).try_for_each(|i| exact(args, i, KType::vector(DType::I32, 16)))?;
             Some(KType::vector(DType::I32, 16))
         }
+        KOp::PairDot => {
+            exact(args, 0, KType::vector(DType::F32, 16))?;
+            (1..3).try_for_each(|i| exact(args, i, KType::vector(DType::I32, 16)))?;
+            Some(args[0])
+        }
         KOp::TileZero => None,
         KOp::TileTurn => {
             (0..2).try_for_each(|i| pointer(args, i))?;
@@ -219,7 +224,8 @@ const fn arity(op: KOp) -> usize {
         | KOp::Fp8ToF16
         | KOp::Nibble { .. } => 1,
         KOp::Load { .. } | KOp::Offset | KOp::Pack { .. } => 2,
-        KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch | KOp::ByteDot => 3,
+        KOp::Store | KOp::For | KOp::AtomicAdd | KOp::HalfFma { .. } | KOp::Prefetch => 3,
+        KOp::ByteDot | KOp::PairDot => 3,
         KOp::Quad | KOp::ByteRow | KOp::CopyAsync => 4,
         KOp::MmaGroup { steps, .. } => 2 + 4 * steps as usize,
         KOp::Mma { .. } => 7,
