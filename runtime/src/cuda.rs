@@ -153,7 +153,7 @@ fn check_memory(context: &Context, metadata: &Metadata, options: &EngineOptions,
     }
     match needed > free {
         true => {
-            let what = "weights, states and the largest steps";
+            let what = "weights, states and the largest steps (`--step-tokens`)";
             Err(CudaError::Memory { device: context.name().to_owned(), what, needed, free })
         }
         false => Ok(()),
