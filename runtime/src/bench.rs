@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use clap::Args;
-use nextc_abi::metadata::NVPTX64;
+use nextc_abi::metadata::{NVPTX64, default_step_tokens};
 use nextc_abi::{Cost, Model};
 use serde_json::{Value, json};
 
@@ -12,7 +12,6 @@ use crate::cli::MachineArgs;
 use crate::engine::draft::{DraftInput, HiddenRows};
 use crate::engine::{Engine, LogitRows};
 use crate::error::Error;
-use crate::generate::args::GPU_STEP_TOKENS;
 use crate::limits::Limits;
 use crate::random::Random;
 use crate::sample::rows::Row as SampledRow;
@@ -130,7 +129,9 @@ pub fn run(artifact: Artifact, args: &BenchArgs) -> Result<(), Error> {
     options.random_weights = args.random_weights;
     match args.step_tokens {
         Some(tokens) => options.step_tokens = tokens as usize,
-        None if artifact.metadata().target.arch == NVPTX64 => options.step_tokens = GPU_STEP_TOKENS as usize,
+        None if artifact.metadata().target.arch == NVPTX64 => {
+            options.step_tokens = default_step_tokens(NVPTX64) as usize
+        }
         None => {}
     }
     let mut engine = Engine::new(artifact, &options)?;

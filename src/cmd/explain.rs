@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use anyhow::Context;
+use nextc_abi::metadata::{NVPTX64, X86_64, default_step_tokens};
 use nextc_ir::Module;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::types::StateKind;
@@ -16,8 +17,6 @@ use crate::show;
 
 /// Columns of a bar.
 const BAR: usize = 24;
-/// Tokens of a prefill step, for the arena's size.
-const PREFILL_TOKENS: u64 = 512;
 
 /// Explains a model.
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
@@ -38,7 +37,8 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     }
     // what a card holds is not known here
     let machine = if plan.target.gpu.is_some() { None } else { machine_bytes() };
-    Memory::of(&kernels).write(&mut text, machine);
+    let arch = if plan.target.gpu.is_some() { NVPTX64 } else { X86_64 };
+    Memory::of(&kernels, arch).write(&mut text, machine);
     show::print(&text)
 }
 
@@ -184,11 +184,14 @@ struct Memory {
     state_per_sequence: u64,
     arena_decode: u64,
     arena_prefill: u64,
+    /// Tokens of a prefill step.
+    step_tokens: u64,
     max_context: u64,
 }
 
 impl Memory {
-    fn of(kernels: &KernelModule) -> Self {
+    fn of(kernels: &KernelModule, arch: &str) -> Self {
+        let step_tokens = u64::from(default_step_tokens(arch)).min(kernels.info.max_context);
         let states =
             |kv: bool| kernels.states.iter().filter(|s| (s.ty.kind == StateKind::Kv) == kv).map(|s| s.ty.bytes()).sum();
         let pages = kernels.info.max_context.div_ceil(kernels.page_tokens.max(1));
@@ -198,7 +201,8 @@ impl Memory {
             kv_per_token: states(true),
             state_per_sequence: states(false),
             arena_decode: arena(1),
-            arena_prefill: arena(PREFILL_TOKENS.min(kernels.info.max_context)),
+            arena_prefill: arena(step_tokens),
+            step_tokens,
             max_context: kernels.info.max_context,
         }
     }
@@ -217,7 +221,7 @@ impl Memory {
         row(text, "KV, a token", self.kv_per_token);
         row(text, "state, a sequence", self.state_per_sequence);
         row(text, "arena, a step of 1 token", self.arena_decode);
-        row(text, &format!("arena, a step of {} tokens", PREFILL_TOKENS.min(self.max_context)), self.arena_prefill);
+        row(text, &format!("arena, a step of {} tokens", self.step_tokens), self.arena_prefill);
         let whole = self.total(self.max_context);
         row(text, &format!("all, one sequence of {} tokens", self.max_context), whole);
         let Some(machine) = machine else { return };
@@ -260,6 +264,7 @@ mod tests {
             state_per_sequence: 100,
             arena_decode: 1,
             arena_prefill: 50,
+            step_tokens: 512,
             max_context: 20,
         };
         assert_eq!(memory.total(20), 1350);

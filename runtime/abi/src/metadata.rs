@@ -114,6 +114,11 @@ pub const X86_64: &str = "x86_64";
 /// [`Target::arch`] of NVIDIA GPUs.
 pub const NVPTX64: &str = "nvptx64";
 
+/// Most tokens of prompts in a step where nobody says otherwise: so many that products are as fast as they get, which on a GPU are more.
+pub fn default_step_tokens(arch: &str) -> u32 {
+    if arch == NVPTX64 { 4096 } else { 512 }
+}
+
 /// Threads of a GPU's block that runs tasks of one thread, each a task.
 pub const SINGLE_THREADS: u32 = 32;
 

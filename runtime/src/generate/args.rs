@@ -2,18 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use nextc_abi::metadata::NVPTX64;
+use nextc_abi::metadata::{X86_64, default_step_tokens};
 
 use super::GenerateError;
 use super::draft::DraftTokens;
 use super::requests::{read_ids, read_lines};
 use super::settings::parse_bias;
 use crate::sample::settings::parse_number;
-
-/// Most tokens of prompts in a step of a processor: so many that its products are as fast as they get.
-const STEP_TOKENS: usize = 512;
-/// The same of a GPU, whose products of many rows want more.
-pub const GPU_STEP_TOKENS: u32 = 4096;
 
 /// The arguments of `generate`.
 #[derive(Clone, Debug, clap::Args)]
@@ -101,14 +96,12 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     /// Most tokens of prompts in one step.
     pub fn step_tokens(&self) -> usize {
-        self.step_tokens.map_or(STEP_TOKENS, |n| n as usize)
+        self.step_tokens.unwrap_or_else(|| default_step_tokens(X86_64)) as usize
     }
 
     /// The same arguments, with what a machine wants where they say nothing.
     pub fn for_machine(mut self, arch: &str) -> Self {
-        if arch == NVPTX64 {
-            self.step_tokens.get_or_insert(GPU_STEP_TOKENS);
-        }
+        self.step_tokens.get_or_insert_with(|| default_step_tokens(arch));
         self
     }
 
