@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use anyhow::Context;
-use nextc_abi::metadata::{NVPTX64, X86_64, default_step_tokens};
+use nextc_abi::metadata::default_step_tokens;
 use nextc_ir::Module;
 use nextc_ir::schedule::KernelModule;
 use nextc_ir::types::StateKind;
@@ -37,8 +37,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     }
     // what a card holds is not known here
     let machine = if plan.target.gpu.is_some() { None } else { machine_bytes() };
-    let arch = if plan.target.gpu.is_some() { NVPTX64 } else { X86_64 };
-    Memory::of(&kernels, arch).write(&mut text, machine);
+    Memory::of(&kernels, nextc_link::arch(&plan.target)).write(&mut text, machine);
     show::print(&text)
 }
 

@@ -81,13 +81,15 @@ fn model(module: &KernelModule) -> abi::Model {
     }
 }
 
+/// The architecture that an executable for a target names.
+pub fn arch(target: &Target) -> &'static str {
+    if target.gpu.is_some() { abi::metadata::NVPTX64 } else { abi::metadata::X86_64 }
+}
+
 fn target(target: &Target) -> abi::Target {
-    let (arch, features) = match &target.gpu {
-        None => (abi::metadata::X86_64, target.required_features()),
-        Some(gpu) => (abi::metadata::NVPTX64, gpu.features.to_vec()),
-    };
+    let features = target.gpu.as_ref().map_or_else(|| target.required_features(), |gpu| gpu.features.to_vec());
     let features = features.into_iter().map(str::to_owned).collect();
-    abi::Target { arch: arch.to_owned(), cpu: target.cpu.clone(), features }
+    abi::Target { arch: arch(target).to_owned(), cpu: target.cpu.clone(), features }
 }
 
 fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, LinkError> {

@@ -18,6 +18,7 @@ use nextc_ir::schedule::KernelModule;
 use nextc_ir::source::WeightSource;
 use nextc_ir::{Module, Target};
 
+pub use convert::arch;
 pub use error::LinkError;
 
 /// How the names of files begin that are being written, beside their final place.

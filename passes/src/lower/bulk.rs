@@ -10,6 +10,7 @@
 //! One in several tasks takes the tiles of all of them, so that rows are rounded seldom. The order of a token's sums depends on its class alone.
 
 pub mod bytes;
+mod dots;
 pub mod pairs;
 pub mod tiles;
 

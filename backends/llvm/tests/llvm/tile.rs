@@ -1,6 +1,6 @@
 //! The matrix unit, and products of bytes: their bits are the interpreter's, for ordinary numbers and for those at the ends of the range.
 
-use nextc_ir::kernel::{Kernel, KernelBuilder, Pred};
+use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
 use nextc_ir::target::Activations;
 use nextc_ir::{DType, Target};
 
@@ -22,20 +22,19 @@ fn machine() -> Option<Target> {
 
 /// This machine with products of bytes, if it has them.
 fn machine_of_bytes() -> Option<Target> {
-    let target = Target { activations: Activations::Int8, ..native() };
-    let there = target.bulk_tile().is_some();
-    if !there {
-        println!("skipped: no products of bytes");
-    }
-    there.then_some(target)
+    machine_of(Activations::Int8, Target::has_byte_dots, "bytes")
 }
 
 /// This machine with products of pairs of bfloat16, if it has them.
 fn machine_of_pairs() -> Option<Target> {
-    let target = Target { activations: Activations::Bf16, ..native() };
-    let there = target.has_pair_dots();
+    machine_of(Activations::Bf16, Target::has_pair_dots, "pairs")
+}
+
+fn machine_of(activations: Activations, has: fn(&Target) -> bool, what: &str) -> Option<Target> {
+    let target = Target { activations, ..native() };
+    let there = has(&target);
     if !there {
-        println!("skipped: no products of pairs");
+        println!("skipped: no products of {what}");
     }
     there.then_some(target)
 }
@@ -258,22 +257,26 @@ fn bytes_of_four_vectors_lie_in_a_row() {
     assert_eq!(bytes, (0..64).map(|i| 255 - i).collect::<Vec<u8>>());
 }
 
-#[test]
-fn products_of_pairs_have_the_interpreters_bits() {
+/// 1024 sums of a type, to which products are added of as many words with as many others, and of them with one word for 16.
+fn dots(sums: DType, dot: fn(&mut KernelBuilder, Val, Val, Val) -> Val) -> Kernel {
     let mut k = KernelBuilder::new("dots", &[("x", false), ("out", true)], 1.into());
     let (x, out) = (k.param(0), k.param(1));
     k.for_range(16 * 64, 16, |k, i| {
         let (second, third) = (k.add_const(i, 1024), k.add_const(i, 2048));
-        let sum = k.load_f32x16(x, i);
+        let sum = k.load(sums, 16, x, i);
         let [a, b] = [second, third].map(|at| k.load(DType::I32, 16, x, at));
-        // one for all lanes too
         let one = k.load(DType::I32, 1, x, third);
         let one = k.splat(one, 16);
-        let dot = k.pair_dot(sum, a, b);
-        let dot = k.pair_dot(dot, a, one);
-        k.store(out, i, dot);
+        let sum = dot(k, sum, a, b);
+        let sum = dot(k, sum, a, one);
+        k.store(out, i, sum);
     });
-    let kernel = k.finish();
+    k.finish()
+}
+
+#[test]
+fn products_of_pairs_have_the_interpreters_bits() {
+    let kernel = dots(DType::F32, KernelBuilder::pair_dot);
     let mut random = Random(31);
     // numbers of like magnitudes, and some of all
     let mut half = |wide: bool| {
@@ -293,19 +296,7 @@ fn products_of_pairs_have_the_interpreters_bits() {
 
 #[test]
 fn products_of_bytes_have_the_interpreters_bits() {
-    let mut k = KernelBuilder::new("dots", &[("x", false), ("out", true)], 1.into());
-    let (x, out) = (k.param(0), k.param(1));
-    k.for_range(16 * 64, 16, |k, i| {
-        let (second, third) = (k.add_const(i, 1024), k.add_const(i, 2048));
-        let [sum, a, b] = [i, second, third].map(|at| k.load(DType::I32, 16, x, at));
-        // one for all lanes too
-        let one = k.load(DType::I32, 1, x, third);
-        let one = k.splat(one, 16);
-        let dot = k.byte_dot(sum, a, b);
-        let dot = k.byte_dot(dot, a, one);
-        k.store(out, i, dot);
-    });
-    let kernel = k.finish();
+    let kernel = dots(DType::I32, KernelBuilder::byte_dot);
     let mut random = Random(29);
     let mut words: Vec<u32> = (0..3 * 1024).map(|_| random.word() << 8 ^ random.word()).collect();
     // the largest products, and sums that wrap

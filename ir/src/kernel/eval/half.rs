@@ -79,10 +79,18 @@ fn owner(row: usize, column: usize) -> usize {
     row % 8 * 4 + column % 8 / 2
 }
 
+/// A of the warp whose first thread is `first`, out of its four registers.
+fn operand_a(dtype: DType, a: &[Reg], narrow: &[u32], first: usize) -> [[f64; K]; M] {
+    each(|row, k| {
+        let word = narrow[a[row / 8 + k / 8 * 2] + first + owner(row, k)];
+        f64::from(decode(dtype, halves(word)[k % 2]))
+    })
+}
+
 /// `C + A·B` of the warp whose first thread is `first`: registers have one number a thread, `threads` in all.
 pub(super) fn mma(m: &Mma, narrow: &mut [u32], first: usize, threads: usize) {
     let half = |reg: Reg, thread: usize, i: usize| f64::from(decode(m.dtype, halves(narrow[reg + first + thread])[i]));
-    let a: [[f64; K]; M] = each(|row, k| half(m.a[row / 8 + k / 8 * 2], owner(row, k), k % 2));
+    let a = operand_a(m.dtype, &m.a, narrow, first);
     let b: [[f64; N]; K] = each(|k, n| half(m.b[k / 8], owner(n, k), k % 2));
     let at = |reg: Reg, row: usize, n: usize| reg + (row / 8 * 2 + n % 2) * threads + first + owner(row, n);
     let c: [[f64; N]; M] = each(|row, n| f64::from(f32::from_bits(narrow[at(m.c, row, n)])));
@@ -100,10 +108,7 @@ pub(super) fn mma(m: &Mma, narrow: &mut [u32], first: usize, threads: usize) {
 /// `A·B` of the warp whose first thread is `first`, where `tokens` has eight words a step of each column of B.
 pub(super) fn mma_group(m: &MmaGroup, narrow: &mut [u32], tokens: &[Vec<u32>], (first, threads): (usize, usize)) {
     for (step, a) in m.a.chunks(4).enumerate() {
-        let a: [[f64; K]; M] = each(|row, k| {
-            let word = narrow[a[row / 8 + k / 8 * 2] + first + owner(row, k)];
-            f64::from(decode(m.dtype, halves(word)[k % 2]))
-        });
+        let a = operand_a(m.dtype, a, narrow, first);
         for (n, token) in tokens.iter().enumerate() {
             let b: [f64; K] =
                 std::array::from_fn(|k| f64::from(decode(m.dtype, halves(token[step * K / 2 + k / 2])[k % 2])));

@@ -13,13 +13,12 @@ use nextc_ir::kernel::math::ROUNDER;
 use nextc_ir::kernel::{KernelBuilder, Val};
 use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
-use nextc_ir::target::BulkKind;
 use nextc_ir::{DType, Layout, Stored};
 
 use super::super::kv_codes::{Extremes, integer_of};
 use super::super::packed::{Matrix, Tile};
 use super::super::strips::{Ahead, Group, STRIPS};
-use super::sums_of;
+use super::dots::Dots;
 
 /// Columns that share a scale.
 const BLOCK: u64 = 32;
@@ -31,8 +30,6 @@ const LINE_WORDS: u64 = LINE_BYTES / 4;
 const LINES: u64 = BLOCK / LINE_COLUMNS;
 /// Words of a block of a strip: its codes and its scales.
 const STRIP_WORDS: u64 = (LINES + 1) * LINE_WORDS;
-/// Rows that are multiplied together.
-const ROWS: u64 = BulkKind::Bytes.together();
 
 /// True if products of many tokens with this matrix can be made of bytes.
 pub fn takes(matrix: &Matrix) -> bool {
@@ -44,11 +41,9 @@ pub fn takes(matrix: &Matrix) -> bool {
 pub struct Bytes {
     /// Columns of a row as stored.
     columns: u64,
-    rows: Val,
+    dots: Dots,
     /// A group of strips.
     strips: Val,
-    /// Sums of six rows by 32 weight rows, for each two strips.
-    sums: Val,
 }
 
 impl Bytes {
@@ -59,26 +54,20 @@ impl Bytes {
 
     /// For `tokens` rows of `columns` columns. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, tokens: u64, columns: u64) -> Self {
-        let rows = k.alloc(DType::I32, tokens * Self::row_bytes(columns) / 4);
-        let strips = k.alloc(DType::I32, STRIPS * columns.div_ceil(BLOCK) * STRIP_WORDS);
-        Self { columns, rows, strips, sums: k.alloc(DType::F32, STRIPS * ROWS * LANES) }
+        let depth = columns.div_ceil(BLOCK);
+        let dots = Dots::alloc(k, tokens, (Self::row_bytes(columns), depth));
+        Self { columns, dots, strips: k.alloc(DType::I32, STRIPS * depth * STRIP_WORDS) }
     }
 
     /// Steps of a product: blocks of columns.
     pub const fn depth(&self) -> u64 {
-        self.columns.div_ceil(BLOCK)
-    }
-
-    /// Pointer to row `i`.
-    fn row(&self, k: &mut KernelBuilder, i: Val) -> Val {
-        let bytes = k.mul_const(i, Self::row_bytes(self.columns));
-        k.offset(self.rows, bytes)
+        self.dots.depth()
     }
 
     /// Rounds a row, whose 16 numbers from column `c` on `numbers(c)` gives, into row `i`.
     pub fn pack(&self, k: &mut KernelBuilder, i: Val, mut numbers: impl FnMut(&mut KernelBuilder, Val) -> Val) {
         const TURN: u64 = 2 * BLOCK;
-        let (to, whole) = (self.row(k, i), self.columns / TURN * TURN);
+        let (to, whole) = (self.dots.row(k, i), self.columns / TURN * TURN);
         let (zero, end, nothing) = (k.const_i64(0), k.index(whole), k.splat_f32(16, 0.0));
         let mut turn = |k: &mut KernelBuilder, first: Val, columns: u64, spoilt: Val| {
             let at = (0..columns).step_by(LANES as usize);
@@ -132,15 +121,6 @@ impl Bytes {
         spoilt
     }
 
-    /// Fills what is multiplied behind the first `count` rows with zeros.
-    pub fn fill_behind(&self, k: &mut KernelBuilder, count: Val) {
-        let end = super::round_up(k, count, ROWS);
-        k.for_each((count, end, 1), |k, i| {
-            let (to, nothing) = (self.row(k, i), k.splat_i32(LANES as u32, 0));
-            k.for_range(Self::row_bytes(self.columns) / 4, LINE_WORDS, |k, at| k.store(to, at, nothing));
-        });
-    }
-
     /// Writes a group's strips; gives pointers to them.
     fn unpack(&self, k: &mut KernelBuilder, group: &Group) -> Vec<Val> {
         let strip = |(i, tile): (u64, &Tile)| {
@@ -181,51 +161,15 @@ impl Bytes {
         each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
     ) {
         let strips = self.unpack(k, group);
-        let pairs: Vec<(Val, &[Val])> = (0..)
-            .zip(strips.chunks(2))
-            .map(|(pair, strips)| {
-                let bytes = k.index(pair * 4 * 2 * LANES * ROWS);
-                (k.offset(self.sums, bytes), strips)
-            })
-            .collect();
-        let zero = k.const_i64(0);
-        k.for_each((zero, count, ROWS), |k, first| {
-            self.dots(k, first, &pairs, ahead);
-            let last = k.add_const(first, ROWS);
-            let last = k.min_i64(last, count);
-            k.for_each((first, last, 1), |k, i| {
-                let row = k.sub(i, first);
-                let sums = pairs.iter().flat_map(|&(sums, strips)| sums_of(k, sums, row, strips.len() as u64));
-                let values: Vec<Val> = sums.collect();
-                each(k, i, &values);
-            });
-        });
+        let add = |k: &mut KernelBuilder, operands: (&[Val], &[Val]), block, sums: &[Val]| {
+            self.add_block(k, operands, block, sums)
+        };
+        self.dots.products(k, (&strips, ahead), count, &add, each);
     }
 
-    /// Products of rows `first..first + 6` with two and two strips.
-    fn dots(&self, k: &mut KernelBuilder, first: Val, pairs: &[(Val, &[Val])], ahead: &Ahead<'_>) {
-        let base = self.row(k, first);
-        let rows: Vec<Val> = (0..ROWS)
-            .map(|i| {
-                let bytes = k.index(i * Self::row_bytes(self.columns));
-                k.offset(base, bytes)
-            })
-            .collect();
-        let steps = k.div_const(first, ROWS);
-        let steps = k.mul_const(steps, self.depth());
-        for (pair, &(to, strips)) in pairs.iter().enumerate() {
-            let (zero, depth, nothing) = (k.const_i64(0), k.index(self.depth()), k.splat_f32(LANES as u32, 0.0));
-            let init = vec![nothing; strips.len() * rows.len()];
-            let sums = k.for_carry((zero, depth, 1), &init, |k, block, sums| {
-                let step = k.add(steps, block);
-                ahead.ask(k, pair, step);
-                self.add_block(k, (strips, &rows), block, sums)
-            });
-            for (at, sum) in (0..).step_by(LANES as usize).zip(sums) {
-                let at = k.index(at);
-                k.store(to, at, sum);
-            }
-        }
+    /// Fills what is multiplied behind the first `count` rows with zeros.
+    pub fn fill_behind(&self, k: &mut KernelBuilder, count: Val) {
+        self.dots.fill_behind(k, count);
     }
 
     /// Adds the products of a block of columns to sums, of one row after the other.
@@ -334,7 +278,7 @@ mod tests {
                 let i = k.index(i);
                 let row = row_ptr(&mut k, x, i, columns);
                 bytes.pack(&mut k, i, |k, c| k.load_f32x16(row, c));
-                bytes.row(&mut k, i)
+                bytes.dots.row(&mut k, i)
             })
             .collect();
         let (zero, depth, nothing) = (k.const_i64(0), k.index(bytes.depth()), k.splat_f32(16, 0.0));

@@ -11,32 +11,27 @@ use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Val};
 use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
-use nextc_ir::target::BulkKind;
 
 use super::super::packed::Matrix;
-use super::super::strips::{Ahead, Group, STRIPS, is_direct};
-use super::sums_of;
+use super::super::strips::{Ahead, Group, is_direct};
+use super::dots::Dots;
 
 /// Columns of a step.
 const STEP: u64 = LINE_BYTES / 2;
 /// Words of a line: pairs of 16 rows, or 32 numbers of one.
 const LINE_WORDS: u64 = LINE_BYTES / 4;
-/// Rows that are multiplied together.
-const ROWS: u64 = BulkKind::Pairs.together();
 
 /// True if products of many tokens with this matrix can be made of pairs.
 pub fn takes(matrix: &Matrix) -> bool {
     is_direct(matrix)
 }
 
-/// Rows as pairs, and room for their sums.
+/// Rows as pairs.
 #[derive(Clone, Copy, Debug)]
 pub struct Pairs {
     /// Columns of a row: whole lines.
     columns: u64,
-    rows: Val,
-    /// Sums of six rows by 32 weight rows, for each two strips.
-    sums: Val,
+    dots: Dots,
 }
 
 impl Pairs {
@@ -47,24 +42,17 @@ impl Pairs {
 
     /// For `tokens` rows of `columns` columns. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, tokens: u64, columns: u64) -> Self {
-        let rows = k.alloc(DType::I32, tokens * Self::row_bytes(columns) / 4);
-        Self { columns, rows, sums: k.alloc(DType::F32, STRIPS * ROWS * LANES) }
+        Self { columns, dots: Dots::alloc(k, tokens, (Self::row_bytes(columns), columns.div_ceil(STEP))) }
     }
 
     /// Steps of a product.
     pub const fn depth(&self) -> u64 {
-        self.columns.div_ceil(STEP)
-    }
-
-    /// Pointer to row `i`.
-    fn row(&self, k: &mut KernelBuilder, i: Val) -> Val {
-        let bytes = k.mul_const(i, Self::row_bytes(self.columns));
-        k.offset(self.rows, bytes)
+        self.dots.depth()
     }
 
     /// Rounds a row, whose 16 numbers from column `c` on `numbers(c)` gives, into row `i`.
     pub fn pack(&self, k: &mut KernelBuilder, i: Val, mut numbers: impl FnMut(&mut KernelBuilder, Val) -> Val) {
-        let to = self.row(k, i);
+        let to = self.dots.row(k, i);
         k.for_range(self.columns, STEP, |k, c| {
             let next = k.add_const(c, LANES);
             let (first, second) = (numbers(k, c), numbers(k, next));
@@ -75,11 +63,7 @@ impl Pairs {
 
     /// Fills what is multiplied behind the first `count` rows with zeros.
     pub fn fill_behind(&self, k: &mut KernelBuilder, count: Val) {
-        let end = super::round_up(k, count, ROWS);
-        k.for_each((count, end, 1), |k, i| {
-            let (to, nothing) = (self.row(k, i), k.splat_i32(LANES as u32, 0));
-            k.for_range(Self::row_bytes(self.columns) / 4, LINE_WORDS, |k, at| k.store(to, at, nothing));
-        });
+        self.dots.fill_behind(k, count);
     }
 
     /// Products of a group's strips with `count` rows: `each(row, sums of each strip)`.
@@ -91,51 +75,7 @@ impl Pairs {
         each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
     ) {
         let strips: Vec<Val> = group.tiles.iter().map(|tile| tile.codes).collect();
-        let pairs: Vec<(Val, &[Val])> = (0..)
-            .zip(strips.chunks(2))
-            .map(|(pair, strips)| {
-                let bytes = k.index(pair * 4 * 2 * LANES * ROWS);
-                (k.offset(self.sums, bytes), strips)
-            })
-            .collect();
-        let zero = k.const_i64(0);
-        k.for_each((zero, count, ROWS), |k, first| {
-            self.dots(k, first, &pairs, ahead);
-            let last = k.add_const(first, ROWS);
-            let last = k.min_i64(last, count);
-            k.for_each((first, last, 1), |k, i| {
-                let row = k.sub(i, first);
-                let sums = pairs.iter().flat_map(|&(sums, strips)| sums_of(k, sums, row, strips.len() as u64));
-                let values: Vec<Val> = sums.collect();
-                each(k, i, &values);
-            });
-        });
-    }
-
-    /// Products of rows `first..first + 6` with two and two strips.
-    fn dots(&self, k: &mut KernelBuilder, first: Val, pairs: &[(Val, &[Val])], ahead: &Ahead<'_>) {
-        let base = self.row(k, first);
-        let rows: Vec<Val> = (0..ROWS)
-            .map(|i| {
-                let bytes = k.index(i * Self::row_bytes(self.columns));
-                k.offset(base, bytes)
-            })
-            .collect();
-        let steps = k.div_const(first, ROWS);
-        let steps = k.mul_const(steps, self.depth());
-        for (pair, &(to, strips)) in pairs.iter().enumerate() {
-            let (zero, depth, nothing) = (k.const_i64(0), k.index(self.depth()), k.splat_f32(LANES as u32, 0.0));
-            let init = vec![nothing; strips.len() * rows.len()];
-            let sums = k.for_carry((zero, depth, 1), &init, |k, block, sums| {
-                let step = k.add(steps, block);
-                ahead.ask(k, pair, step);
-                add_step(k, (strips, &rows), block, sums)
-            });
-            for (at, sum) in (0..).step_by(LANES as usize).zip(sums) {
-                let at = k.index(at);
-                k.store(to, at, sum);
-            }
-        }
+        self.dots.products(k, (&strips, ahead), count, &add_step, each);
     }
 }
 

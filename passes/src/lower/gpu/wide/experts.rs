@@ -16,7 +16,7 @@ use super::super::many::many;
 use super::super::many_experts::{GateUp, combine};
 use super::super::matmul::store_pair;
 use super::linears::Pairs;
-use super::{Block, Goes, Memory, Own, PAIRS, Packed, RowOf, THREADS, Tiles, WARPS, Width, X, begin_block};
+use super::{Block, Goes, Memory, Own, PAIRS, Packed, RowOf, THREADS, Tiles, WARPS, Width, X, begin_block, same};
 
 /// Blocks that share the tiles of an expert's `down` for the same tokens.
 const DOWN_SHARES: u64 = 2;
@@ -47,9 +47,7 @@ pub fn gate_up(node: &GateUp<'_>, site: &Site<'_>, ports: &Ports, (sym, above): 
                 let (fragments, weights) = (&node.dense.0, node.dense.1);
                 let pairs = Pairs { fragments, weights, skipped, tiles: Tiles::of_share(k, share, dense_shape) };
                 let block = Block { fragments, warps, place, memory, x, range: (first, count) };
-                let mut same = [(); 2].map(|()| |_: &mut KernelBuilder, token: Val| token);
-                let [row_of, row_to] = &mut same;
-                pairs.products(k, &block, (row_of, row_to), shared_out);
+                pairs.products(k, &block, (&mut same, &mut same), shared_out);
                 Vec::new()
             },
             |k| {
@@ -118,10 +116,9 @@ pub fn down(down: &Down, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64
         is_shared,
         |k| {
             let ((first, share), none) = (Width::WHOLE.block_of(k, task, shares), k.const_i64(0));
-            let (mut row_of, mut row_to) =
-                (|_: &mut KernelBuilder, t: Val| t, |k: &mut KernelBuilder, t: Val| k.add(choices, t));
+            let mut row_to = |k: &mut KernelBuilder, t: Val| k.add(choices, t);
             let weight = (&down.dense, down.s_down, none);
-            products(k, weight, (&down.s, (first, count), share), (&mut row_of, &mut row_to));
+            products(k, weight, (&down.s, (first, count), share), (&mut same, &mut row_to));
             Vec::new()
         },
         |k| {

@@ -10,7 +10,7 @@ use super::super::fragments::Fragments;
 use super::super::many::many;
 use super::super::matmul::{ResidualNode, Segment, choose, column_of, silu_times, store_one, store_residual_pair};
 use super::super::tile::Split;
-use super::{Block, Goes, Memory, Own, PAIRS, Packed, RowOf, Tiles, WARPS, Width, X, begin_block};
+use super::{Block, Goes, Memory, Own, PAIRS, Packed, RowOf, Tiles, WARPS, Width, X, begin_block, same};
 
 /// `linear`, `linears`, `norm_linears` of more rows than `above`; `warps` share the columns in the kernel for few.
 pub(in super::super) fn linears(
@@ -139,9 +139,7 @@ impl GateUp<'_> {
                 tiles: Tiles::of_share(k, share, shape),
             };
             let block = Block { fragments: self.fragments, warps: self.warps, place, memory, x, range: (first, count) };
-            let mut same = [(); 2].map(|()| |_: &mut KernelBuilder, token: Val| token);
-            let [row_of, row_to] = &mut same;
-            pairs.products(k, &block, (row_of, row_to), (to, self.out.1));
+            pairs.products(k, &block, (&mut same, &mut same), (to, self.out.1));
         })
     }
 }

@@ -31,7 +31,7 @@ use super::tile::{Product, TOKENS as GROUP_TOKENS};
 pub use codes::Own;
 use codes::{Codes, LEAST_STAGES, Ring, code_bytes, stages_in};
 use rows::{Copier, OutRows, Row, Tokens};
-pub use rows::{Packed, RowOf};
+pub use rows::{Packed, RowOf, same};
 use sums::Sums;
 pub use tiles::{PAIRS, Tiles};
 
@@ -221,9 +221,7 @@ impl Block<'_> {
         ask: impl FnMut(&mut KernelBuilder, Val, &At) -> A,
         epilogue: impl FnMut(&mut KernelBuilder, Val, &At, [Val; 2], A),
     ) {
-        let mut same = [(); 2].map(|()| |_: &mut KernelBuilder, token: Val| token);
-        let [row_of, row_to] = &mut same;
-        self.products(k, goes, (row_of, row_to), ask, epilogue);
+        self.products(k, goes, (&mut same, &mut same), ask, epilogue);
     }
 
     /// The products: `row_of` gives the row of x of a token, `row_to` that of its products. In each go what `ask` reads of each pair of products (it gets the go and the place of one) is asked
