@@ -109,6 +109,15 @@ impl BulkKind {
     }
 }
 
+/// What multiplies rows of bfloat16 that are no weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// A matrix unit, in tiles.
+    Tiles,
+    /// Vectors, two numbers of a lane at a time.
+    Pairs,
+}
+
 /// How products of many tokens are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BulkTile {
@@ -353,7 +362,12 @@ impl Target {
             Some(BulkKind::Bytes) => VNNI,
             Some(BulkKind::Pairs) => BF16,
         };
-        let used = |f: &&str| V3.contains(f) || (wide && V4.contains(f)) || bulk.contains(f);
+        let unit: &[&str] = match self.unit() {
+            None => &[],
+            Some(Unit::Tiles) => TILES,
+            Some(Unit::Pairs) => BF16,
+        };
+        let used = |f: &&str| V3.contains(f) || (wide && V4.contains(f)) || bulk.contains(f) || unit.contains(f);
         self.features.iter().map(String::as_str).filter(used).collect()
     }
 
@@ -396,15 +410,20 @@ impl Target {
         Some(BulkTile { kind, panel_bytes: 1 << 20, most_tokens, row_tiles: 64 })
     }
 
-    /// True if what many tokens need is computed in tiles of bfloat16.
-    pub fn rounds_to_tiles(&self) -> bool {
-        self.bulk_tile().is_some_and(|tile| tile.kind == BulkKind::Tiles)
+    /// What multiplies rows of a long run with each other, rounded to bfloat16: in attention and in the delta rule. `None` if activations may not be rounded, or
+    /// if the machine has no fast products of bfloat16.
+    pub fn unit(&self) -> Option<Unit> {
+        match self.activations {
+            Activations::Bf16 | Activations::Int8 if self.has_tiles() => Some(Unit::Tiles),
+            Activations::Bf16 | Activations::Int8 if self.has_pair_dots() => Some(Unit::Pairs),
+            _ => None,
+        }
     }
 
     /// Whether the delta rule of long runs goes by chunks of [`CHUNK_TOKENS`](crate::types::CHUNK_TOKENS) positions, so that a long run has the bits of its pieces
-    /// only where they are cut between two: on matrix units of CPUs that may round, and on GPUs.
+    /// only where they are cut between two: on CPUs that multiply rows of bfloat16, and on GPUs.
     pub fn has_chunks(&self) -> bool {
-        self.rounds_to_tiles() || self.gpu.is_some()
+        self.unit().is_some() || self.gpu.is_some()
     }
 
     /// Multiprocessors of the GPU; 1 if it is none.

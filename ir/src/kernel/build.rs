@@ -502,22 +502,16 @@ impl KernelBuilder {
     pub fn short_dot(&mut self, sum: Val, a: Val, b: Val) -> Val {
         self.like(KOp::ShortDot, &[sum, a, b])
     }
-    /// `c = Σ a·b` in tiles, `depth` of them one after the other.
-    pub fn tile_dot(&mut self, c: Val, (a, b): (&[Val], &[Val]), depth: u64) {
+    /// `c = Σ a·b` in tiles over products of some strips by some, as many in each: the strips, and how many tiles lie one after the other in them.
+    pub fn tile_dots(&mut self, c: Val, dots: &[(&[Val], &[Val], u64)]) {
         self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
-        let depth = self.index(depth);
-        self.tile_steps((a, b), depth, false, |_, _| {});
-        let store = KOp::TileStore { rows: a.len() as u32, columns: b.len() as u32 };
-        self.push(store, &[c], Vec::new(), Vec::new());
-    }
-    /// The sum of several such products of two strips by two: of each its strips and its depth.
-    pub fn tile_dots(&mut self, c: Val, dots: &[([Val; 2], [Val; 2], u64)]) {
-        self.push(KOp::TileZero, &[], Vec::new(), Vec::new());
-        for (a, b, depth) in dots {
-            let depth = self.index(*depth);
+        for &(a, b, depth) in dots {
+            let depth = self.index(depth);
             self.tile_steps((a, b), depth, false, |_, _| {});
         }
-        self.push(KOp::TileStore { rows: 2, columns: 2 }, &[c], Vec::new(), Vec::new());
+        let [(a, b, _), ..] = dots else { return };
+        let store = KOp::TileStore { rows: a.len() as u32, columns: b.len() as u32 };
+        self.push(store, &[c], Vec::new(), Vec::new());
     }
     /// `c += Σ a·b` of `depth` tiles, but `c = Σ a·b` where `is_first` holds or is none. The tiles of A should leave those of B in the first cache; with tile
     /// `i` of each goes `beside(builder, i)`.

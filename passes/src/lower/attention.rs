@@ -260,7 +260,6 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
     debug_assert_eq!(site.op(), Op::GatedAttention);
     let mut ports = Ports::default();
     let bound = Attention::ports(site, &mut ports);
-    let in_tiles = site.target.rounds_to_tiles();
     let (pages, shared, elems) = (bound.pages, bound.shared, bound.elems());
     let mut k = ports.builder(site, Extent::from(Sym::T) * pages.heads.into());
     let task = k.task();
@@ -281,7 +280,7 @@ pub fn lower_gated_attention(site: &Site<'_>) -> Result<Lowered, LowerError> {
         max: k.alloc(DType::F32, shared),
         sum: k.alloc(DType::F32, shared),
     };
-    let tiles = in_tiles.then(|| Tiles::alloc(&mut k, bound));
+    let tiles = site.target.unit().map(|unit| Tiles::alloc(&mut k, bound, unit));
     let b = pages.sequence(&mut k, t);
     let slot = pages.slot(&mut k, b);
     let zero = k.const_i64(0);

@@ -13,6 +13,7 @@ pub mod bytes;
 mod dots;
 pub mod pairs;
 pub mod tiles;
+pub mod unit;
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};

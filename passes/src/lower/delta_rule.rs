@@ -61,8 +61,8 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let heads = mixer.q.heads;
     let mut k = ports.builder(site, Extent::from(Sym::B) * heads.into());
     let scratch = Scratch::alloc(&mut k, &mixer);
-    let in_chunks = site.target.rounds_to_tiles() && Chunks::take(&mixer);
-    let chunks = in_chunks.then(|| Chunks::alloc(&mut k, &mixer));
+    let unit = site.target.unit().filter(|_| Chunks::take(&mixer));
+    let chunks = unit.map(|unit| Chunks::alloc(&mut k, &mixer, unit));
     let task = k.task();
     let (b, head) = (k.div_const(task, heads), k.rem_const(task, heads));
     let run = sequences.run(&mut k, b);

@@ -1,11 +1,11 @@
-//! `gated_attention` of long runs in tiles of a CPU's matrix unit.
+//! `gated_attention` of long runs in tiles, by a CPU's matrix unit or its vectors: see [`unit`].
 //!
 //! task    a block of tokens of one run and a kv head, with the query heads that share it: up to 256 queries
 //! block   128 positions: keys as columns, values as rows of a B, rounded to bf16 once a task
 //!   scores  32 queries at once by 128 positions, `m ← max`, `p = exp(s − m)` rounded to bf16, `l ← l·c + Σp` before that
 //!   sums    `o ← o·c + p·V`, in f32
 //! epilogue  out = o / l · sigmoid(output_gate)
-//! traffic  KV once a task, so once for all tokens of a block; bound by the matrix unit and by exponentials
+//! traffic  KV once a task, so once for all tokens of a block; bound by products and by exponentials
 //!
 //! Blocks are absolute positions, taken in order, and what a token may not see is a zero among its `p`: its bits depend on neither the
 //! block of tokens that it stands in nor its neighbours.
@@ -13,9 +13,10 @@
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::LANES;
+use nextc_ir::target::Unit;
 
-use super::super::bulk::round_up;
 use super::super::bulk::tiles::{RowTiles, SUMS, TOGETHER, lane_numbers};
+use super::super::bulk::{round_up, unit};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_BYTES;
 use super::Attention;
@@ -28,6 +29,7 @@ const QUERIES: u64 = 256;
 /// Scratch of a task.
 pub(super) struct Tiles {
     bound: Attention,
+    unit: Unit,
     q: RowTiles,
     /// 16 keys as rows, before they are turned.
     rows: RowTiles,
@@ -69,12 +71,13 @@ impl Tiles {
     }
 
     /// Call it at the top level of the body.
-    pub fn alloc(k: &mut KernelBuilder, bound: Attention) -> Self {
+    pub fn alloc(k: &mut KernelBuilder, bound: Attention, unit: Unit) -> Self {
         let elems = bound.elems();
         let queries = (Self::tokens(&bound) * bound.shared).next_multiple_of(TOGETHER);
         let lanes = lane_numbers(k);
         Self {
             bound,
+            unit,
             q: RowTiles::alloc(k, queries, elems),
             rows: RowTiles::alloc(k, LANES, elems),
             keys: RowTiles::alloc(k, POSITIONS, elems),
@@ -187,7 +190,7 @@ impl Tiles {
         k.for_range(POSITIONS, TOGETHER, |k, position| {
             let c = row_ptr(k, self.c, position, SUMS / TOGETHER);
             let keys = self.keys.two_strips(k, position);
-            k.tile_dots(c, &[(queries, keys, self.keys.depth())]);
+            unit::dots(k, self.unit, c, &[(queries, keys.to_vec(), self.keys.depth())]);
         });
     }
 
@@ -245,8 +248,8 @@ impl Tiles {
     fn weigh(&self, k: &mut KernelBuilder, query: Val) {
         let p = [self.p.at, self.p.next(k, self.p.at)];
         let columns = |k: &mut KernelBuilder, column: Val, count: u64| {
-            let strips = self.values.two_strips(k, column);
-            k.tile_dot(self.c, (&p, &strips[..count as usize]), self.p.depth());
+            let strips = self.values.two_strips(k, column)[..count as usize].to_vec();
+            unit::dots(k, self.unit, self.c, &[(p, strips, self.p.depth())]);
             k.for_range(TOGETHER, 1, |k, i| {
                 let row = k.add(query, i);
                 let (o, c) = (row_ptr(k, self.o, row, self.bound.elems()), row_ptr(k, self.c, i, count * LANES));

@@ -1,4 +1,4 @@
-//! `gated_delta_net` of long runs, in chunks of 64 tokens on a CPU's matrix unit.
+//! `gated_delta_net` of long runs, in chunks of 64 tokens, by a CPU's matrix unit or its vectors: see [`unit`].
 //!
 //! chunk    the run's tokens between two multiples of 64 positions; rows that it lacks are zeros that decay nothing
 //! keys     once a key head: convolutions and norms of q and k; K·Kᵀ, Q·Kᵀ
@@ -7,8 +7,8 @@
 //! updates  D = R + L·R, which solves (I + A) D = R: the d of the recurrence
 //! out      O = (exp(g) ∘ Q)·S + P·D, then the epilogue
 //! state    S ← exp(g_C) S + Kᵀ·(exp(g_C − g) ∘ D), in f32
-//! products 720 of tiles (16 by 16 by 32) a chunk and value head, if heads have 128 elements and two share a key head: 4 us at the unit's limit. Bound by what is
-//!          around them, SiLU of q, k, v and z and the reading of their rows above all
+//! products 720 of tiles (16 by 16 by 32) a chunk and value head, if heads have 128 elements and two share a key head: 4 us at a matrix unit's limit. There bound by what
+//!          is around them, SiLU of q, k, v and z and the reading of their rows above all
 //!
 //! Operands of products are rounded to bf16, their sums are f32; Q and K in Q·Kᵀ and K·Kᵀ, P and D in P·D are sums of two bf16, as what they lose is most of what all would
 //! ([`super::split`]). Convolutions, norms, gates and L are f32. What a token may not see is multiplied with zeros, so
@@ -21,9 +21,11 @@
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::{LANES, pad};
+use nextc_ir::target::Unit;
 use nextc_ir::types::{CHUNK_TOKENS, DECODE_TOKENS};
 
 use super::super::bulk::tiles::{RowTiles, SUMS, TOGETHER, lane_numbers};
+use super::super::bulk::unit::{self, Dot};
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_COLUMNS;
 use super::split::Split;
@@ -32,6 +34,7 @@ use super::{LEAST_LOG_DECAY, Mixer, Run, Stream, l2_normalise};
 /// Chunks of a key head and the value heads that share it, in scratch.
 pub(super) struct Chunks<'a> {
     pub mixer: &'a Mixer,
+    unit: Unit,
     /// `[64][pad(head_k_dim)]`: queries and keys.
     q: Val,
     k: Val,
@@ -90,13 +93,14 @@ impl<'a> Chunks<'a> {
     }
 
     /// Call it at the top level of the body.
-    pub fn alloc(k: &mut KernelBuilder, mixer: &'a Mixer) -> Self {
+    pub fn alloc(k: &mut KernelBuilder, mixer: &'a Mixer, unit: Unit) -> Self {
         let (dk, dv) = (pad(mixer.k.width), pad(mixer.v.width));
         let [key_rows, value_rows] = [dk, dv].map(|elems| elems.next_multiple_of(TOGETHER));
         let rows = |k: &mut KernelBuilder, elems: u64| k.alloc(DType::F32, CHUNK_TOKENS * elems);
         let tiles = RowTiles::alloc;
         Self {
             mixer,
+            unit,
             q: rows(k, dk),
             k: rows(k, dk),
             queries: Split::alloc(k, CHUNK_TOKENS, dk),
@@ -118,6 +122,10 @@ impl<'a> Chunks<'a> {
             sums: k.alloc(DType::F32, value_rows / TOGETHER * SUMS),
             lanes: lane_numbers(k),
         }
+    }
+
+    fn dots(&self, k: &mut KernelBuilder, c: Val, dots: &[Dot]) {
+        unit::dots(k, self.unit, c, dots);
     }
 
     fn dk(&self) -> u64 {
@@ -215,7 +223,7 @@ impl<'a> Chunks<'a> {
                     let at = k.index(which * CHUNK_TOKENS * CHUNK_TOKENS + Self::scores_at(row, column));
                     let (low, first, to) = (k.index(row), k.index(column), row_ptr(k, self.scores, at, 1));
                     let dots = tiles.dots(k, low, (&self.key_columns, first), tiles.high.depth());
-                    k.tile_dots(to, &dots);
+                    self.dots(k, to, &dots);
                 }
             }
         }
@@ -343,7 +351,7 @@ impl<'a> Chunks<'a> {
         let keys = self.keys.high.two_strips(k, low);
         self.for_columns(k, &mut |k, column, count| {
             let states = self.state.two_strips(k, column);
-            k.tile_dots(self.sums, &[(keys, states, self.state.depth())]);
+            self.dots(k, self.sums, &[(keys, states.to_vec(), self.state.depth())]);
             self.for_pairs(k, (row, count), |k, rows, sums| {
                 let errors = [0, 1].map(|n| {
                     let i = rows[n];
@@ -366,7 +374,7 @@ impl<'a> Chunks<'a> {
         let inverse = self.inverse.two_strips(k, low);
         self.for_columns(k, &mut |k, column, count| {
             let errors = self.errors.two_strips(k, column);
-            k.tile_dots(self.sums, &[(inverse, errors, row / TOGETHER + 1)]);
+            self.dots(k, self.sums, &[(inverse, errors.to_vec(), row / TOGETHER + 1)]);
             self.for_pairs(k, (row, count), |k, rows, sums| {
                 let updates = [0, 1].map(|n| {
                     let at = self.value_at(k, rows[n], column);
@@ -387,7 +395,7 @@ impl<'a> Chunks<'a> {
         self.for_columns(k, &mut |k, column, _| {
             let (state, sums) = (self.state.two_strips(k, column), row_ptr(k, self.sums, column, TOGETHER));
             let of_chunk = self.seen.dots(k, low, (&self.updates, column), row / TOGETHER + 1);
-            k.tile_dots(sums, &[&[(reads, state, self.state.depth())], &of_chunk[..]].concat());
+            self.dots(k, sums, &[&[(reads, state.to_vec(), self.state.depth())], &of_chunk[..]].concat());
         });
         let end = k.index(row + TOGETHER);
         let end = k.min_i64(end, chunk.count);
@@ -415,7 +423,7 @@ impl<'a> Chunks<'a> {
             let rows = k.min_i64(left, most);
             self.for_columns(k, &mut |k, column, count| {
                 let kept = self.kept.two_strips(k, column);
-                k.tile_dots(self.sums, &[(keys, kept, self.kept.depth())]);
+                self.dots(k, self.sums, &[(keys, kept.to_vec(), self.kept.depth())]);
                 k.for_each((zero, rows, 1), |k, i| {
                     let (from, i) = (row_ptr(k, self.sums, i, TOGETHER), k.add(row, i));
                     let at = row_ptr(k, state, i, self.dv());

@@ -4,6 +4,7 @@ use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Val};
 
 use super::super::bulk::tiles::RowTiles;
+use super::super::bulk::unit::Dot;
 
 /// Tiles of the rounded numbers, and of what that left over.
 #[derive(Clone, Copy, Debug)]
@@ -33,16 +34,16 @@ impl Split {
     }
 
     /// The products that make up those of two strips from row `row` on with two strips of a B from column `column` on, for
-    /// [`KernelBuilder::tile_dots`]: all but that of what was left over.
+    /// [`unit::dots`](super::super::bulk::unit::dots): all but that of what was left over.
     pub fn dots(
         &self,
         k: &mut KernelBuilder,
         row: Val,
         (b, column): (&Self, Val),
         depth: u64,
-    ) -> [([Val; 2], [Val; 2], u64); 3] {
+    ) -> [Dot; 3] {
         let pairs = [(self.high, b.high), (self.high, b.low), (self.low, b.high)];
-        pairs.map(|(a, b)| (a.two_strips(k, row), b.two_strips(k, column), depth))
+        pairs.map(|(a, b)| (a.two_strips(k, row), b.two_strips(k, column).to_vec(), depth))
     }
 }
 
