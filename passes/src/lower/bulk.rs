@@ -222,6 +222,59 @@ impl Mix {
     }
 }
 
+/// What becomes of the sums of a panel's rows.
+pub trait Sink {
+    /// Takes the sums of a row of the panel by some tiles, a vector of 16 weight rows for each.
+    fn put(&mut self, k: &mut KernelBuilder, row: Val, sums: &[Val]);
+
+    /// Asks for the memory that the sums of a row by so many tiles will change, before they are computed; where nothing is said it is not worth it.
+    fn ask(&mut self, _k: &mut KernelBuilder, _row: Val, _tiles: u64) {}
+
+    /// Whether it asks for any.
+    fn asks(&self) -> bool {
+        false
+    }
+}
+
+impl<F: FnMut(&mut KernelBuilder, Val, &[Val])> Sink for F {
+    fn put(&mut self, k: &mut KernelBuilder, row: Val, sums: &[Val]) {
+        self(k, row, sums);
+    }
+}
+
+/// A sink that asks: `ask(builder, row, tiles)`, `put(builder, row, sums)`.
+pub struct Asking<A, P> {
+    /// See [`Sink::ask`].
+    pub ask: A,
+    /// See [`Sink::put`].
+    pub put: P,
+}
+
+impl<A, P> Sink for Asking<A, P>
+where
+    A: FnMut(&mut KernelBuilder, Val, u64),
+    P: FnMut(&mut KernelBuilder, Val, &[Val]),
+{
+    fn put(&mut self, k: &mut KernelBuilder, row: Val, sums: &[Val]) {
+        (self.put)(k, row, sums);
+    }
+
+    fn ask(&mut self, k: &mut KernelBuilder, row: Val, tiles: u64) {
+        (self.ask)(k, row, tiles);
+    }
+
+    fn asks(&self) -> bool {
+        true
+    }
+}
+
+/// Asks for what the sums of rows `first..last` will change.
+fn ask_rows(k: &mut KernelBuilder, sink: &mut dyn Sink, (first, last): (Val, Val), tiles: u64) {
+    if sink.asks() {
+        k.for_each((first, last, 1), |k, i| sink.ask(k, i, tiles));
+    }
+}
+
 /// Rounded rows, and the weights that they are multiplied with.
 #[derive(Clone, Copy, Debug)]
 enum Rounded {
@@ -262,12 +315,12 @@ impl Rounded {
         k: &mut KernelBuilder,
         (group, ahead): (&Group, &Ahead<'_>),
         count: Val,
-        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+        sink: &mut dyn Sink,
     ) {
         match self {
-            Self::Tiles(rounded) => rounded.products(k, (group, ahead), count, each),
-            Self::Bytes(rounded) => rounded.products(k, (group, ahead), count, each),
-            Self::Pairs(rounded) => rounded.products(k, (group, ahead), count, each),
+            Self::Tiles(rounded) => rounded.products(k, (group, ahead), count, sink),
+            Self::Bytes(rounded) => rounded.products(k, (group, ahead), count, sink),
+            Self::Pairs(rounded) => rounded.products(k, (group, ahead), count, sink),
         }
     }
 }
@@ -331,17 +384,16 @@ impl Panel {
         self.rounded.fill_behind(k, count);
     }
 
-    /// Products of a group of weights with the `count` rows of the panel: `each(row in panel, [a vector of 16 weight rows for each tile])`. The group that follows is
-    /// asked for meanwhile.
+    /// Products of a group of weights with the `count` rows of the panel. The group that follows is asked for meanwhile.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
         group: &Group,
         count: Val,
-        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+        sink: &mut dyn Sink,
     ) {
         let ahead = Ahead::new(k, group, (count, self.together), self.rounded.depth());
-        self.rounded.products(k, (group, &ahead), count, each);
+        self.rounded.products(k, (group, &ahead), count, sink);
     }
 
     /// Rows `first..last` of x against tiles `lo..hi` of a matrix, `at_once` together.
@@ -360,7 +412,7 @@ impl Panel {
             let after = k.select(is_last, hi, lo);
             let tiles_at = |k: &mut KernelBuilder, tiles: &[Val]| matrix.tiles_at(k, weight, tiles);
             for_groups(k, (lo, hi, after), (matrix.tiles(), at_once), tiles_at, |k, tiles, group| {
-                self.products(k, group, count, |k, i, values| {
+                self.products(k, group, count, &mut |k: &mut KernelBuilder, i, values: &[Val]| {
                     let row = k.add(begin, i);
                     for (&t, &value) in tiles.iter().zip(values) {
                         epilogue(k, t, row, value);
@@ -387,7 +439,7 @@ impl Panel {
             [gate.tiles_at(k, gate_at, &numbers), up.tiles_at(k, up_at, &numbers)].concat()
         };
         for_groups(k, (lo, hi, hi), (1, 1), pairs_at, |k, tiles, group| {
-            self.products(k, group, count, |k, i, values| {
+            self.products(k, group, count, &mut |k: &mut KernelBuilder, i, values: &[Val]| {
                 let g = k.silu(values[0]);
                 let value = k.fmul(g, values[1]);
                 store(k, tiles[0], i, value);

@@ -15,7 +15,7 @@ use nextc_ir::target::MatmulTile;
 use nextc_ir::{DType, Op};
 
 use super::LowerError;
-use super::bulk::{Class, Classes, Mix, Panel};
+use super::bulk::{Asking, Class, Classes, Mix, Panel};
 use super::matmul::{
     GROUP_TILES, Multiplier, Normed, Residual, Rows, Scratch, Weight, dot, emit_swiglu, for_rows, for_tiles,
     group_tiles, in_range, row_ptr, store_tile, swiglu_rows, tile_range,
@@ -315,15 +315,26 @@ impl Choices {
         (number, k.div_const(number, self.each))
     }
 
-    /// Runs `body(expert, its places)` for the expert at place `i` among the chosen ones, if there is one.
-    fn expert(self, k: &mut KernelBuilder, i: Val, body: impl FnOnce(&mut KernelBuilder, Val, (Val, Val))) {
+    /// Runs `body(expert, its places, group)` for what task `task` does, out of `groups` groups of the tiles of each chosen expert. There are tasks for `most` experts;
+    /// where fewer are chosen the tasks with work lie as far apart as they can, as threads claim neighbours.
+    fn expert(
+        self,
+        k: &mut KernelBuilder,
+        (task, most, groups): (Val, Val, u64),
+        body: impl FnOnce(&mut KernelBuilder, Val, (Val, Val), Val),
+    ) {
         let table = k.param(self.table);
-        let count = self.layout.count(k, table);
-        let chosen = k.cmp(Pred::Lt, i, count);
-        k.if_then(chosen, |k| {
-            let e = self.layout.active(k, table, i);
+        let (count, next) = (self.layout.count(k, table), k.add_const(task, 1));
+        let [item, next] = [task, next].map(|task| {
+            let share = k.mul(task, count);
+            k.div(share, most)
+        });
+        let works = k.cmp(Pred::Lt, item, next);
+        k.if_then(works, |k| {
+            let (place, group) = (k.div_const(item, groups), k.rem_const(item, groups));
+            let e = self.layout.active(k, table, place);
             let run = self.layout.run(k, table, e);
-            body(k, e, run);
+            body(k, e, run, group);
         });
     }
 
@@ -397,9 +408,10 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
             Vec::new()
         },
         |k| {
-            let task = k.sub(task, shared_tasks);
-            let (place, group) = (k.div_const(task, groups), k.rem_const(task, groups));
-            front.choices.expert(k, place, |k, e, run| front.task(k, e, run, group));
+            let (task, rows, all) = (k.sub(task, shared_tasks), k.dim(sym), k.index(experts));
+            let choices = k.mul_const(rows, each);
+            let most = k.min_i64(choices, all);
+            front.choices.expert(k, (task, most, groups), |k, e, run, group| front.task(k, e, run, group));
             Vec::new()
         },
     );
@@ -691,14 +703,21 @@ impl Back {
                 };
                 let shape = (self.tiles, bulk.at_once);
                 for_groups(k, (lo, hi, after), shape, tiles_at, |k, tiles, group| {
-                    bulk.h.products(k, group, count, |k, i, values| {
+                    let ask = |k: &mut KernelBuilder, i, tiles_asked: u64| {
+                        Mix::if_noted(k, bulk.numbers, i, |k, number| {
+                            let t = k.div_const(number, self.choices.each);
+                            self.ask(k, tiles[0], t, tiles_asked);
+                        });
+                    };
+                    let put = |k: &mut KernelBuilder, i, values: &[Val]| {
                         Mix::if_noted(k, bulk.numbers, i, |k, number| {
                             let t = k.div_const(number, self.choices.each);
                             for (&tile, &value) in tiles.iter().zip(values) {
                                 self.add_routed(k, tile, number, t, value);
                             }
                         });
-                    });
+                    };
+                    bulk.h.products(k, group, count, &mut Asking { ask, put });
                 });
             });
         });
@@ -713,6 +732,14 @@ impl Back {
                 },
             );
         });
+    }
+
+    /// Asks for the sums of a token in some tiles: those of other tokens lie so far away that nothing else does.
+    fn ask(&self, k: &mut KernelBuilder, tile: Val, t: Val, tiles: u64) {
+        let (out, line) = (self.residual.out_param(k), LANES * 4);
+        let row = row_ptr(k, out, t, self.residual.stride());
+        let (at, bytes) = (k.mul_const(tile, line), k.index(tiles * line));
+        k.prefetch(row, at, bytes);
     }
 
     /// Adds the product of choice `number` of token `t`, times its weight.

@@ -18,6 +18,7 @@ use nextc_ir::{DType, Layout, Stored};
 use super::super::kv_codes::{Extremes, integer_of};
 use super::super::packed::{Matrix, Tile};
 use super::super::strips::{Ahead, Group, STRIPS};
+use super::Sink;
 use super::dots::Dots;
 
 /// Columns that share a scale.
@@ -152,19 +153,19 @@ impl Bytes {
         }
     }
 
-    /// Products of a group's strips with `count` rows: `each(row, sums of each strip)`.
+    /// Products of a group's strips with `count` rows: those of a row go to `sink`.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
         (group, ahead): (&Group, &Ahead<'_>),
         count: Val,
-        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+        sink: &mut dyn Sink,
     ) {
         let strips = self.unpack(k, group);
         let add = |k: &mut KernelBuilder, operands: (&[Val], &[Val]), block, sums: &[Val]| {
             self.add_block(k, operands, block, sums)
         };
-        self.dots.products(k, (&strips, ahead), count, &add, each);
+        self.dots.products(k, (&strips, ahead), count, &add, sink);
     }
 
     /// Fills what is multiplied behind the first `count` rows with zeros.

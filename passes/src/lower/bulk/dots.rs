@@ -7,7 +7,7 @@ use nextc_ir::shape::LANES;
 use nextc_ir::target::BulkKind;
 
 use super::super::strips::{Ahead, STRIPS};
-use super::sums_of;
+use super::{Sink, ask_rows, sums_of};
 
 /// Rows that are multiplied together.
 pub const ROWS: u64 = BulkKind::Bytes.together();
@@ -55,14 +55,14 @@ impl Dots {
         });
     }
 
-    /// Products of strips with `count` rows: `each(row, sums of each strip)`.
+    /// Products of strips with `count` rows: those of a row go to `sink`.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
         (strips, ahead): (&[Val], &Ahead<'_>),
         count: Val,
         add: AddStep<'_>,
-        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+        sink: &mut dyn Sink,
     ) {
         let pairs: Vec<(Val, &[Val])> = (0..)
             .zip(strips.chunks(2))
@@ -73,14 +73,15 @@ impl Dots {
             .collect();
         let zero = k.const_i64(0);
         k.for_each((zero, count, ROWS), |k, first| {
-            self.six(k, first, &pairs, ahead, add);
             let last = k.add_const(first, ROWS);
             let last = k.min_i64(last, count);
+            ask_rows(k, sink, (first, last), strips.len() as u64);
+            self.six(k, first, &pairs, ahead, add);
             k.for_each((first, last, 1), |k, i| {
                 let row = k.sub(i, first);
                 let sums = pairs.iter().flat_map(|&(sums, strips)| sums_of(k, sums, row, strips.len() as u64));
                 let values: Vec<Val> = sums.collect();
-                each(k, i, &values);
+                sink.put(k, i, &values);
             });
         });
     }

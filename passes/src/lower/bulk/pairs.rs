@@ -14,6 +14,7 @@ use nextc_ir::shape::LANES;
 
 use super::super::packed::Matrix;
 use super::super::strips::{Ahead, Group, is_direct};
+use super::Sink;
 use super::dots::Dots;
 
 /// Columns of a step.
@@ -66,16 +67,16 @@ impl Pairs {
         self.dots.fill_behind(k, count);
     }
 
-    /// Products of a group's strips with `count` rows: `each(row, sums of each strip)`.
+    /// Products of a group's strips with `count` rows: those of a row go to `sink`.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
         (group, ahead): (&Group, &Ahead<'_>),
         count: Val,
-        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+        sink: &mut dyn Sink,
     ) {
         let strips: Vec<Val> = group.tiles.iter().map(|tile| tile.codes).collect();
-        self.dots.products(k, (&strips, ahead), count, &add_step, each);
+        self.dots.products(k, (&strips, ahead), count, &add_step, sink);
     }
 }
 

@@ -13,7 +13,7 @@ use nextc_ir::{DType, Format, Layout};
 use super::super::matmul::row_ptr;
 use super::super::packed::Matrix;
 use super::super::strips::{Ahead, Group, Part, Strips, TILE_BYTES, TILE_COLUMNS};
-use super::{round_up, sums_of};
+use super::{Sink, ask_rows, round_up, sums_of};
 
 /// True if products of many tokens with this matrix can be made in tiles. Weights in f32 are not rounded, and columns in an order of their own are no tiles.
 pub fn takes(matrix: &Matrix) -> bool {
@@ -181,13 +181,13 @@ impl Tiles {
         self.rows.fill(k, (count, end));
     }
 
-    /// Products of a group's strips with `count` rows: `each(row, sums of each strip)`.
+    /// Products of a group's strips with `count` rows: those of a row go to `sink`.
     pub fn products(
         &self,
         k: &mut KernelBuilder,
         (group, ahead): (&Group, &Ahead<'_>),
         count: Val,
-        each: impl FnOnce(&mut KernelBuilder, Val, &[Val]),
+        sink: &mut dyn Sink,
     ) {
         let (zero, end) = (k.const_i64(0), round_up(k, count, LANES));
         let blocks = round_up(k, count, TOGETHER);
@@ -201,16 +201,17 @@ impl Tiles {
                 let step = k.mul(block, part.tiles);
                 let step = k.add(steps, step);
                 let at = (first, row_ptr(k, self.sums, first, width * LANES));
+                let last = k.add_const(first, TOGETHER);
+                let last = k.min_i64(last, count);
+                ask_rows(k, sink, (first, last), width);
                 self.add_block(k, at, end, (&strips, part), |k, i| {
                     let step = k.add(step, i);
                     ahead.ask(k, 0, step);
                 });
-                let finish = |k: &mut KernelBuilder| {
-                    let last = k.add_const(first, TOGETHER);
-                    let last = k.min_i64(last, count);
+                let mut finish = |k: &mut KernelBuilder| {
                     k.for_each((first, last, 1), |k, i| {
                         let values = sums_of(k, self.sums, i, width);
-                        each(k, i, &values);
+                        sink.put(k, i, &values);
                     });
                 };
                 match part.ends {
