@@ -292,6 +292,15 @@ impl Rounded {
         }
     }
 
+    /// Strips that are multiplied together.
+    const fn width(&self) -> u64 {
+        match self {
+            Self::Tiles(_) => tiles::AT_ONCE,
+            Self::Bytes(_) => bytes::WIDTH,
+            Self::Pairs(_) => pairs::WIDTH,
+        }
+    }
+
     /// As [`Panel::pack`].
     fn pack(&self, k: &mut KernelBuilder, i: Val, numbers: impl FnMut(&mut KernelBuilder, Val) -> Val) {
         match self {
@@ -424,13 +433,13 @@ impl Panel {
 }
 
 impl Panel {
-    /// `swiglu` of gate and up tiles `lo..hi`, counted from tile `begin` of both matrices on, for the `count` rows of the panel: `store(builder, tile, row in
+    /// `swiglu` of gate and up tiles `lo..hi`, out of `tiles` from tile `begin` of both matrices on, for the `count` rows of the panel: `store(builder, tile, row in
     /// panel, value)`.
     pub fn swiglu(
         &self,
         k: &mut KernelBuilder,
         ((gate, gate_at), (up, up_at)): (Weight, Weight),
-        (begin, lo, hi): (Val, Val, Val),
+        (begin, (lo, hi), tiles): (Val, (Val, Val), u64),
         count: Val,
         store: &mut Epilogue<'_>,
     ) {
@@ -438,11 +447,14 @@ impl Panel {
             let numbers: Vec<Val> = tiles.iter().map(|&tile| k.add(begin, tile)).collect();
             [gate.tiles_at(k, gate_at, &numbers), up.tiles_at(k, up_at, &numbers)].concat()
         };
-        for_groups(k, (lo, hi, hi), (1, 1), pairs_at, |k, tiles, group| {
+        for_groups(k, (lo, hi, hi), (tiles, self.rounded.width() / 2), pairs_at, |k, tiles, group| {
             self.products(k, group, count, &mut |k: &mut KernelBuilder, i, values: &[Val]| {
-                let g = k.silu(values[0]);
-                let value = k.fmul(g, values[1]);
-                store(k, tiles[0], i, value);
+                let (gates, ups) = values.split_at(tiles.len());
+                for (&tile, (&gate, &up)) in tiles.iter().zip(gates.iter().zip(ups)) {
+                    let g = k.silu(gate);
+                    let value = k.fmul(g, up);
+                    store(k, tile, i, value);
+                }
             });
         });
     }

@@ -459,7 +459,7 @@ impl Front {
                     t
                 });
                 let h = k.param(self.h);
-                panel.swiglu(k, self.weights, (begin, lo, hi), count, &mut |k, tile, i, value| {
+                panel.swiglu(k, self.weights, (begin, (lo, hi), self.tiles), count, &mut |k, tile, i, value| {
                     Mix::if_noted(k, numbers, i, |k, number| store_tile(k, h, self.stride, tile, number, value));
                 });
             });

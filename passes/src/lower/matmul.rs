@@ -481,7 +481,7 @@ impl Multiplier {
             classes.for_runs(k, Class::Bulk, |k, first, last| {
                 panel.for_blocks(k, (first, last), |k, begin, count| {
                     panel.pack(k, &self.rows, count, |k, i| k.add(begin, i));
-                    panel.swiglu(k, weights, (zero, lo, hi), count, &mut |k, tile, i, value| {
+                    panel.swiglu(k, weights, (zero, (lo, hi), tiles), count, &mut |k, tile, i, value| {
                         let row = k.add(begin, i);
                         store(k, tile, row, value);
                     });

@@ -191,10 +191,10 @@ impl<'a> Ahead<'a> {
         Self { next: &group.next, bytes: k.mul_const(lines, LINE_BYTES) }
     }
 
-    /// What goes with step `step` of all products with strips `2 * pair` and the one behind it.
-    pub fn ask(&self, k: &mut KernelBuilder, pair: usize, step: Val) {
+    /// What goes with step `step` of all products with part `part` of the strips, `width` of them.
+    pub fn ask(&self, k: &mut KernelBuilder, (part, width): (usize, u64), step: Val) {
         let at = k.mul(step, self.bytes);
-        for tile in self.next.chunks(2).nth(pair).into_iter().flatten() {
+        for tile in self.next.chunks(width as usize).nth(part).into_iter().flatten() {
             // the last ones where there are no more
             let all = k.index(tile.matrix.planes.tile_bytes());
             let bytes = k.min_i64(self.bytes, all);

@@ -32,6 +32,9 @@ const LINES: u64 = BLOCK / LINE_COLUMNS;
 /// Words of a block of a strip: its codes and its scales.
 const STRIP_WORDS: u64 = (LINES + 1) * LINE_WORDS;
 
+/// Strips that are multiplied together: each has integer sums of a block beside those of all.
+pub const WIDTH: u64 = 2;
+
 /// True if products of many tokens with this matrix can be made of bytes.
 pub fn takes(matrix: &Matrix) -> bool {
     matrix.planes.layout == Layout::Tile16 && matrix.planes.format.is_bytes()
@@ -56,7 +59,7 @@ impl Bytes {
     /// For `tokens` rows of `columns` columns. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, tokens: u64, columns: u64) -> Self {
         let depth = columns.div_ceil(BLOCK);
-        let dots = Dots::alloc(k, tokens, (Self::row_bytes(columns), depth));
+        let dots = Dots::alloc(k, tokens, (Self::row_bytes(columns), depth, WIDTH));
         Self { columns, dots, strips: k.alloc(DType::I32, STRIPS * depth * STRIP_WORDS) }
     }
 

@@ -1,4 +1,4 @@
-//! Rows that a CPU's vectors multiply six at a time with two strips of weights: where rows and sums lie, and the order of products.
+//! Rows that a CPU's vectors multiply six at a time with two or four strips of weights: where rows and sums lie, and the order of products.
 
 use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Val};
@@ -23,16 +23,18 @@ pub struct Dots {
     row_bytes: u64,
     /// Steps of a product.
     depth: u64,
+    /// Strips that are multiplied together: as many as the sums fit registers.
+    width: u64,
     rows: Val,
-    /// Sums of six rows by 32 weight rows, for each two strips.
+    /// Sums of six rows by the weight rows of so many strips.
     sums: Val,
 }
 
 impl Dots {
-    /// For `tokens` rows whose products have `depth` steps. Call it at the top level of the body.
-    pub fn alloc(k: &mut KernelBuilder, tokens: u64, (row_bytes, depth): (u64, u64)) -> Self {
+    /// For `tokens` rows whose products with `width` strips have `depth` steps. Call it at the top level of the body.
+    pub fn alloc(k: &mut KernelBuilder, tokens: u64, (row_bytes, depth, width): (u64, u64, u64)) -> Self {
         let rows = k.alloc(DType::I32, tokens * row_bytes / 4);
-        Self { row_bytes, depth, rows, sums: k.alloc(DType::F32, STRIPS * ROWS * LANES) }
+        Self { row_bytes, depth, width, rows, sums: k.alloc(DType::F32, STRIPS * ROWS * LANES) }
     }
 
     /// Steps of a product.
@@ -64,10 +66,10 @@ impl Dots {
         add: AddStep<'_>,
         sink: &mut dyn Sink,
     ) {
-        let pairs: Vec<(Val, &[Val])> = (0..)
-            .zip(strips.chunks(2))
-            .map(|(pair, strips)| {
-                let bytes = k.index(pair * 4 * 2 * LANES * ROWS);
+        let parts: Vec<(Val, &[Val])> = (0..)
+            .zip(strips.chunks(self.width as usize))
+            .map(|(part, strips)| {
+                let bytes = k.index(part * 4 * self.width * LANES * ROWS);
                 (k.offset(self.sums, bytes), strips)
             })
             .collect();
@@ -76,18 +78,18 @@ impl Dots {
             let last = k.add_const(first, ROWS);
             let last = k.min_i64(last, count);
             ask_rows(k, sink, (first, last), strips.len() as u64);
-            self.six(k, first, &pairs, ahead, add);
+            self.six(k, first, &parts, ahead, add);
             k.for_each((first, last, 1), |k, i| {
                 let row = k.sub(i, first);
-                let sums = pairs.iter().flat_map(|&(sums, strips)| sums_of(k, sums, row, strips.len() as u64));
+                let sums = parts.iter().flat_map(|&(sums, strips)| sums_of(k, sums, row, strips.len() as u64));
                 let values: Vec<Val> = sums.collect();
                 sink.put(k, i, &values);
             });
         });
     }
 
-    /// Products of rows `first..first + 6` with two and two strips.
-    fn six(&self, k: &mut KernelBuilder, first: Val, pairs: &[(Val, &[Val])], ahead: &Ahead<'_>, add: AddStep<'_>) {
+    /// Products of rows `first..first + 6` with some strips after the others.
+    fn six(&self, k: &mut KernelBuilder, first: Val, parts: &[(Val, &[Val])], ahead: &Ahead<'_>, add: AddStep<'_>) {
         let base = self.row(k, first);
         let rows: Vec<Val> = (0..ROWS)
             .map(|i| {
@@ -97,12 +99,12 @@ impl Dots {
             .collect();
         let steps = k.div_const(first, ROWS);
         let steps = k.mul_const(steps, self.depth);
-        for (pair, &(to, strips)) in pairs.iter().enumerate() {
+        for (part, &(to, strips)) in parts.iter().enumerate() {
             let (zero, depth, nothing) = (k.const_i64(0), k.index(self.depth), k.splat_f32(LANES as u32, 0.0));
             let init = vec![nothing; strips.len() * rows.len()];
             let sums = k.for_carry((zero, depth, 1), &init, |k, block, sums| {
                 let step = k.add(steps, block);
-                ahead.ask(k, pair, step);
+                ahead.ask(k, (part, self.width), step);
                 add(k, (strips, &rows), block, sums)
             });
             for (at, sum) in (0..).step_by(LANES as usize).zip(sums) {

@@ -2,8 +2,8 @@
 //!
 //! panel    rows of x as bf16, one after the other
 //! strip    16 weight rows, where they lie: for each two columns a line of 16 pairs
-//! dot      six tokens by two strips, 24 sums in registers; `sum + a[1]·b[1] + a[0]·b[0]` by VDPBF16PS, over the columns in order
-//! traffic  of each two columns two lines of weights for 12 products of 64 bytes
+//! dot      six tokens by four strips, 24 sums in registers; `sum + a[1]·b[1] + a[0]·b[0]` by VDPBF16PS, over the columns in order
+//! traffic  of each two columns four lines of weights for 24 products of 64 bytes
 //!
 //! Weights in bf16 alone are multiplied so: others would have to be unpacked, and bytes are faster. Tokens are filled up with rows of zeros.
 
@@ -13,12 +13,14 @@ use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 
 use super::super::packed::Matrix;
-use super::super::strips::{Ahead, Group, is_direct};
+use super::super::strips::{Ahead, Group, STRIPS, is_direct};
 use super::Sink;
 use super::dots::Dots;
 
 /// Columns of a step.
 const STEP: u64 = LINE_BYTES / 2;
+/// Strips that are multiplied together.
+pub const WIDTH: u64 = STRIPS;
 /// Words of a line: pairs of 16 rows, or 32 numbers of one.
 const LINE_WORDS: u64 = LINE_BYTES / 4;
 
@@ -43,7 +45,7 @@ impl Pairs {
 
     /// For `tokens` rows of `columns` columns. Call it at the top level of the body.
     pub fn alloc(k: &mut KernelBuilder, tokens: u64, columns: u64) -> Self {
-        Self { columns, dots: Dots::alloc(k, tokens, (Self::row_bytes(columns), columns.div_ceil(STEP))) }
+        Self { columns, dots: Dots::alloc(k, tokens, (Self::row_bytes(columns), columns.div_ceil(STEP), WIDTH)) }
     }
 
     /// Steps of a product.

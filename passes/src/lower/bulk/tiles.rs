@@ -206,7 +206,7 @@ impl Tiles {
                 ask_rows(k, sink, (first, last), width);
                 self.add_block(k, at, end, (&strips, part), |k, i| {
                     let step = k.add(step, i);
-                    ahead.ask(k, 0, step);
+                    ahead.ask(k, (0, AT_ONCE), step);
                 });
                 let mut finish = |k: &mut KernelBuilder| {
                     k.for_each((first, last, 1), |k, i| {
