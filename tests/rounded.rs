@@ -40,8 +40,17 @@ const BF16: Rounding = Rounding {
 /// The same where vectors multiply pairs.
 const PAIRS: Rounding =
     Rounding { cpu: "cooperlake", native: ("cooperlake", Target::has_pair_dots), nats: 0.002, kl: 0.001, ..BF16 };
-const INT8: Rounding =
-    Rounding { name: "int8", to: Activations::Int8, native: ("native", Target::has_byte_dots), kl: 0.002, ..BF16 };
+/// Rows as bytes where weights are integers; attention and the delta rule multiply pairs of bf16.
+const INT8: Rounding = Rounding {
+    name: "int8",
+    to: Activations::Int8,
+    cpu: "cooperlake",
+    native: ("cooperlake", |target| target.has_byte_dots() && target.has_pair_dots()),
+    kl: 0.002,
+    ..BF16
+};
+/// The same where vectors multiply bytes only.
+const BYTES: Rounding = Rounding { cpu: "icelake-server", native: ("icelake-server", Target::has_byte_dots), ..INT8 };
 const INT16: Rounding = Rounding {
     name: "int16",
     to: Activations::Int16,
@@ -169,7 +178,7 @@ fn products_of_bytes_keep_to_float32() {
     for (name, quant, most, most_median) in FIXTURES_OF_BYTES {
         let (_, vocab) = Golden::read(&fixture(name).join("golden.safetensors")).floats("prefill_logits");
         let tokens = prompt(name);
-        let kernels = |to| Interpreter::quantised_kernels(&fixture(name), quant, &INT8.with(to));
+        let kernels = |to| Interpreter::quantised_kernels(&fixture(name), quant, &BYTES.with(to));
         let (exact, rounded) = (kernels(Activations::F32), kernels(Activations::Int8));
         let name = format!("{name} {}", quant.map_or("keep", name_of));
         let [want, got] = [&exact, &rounded].map(|subject| one(subject, &tokens, Feed::Prefill).logits);
@@ -187,9 +196,9 @@ fn products_of_bytes_keep_to_float32() {
         same_bits(&same, &want, &name);
     }
     for (name, quant, ..) in FIXTURES_OF_BYTES {
-        let Some(exe) = rounding(INT8, &fixture(name), quant) else { return };
+        let Some(exe) = rounding(BYTES, &fixture(name), quant) else { return };
         let tokens = prompt(name);
-        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &INT8.target());
+        let kernels = Interpreter::quantised_kernels(&fixture(name), quant, &BYTES.target());
         let [got, want] = [&exe as &dyn Subject, &kernels].map(|s| one(s, &tokens, Feed::Prefill).logits);
         same_bits(&got, &want, &format!("{name}, compiled and interpreted"));
     }
@@ -230,7 +239,7 @@ fn repeated(name: &str, tokens: usize) -> Vec<i32> {
 fn bits_depend_on_the_class_alone() {
     let (q8, q4) = (Some(Quant::Q8), Some(Quant::Q4));
     let rounded = [(INT8, "odd", q8), (INT8, "int4", None), (INT16, "odd", q4)];
-    let cases = [(BF16, "odd", None), (BF16, "int4", None)].into_iter().chain(rounded);
+    let cases = [(BF16, "odd", None), (BF16, "int4", None), (PAIRS, "odd", None)].into_iter().chain(rounded);
     for (to, name, quant) in cases {
         let long = repeated(name, 75);
         let reversed: Vec<i32> = long.iter().rev().copied().collect();
@@ -276,7 +285,7 @@ fn long_runs_of_a_gpu_keep_their_bits_between_chunks() {
 #[test]
 fn generated_tokens_depend_on_neither_batch_nor_steps() {
     let prompts: Vec<Vec<i32>> = [200, 90, 150, 131].map(|tokens| repeated("tiny", tokens)).into();
-    for (to, quant) in [(BF16, None), (INT8, Some(Quant::Q8)), (INT16, Some(Quant::Q8))] {
+    for (to, quant) in [(BF16, None), (PAIRS, None), (INT8, Some(Quant::Q8)), (INT16, Some(Quant::Q8))] {
         if let Some(exe) = rounding(to, &fixture("tiny"), quant) {
             check_generated_tokens(&exe, &prompts);
         }
@@ -304,7 +313,8 @@ fn the_demo_model_keeps_to_its_lines() {
     let tokens: Vec<i32> = serde_json::from_value(golden["tokens"].clone()).expect("token ids");
     let window = golden["window"].as_u64().expect("a number") as usize;
     let bf16 = [None, Some(Quant::Q8), Some(Quant::Q4)].map(|quant| (BF16, quant));
-    let integers = [(INT8, Quant::Q8), (INT8, Quant::Q4), (INT16, Quant::Q4)].map(|(to, quant)| (to, Some(quant)));
+    let integers = [(INT8, Quant::Q8), (INT8, Quant::Q4), (BYTES, Quant::Q4), (INT16, Quant::Q4)]
+        .map(|(to, quant)| (to, Some(quant)));
     for (to, quant) in bf16.into_iter().chain([(PAIRS, None)]).chain(integers) {
         let Some(rounded) = rounding(to, &dir, quant) else { continue };
         let quant = quant.map_or("keep", name_of);

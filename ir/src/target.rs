@@ -541,6 +541,7 @@ mod tests {
         let tile = rounding.bulk_tile().expect("it has a matrix unit");
         assert_eq!([128, 4096, 8192, 1 << 21].map(|row_bytes| tile.tokens(row_bytes)), [256, 256, 128, 32]);
         assert!(rounding.required_features().contains(&"amx-bf16"));
+        assert_eq!(rounding.unit(), Some(Unit::Tiles));
         let narrow = rounding.clone().for_cranelift();
         assert!(!narrow.has_tiles() && !narrow.required_features().contains(&"amx-bf16"));
         let without =
@@ -554,7 +555,8 @@ mod tests {
         assert!(exact.has_pair_dots() && !exact.required_features().contains(&"avx512bf16"));
         let rounding = Target { activations: Activations::Bf16, ..exact };
         assert_eq!(rounding.bulk_tile().map(|tile| tile.kind), Some(BulkKind::Pairs));
-        assert!(rounding.required_features().contains(&"avx512bf16") && !rounding.has_chunks());
+        assert!(rounding.required_features().contains(&"avx512bf16") && rounding.has_chunks());
+        assert_eq!(rounding.unit(), Some(Unit::Pairs));
         assert!(rounding.for_cranelift().bulk_tile().is_none());
     }
 
@@ -566,8 +568,12 @@ mod tests {
         let rounding = Target { activations: Activations::Int8, ..exact };
         let tile = rounding.bulk_tile().expect("it multiplies bytes");
         assert_eq!([64, 2048, 1 << 15].map(|row_bytes| tile.tokens(row_bytes)), [258, 258, 30]);
-        assert!(rounding.required_features().contains(&"avx512vnni") && !rounding.rounds_to_tiles());
+        assert!(rounding.required_features().contains(&"avx512vnni") && rounding.unit().is_none());
         assert!(rounding.for_cranelift().bulk_tile().is_none());
+        for (cpu, unit) in [("cooperlake", Unit::Pairs), ("sapphirerapids", Unit::Tiles)] {
+            let target = Target { activations: Activations::Int8, ..Target::named(cpu).expect("it is in the table") };
+            assert_eq!(target.unit(), Some(unit), "{cpu}");
+        }
         for without in ["x86-64-v4", "alderlake"].map(|name| Target::named(name).expect("it is in the table")) {
             assert_eq!(Target { activations: Activations::Int8, ..without }.bulk_tile(), None);
         }

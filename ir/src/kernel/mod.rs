@@ -125,9 +125,30 @@ pub struct Region {
 }
 
 impl Region {
-    /// True if every thread waits for the launches before this one: there is a `wait` that no condition or loop encloses.
+    /// True if every thread waits for the launches before this one: a kernel that waits at all does so whatever its task is, to which the interpreter holds it.
     pub fn waits(&self) -> bool {
-        self.stmts.iter().any(|s| s.op == KOp::Wait)
+        self.has(&|op| op == KOp::Wait)
+    }
+
+    /// True if no thread lets the next launch begin before it has waited itself: then that one begins when all launches before this one are done.
+    pub fn waits_first(&self) -> bool {
+        self.after(false).is_some()
+    }
+
+    /// Whether a thread has waited after these statements; `None` if one may have let the next launch begin before.
+    fn after(&self, mut waited: bool) -> Option<bool> {
+        for stmt in &self.stmts {
+            match stmt.op {
+                KOp::Wait => waited = true,
+                KOp::Release if !waited => return None,
+                _ => {
+                    let after: Option<Vec<bool>> = stmt.regions.iter().map(|r| r.after(waited)).collect();
+                    // of a loop nobody knows whether it runs
+                    waited |= after?.len() == 2 && stmt.regions.iter().all(|r| r.after(waited) == Some(true));
+                }
+            }
+        }
+        Some(waited)
     }
 
     /// True if it has such an op, at any depth.

@@ -319,13 +319,7 @@ impl Rounded {
     }
 
     /// As [`Panel::products`].
-    fn products(
-        &self,
-        k: &mut KernelBuilder,
-        (group, ahead): (&Group, &Ahead<'_>),
-        count: Val,
-        sink: &mut dyn Sink,
-    ) {
+    fn products(&self, k: &mut KernelBuilder, (group, ahead): (&Group, &Ahead<'_>), count: Val, sink: &mut dyn Sink) {
         match self {
             Self::Tiles(rounded) => rounded.products(k, (group, ahead), count, sink),
             Self::Bytes(rounded) => rounded.products(k, (group, ahead), count, sink),
@@ -394,13 +388,7 @@ impl Panel {
     }
 
     /// Products of a group of weights with the `count` rows of the panel. The group that follows is asked for meanwhile.
-    pub fn products(
-        &self,
-        k: &mut KernelBuilder,
-        group: &Group,
-        count: Val,
-        sink: &mut dyn Sink,
-    ) {
+    pub fn products(&self, k: &mut KernelBuilder, group: &Group, count: Val, sink: &mut dyn Sink) {
         let ahead = Ahead::new(k, group, (count, self.together), self.rounded.depth());
         self.rounded.products(k, (group, &ahead), count, sink);
     }

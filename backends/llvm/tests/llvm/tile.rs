@@ -1,7 +1,7 @@
 //! The matrix unit, and products of bytes: their bits are the interpreter's, for ordinary numbers and for those at the ends of the range.
 
 use nextc_ir::kernel::{Kernel, KernelBuilder, Pred, Val};
-use nextc_ir::target::Activations;
+use nextc_ir::target::{Activations, Unit};
 use nextc_ir::{DType, Target};
 
 use super::{canonical, interpret, native, run_on};
@@ -13,7 +13,7 @@ fn machine() -> Option<Target> {
     let target = Target { activations: Activations::Bf16, ..native() };
     // SAFETY: this call only widens what the process may use.
     let allowed = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0;
-    let there = target.rounds_to_tiles() && allowed();
+    let there = target.unit() == Some(Unit::Tiles) && allowed();
     if !there {
         println!("skipped: no matrix unit");
     }

@@ -137,6 +137,9 @@ impl<'r, 's> Memory<'r, 's> {
             None => &self.own[p.buffer - slots - 1],
         };
         let range = buffer.range(at, lanes, elem_bytes)?;
+        if self.must_wait && self.slots.get(p.buffer).is_some_and(|slot| !slot.is_settled(range.clone())) {
+            return Err(Misdeed::BeforeWait);
+        }
         let words = buffer.read(range.clone())?;
         if let Some(Some(shadow)) = self.shadows.get_mut(p.buffer) {
             let read = shadow.read(range, self.clock.in_launch(thread));
@@ -253,7 +256,7 @@ impl<'r, 's> Memory<'r, 's> {
         if !p.writable {
             return Err(Misdeed::ReadOnly);
         }
-        if self.must_wait && matches!(self.slots.get(p.buffer), Some(Slot::Own { settled: true, .. })) {
+        if self.must_wait && matches!(self.slots.get(p.buffer), Some(Slot::Own { .. })) {
             return Err(Misdeed::BeforeWait);
         }
         let at = address(p.at, index, elem_bytes);
@@ -270,11 +273,7 @@ impl<'r, 's> Memory<'r, 's> {
         if at % aligned as i64 != 0 {
             return Err(Misdeed::Misaligned { at, bytes: aligned });
         }
-        match self.slots.get(p.buffer) {
-            Some(Slot::Own { settled: false, .. }) if self.must_wait => Err(Misdeed::BeforeWait),
-            None if self.must_wait && p.buffer == self.slots.len() => Err(Misdeed::BeforeWait),
-            _ => Ok(()),
-        }
+        if self.must_wait && p.buffer == self.slots.len() { Err(Misdeed::BeforeWait) } else { Ok(()) }
     }
 
     fn buffer_mut(&mut self, buffer: usize) -> Result<&mut Buffer, Misdeed> {

@@ -8,6 +8,8 @@ pub struct Buffer {
     words: Vec<u32>,
     /// One bit a word, and one spare entry so that two neighbours always exist.
     written: Vec<u64>,
+    /// The same of what was written since [`Self::take_recent`], where that is asked for.
+    recent: Option<Vec<u64>>,
 }
 
 /// Where a parameter points.
@@ -35,21 +37,43 @@ pub enum Slot<'a> {
     Own {
         /// It.
         buffer: &'a mut Buffer,
-        /// Whether no launch of the program has written it yet, as none has a state when it begins.
-        settled: bool,
+        /// What of it a launch may read before its wait.
+        settled: Settled,
     },
+}
+
+/// What of a buffer a launch may read before it waits for the launches before it.
+#[derive(Debug)]
+pub enum Settled {
+    /// All: no launch of the program has written it yet, as none has a state when it begins.
+    All,
+    /// Nothing.
+    None,
+    /// Words whose bits are not set: the launch before this one is known to have begun its work when those before it were done, and it has written the others.
+    But(Vec<u64>),
+}
+
+impl Settled {
+    /// Whether all of some words may be read.
+    fn covers(&self, mut words: std::ops::Range<usize>) -> bool {
+        match self {
+            Self::All => true,
+            Self::None => false,
+            Self::But(bits) => words.all(|i| bits[i / 64] >> (i % 64) & 1 == 0),
+        }
+    }
 }
 
 impl Buffer {
     /// Memory of `bytes` bytes that nobody has written, rounded up to a word.
     pub fn uninit(bytes: u64) -> Self {
         let words = bytes.div_ceil(4) as usize;
-        Self { words: vec![0; words], written: vec![0; words / 64 + 2] }
+        Self { words: vec![0; words], written: vec![0; words / 64 + 2], recent: None }
     }
 
     fn from_words(words: Vec<u32>) -> Self {
         let written = vec![u64::MAX; words.len() / 64 + 2];
-        Self { words, written }
+        Self { words, written, recent: None }
     }
 
     /// Memory of zeros.
@@ -75,6 +99,11 @@ impl Buffer {
             u32::from_le_bytes(word)
         };
         Self::from_words(bytes.chunks(4).map(word).collect())
+    }
+
+    /// True if none of these words is one that [`Self::take_recent`] would name.
+    fn is_not_recent(&self, mut words: std::ops::Range<usize>) -> bool {
+        self.recent.as_ref().is_none_or(|bits| words.all(|i| bits[i / 64] >> (i % 64) & 1 == 0))
     }
 
     /// Its size.
@@ -135,11 +164,19 @@ impl Buffer {
     pub(super) fn write(&mut self, range: std::ops::Range<usize>) -> &mut [u32] {
         let (entry, shift) = (range.start / 64, range.start % 64);
         let mask = mask(range.len());
-        self.written[entry] |= mask << shift;
-        if shift > 0 {
-            self.written[entry + 1] |= mask >> (64 - shift);
+        for bits in [Some(&mut self.written), self.recent.as_mut()].into_iter().flatten() {
+            bits[entry] |= mask << shift;
+            if shift > 0 {
+                bits[entry + 1] |= mask >> (64 - shift);
+            }
         }
         &mut self.words[range]
+    }
+
+    /// A bit for each word that was written since the last call. The first one begins to note them.
+    pub(super) fn take_recent(&mut self) -> Vec<u64> {
+        let none = vec![0; self.written.len()];
+        self.recent.replace(none.clone()).unwrap_or(none)
     }
 
     /// The bits of 64 words from `first` on.
@@ -172,10 +209,26 @@ impl Slot<'_> {
         }
     }
 
-    /// Says that a launch may have written it.
-    pub(super) fn unsettle(&mut self) {
+    /// Says what a launch may read before its wait from now on.
+    pub(super) fn settle(&mut self, now: Settled) {
         if let Self::Own { settled, .. } = self {
-            *settled = false;
+            *settled = now;
+        }
+    }
+
+    /// The same where `whole` says that all launches but the last one are done.
+    pub(super) fn settle_recent(&mut self, whole: bool) {
+        if let Self::Own { buffer, settled } = self {
+            let recent = buffer.take_recent();
+            *settled = if whole { Settled::But(recent) } else { Settled::None };
+        }
+    }
+
+    /// Whether words may be read before the wait.
+    pub(super) fn is_settled(&self, words: std::ops::Range<usize>) -> bool {
+        match self {
+            Self::Constant(_) => true,
+            Self::Own { buffer, settled } => settled.covers(words.clone()) && buffer.is_not_recent(words),
         }
     }
 }

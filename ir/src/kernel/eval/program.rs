@@ -1,6 +1,6 @@
 //! Running whole schedules: what the runtime does with machine code, in the interpreter.
 
-use super::{Buffer, Code, EvalError, Options, Place, Slot};
+use super::{Buffer, Code, EvalError, Options, Place, Settled, Slot};
 use crate::graph::Placement;
 use crate::schedule::{Arg, Input, KernelModule, Launch, Output, Program};
 use crate::shape::Sym;
@@ -58,10 +58,11 @@ impl<'m> Interpreter<'m> {
         table("weights", weights.len(), self.module.weights.len())?;
         table("states", states.len(), self.module.states.len())?;
         let mut arena = Buffer::uninit(self.module.arena.bytes(&syms));
-        let mut slots = vec![Slot::Own { buffer: &mut arena, settled: false }];
+        arena.take_recent();
+        let mut slots = vec![Slot::Own { buffer: &mut arena, settled: Settled::None }];
         slots.extend(inputs.iter().map(|(_, b)| Slot::Constant(b)));
         slots.extend(weights.iter().map(Slot::Constant));
-        slots.extend(states.iter_mut().map(|buffer| Slot::Own { buffer, settled: true }));
+        slots.extend(states.iter_mut().map(|buffer| Slot::Own { buffer, settled: Settled::All }));
         let places = Places { module: self.module, syms, inputs, weights: weights.len() };
         for (i, launch) in program.launches.iter().enumerate() {
             let args = places.of_launch(launch)?;
@@ -70,7 +71,8 @@ impl<'m> Interpreter<'m> {
             let kernel = &self.module.kernels[launch.kernel as usize];
             if kernel.grid.eval(&syms) > 0 {
                 let writes = kernel.params.iter().zip(&args).filter(|(param, _)| param.written);
-                writes.for_each(|(_, place)| slots[place.buffer].unsettle());
+                writes.for_each(|(_, place)| slots[place.buffer].settle(Settled::None));
+                slots[0].settle_recent(kernel.body.waits_first());
             }
         }
         drop(slots);

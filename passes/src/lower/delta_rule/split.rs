@@ -35,13 +35,7 @@ impl Split {
 
     /// The products that make up those of two strips from row `row` on with two strips of a B from column `column` on, for
     /// [`unit::dots`](super::super::bulk::unit::dots): all but that of what was left over.
-    pub fn dots(
-        &self,
-        k: &mut KernelBuilder,
-        row: Val,
-        (b, column): (&Self, Val),
-        depth: u64,
-    ) -> [Dot; 3] {
+    pub fn dots(&self, k: &mut KernelBuilder, row: Val, (b, column): (&Self, Val), depth: u64) -> [Dot; 3] {
         let pairs = [(self.high, b.high), (self.high, b.low), (self.low, b.high)];
         pairs.map(|(a, b)| (a.two_strips(k, row), b.two_strips(k, column).to_vec(), depth))
     }

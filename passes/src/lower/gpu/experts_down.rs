@@ -102,17 +102,28 @@ impl Down {
         let place = Place::here(&mut k);
         let (tile, base) = (k.task(), k.param(self.s_down));
         let dense = self.dense.own_tile(&mut k, base, tile);
-        place.once(&mut k, |k| self.dense.prefetch(k, dense));
+        let mut first = None;
+        if let Some(near) = near.filter(|_| self.are_alike()) {
+            let count = k.dim(sym);
+            first = Some(self.ask_first(&mut k, place));
+            self.bring_near(&mut k, place, near, count);
+        } else {
+            place.once(&mut k, |k| self.dense.prefetch(k, dense));
+        }
         begin(&mut k);
         let (zero, count) = (k.const_i64(0), k.dim(sym));
-        let work = |k: &mut KernelBuilder, first: Val, tokens: Val| {
-            let part = Part { first, tokens, at_once, sums, near };
-            self.products(k, place, dense, &part);
+        let early = first.is_some();
+        let mut work = |k: &mut KernelBuilder, first_token: Val, tokens: Val| {
+            let part = Part { first: first_token, tokens, at_once, sums, near };
+            let begun = first.take().map(|first| self.first(k, first, &part)).is_some();
+            self.products(k, place, dense, (&part, begun));
             k.barrier();
             self.combine(k, place, &part);
         };
         if let Some(near) = near {
-            self.bring_near(&mut k, place, near, count);
+            if !early {
+                self.bring_near(&mut k, place, near, count);
+            }
             work(&mut k, zero, count);
         } else {
             k.for_each((zero, count, at_once), |k, first| {
@@ -126,14 +137,15 @@ impl Down {
     }
 
     /// The products of some tokens: warps take the shared expert, eight tokens at a time, then the chosen ones in turn.
-    fn products(&self, k: &mut KernelBuilder, place: Place, dense: Tile, part: &Part) {
-        let (zero, one, experts) = (k.const_i64(0), k.const_i64(1), k.index(self.choices.layout.experts));
+    fn products(&self, k: &mut KernelBuilder, place: Place, dense: Tile, (part, begun): (&Part, bool)) {
+        let (zero, experts) = (k.const_i64(0), k.index(self.choices.layout.experts));
         let groups = part.at_once / TOKENS;
         let most = k.mul_const(k.dim(Sym::T), self.choices.each);
         let most = k.min_i64(most, experts);
         let units = k.add_const(most, groups);
-        let first = self.expert_of(k, place.warp, groups);
-        k.for_carry((place.warp, units, DOWN_WARPS), &[first], |k, unit, carried| {
+        let unit = if begun { k.add_const(place.warp, DOWN_WARPS) } else { place.warp };
+        let first = self.expert_of(k, unit, groups);
+        k.for_carry((unit, units, DOWN_WARPS), &[first], |k, unit, carried| {
             let end = k.index(groups);
             let is_shared = k.cmp(Pred::Lt, unit, end);
             let next = k.add_const(unit, DOWN_WARPS);
@@ -141,36 +153,44 @@ impl Down {
             if part.at_once > FEW_ROWS {
                 self.bring_next(k, place, next);
             }
-            k.if_else(
-                is_shared,
-                |k| {
-                    let begin = k.mul_const(unit, TOKENS);
-                    let some = k.cmp(Pred::Lt, begin, part.tokens);
-                    k.if_then(some, |k| {
-                        let product = Product::new(k, &self.dense, vec![dense], place, 1);
-                        let ahead = product.ahead(k);
-                        let last = k.sub(part.tokens, one);
-                        let token = k.add(begin, product.token());
-                        let token = k.min_i64(token, last);
-                        let token = k.add(part.first, token);
-                        let x = load_row(k, &self.s, token, product.q());
-                        let result = product.run(k, Source::Row(x), ahead)[0];
-                        let routed_sums = k.index(part.at_once * self.choices.each);
-                        let range = (begin, part.tokens);
-                        self.keep(k, &product, result, range, part.sums, &mut |k, i| k.add(routed_sums, i));
-                    });
-                    Vec::new()
-                },
-                |k| {
-                    let number = k.sub(unit, end);
-                    // of a single token, the choice that lies there too
-                    let (e, own) = (carried[0], self.choices.at(k, number).0);
-                    let chosen = k.cmp(Pred::Ge, e, zero);
-                    k.if_then(chosen, |k| self.routed(k, place, (number, e, own), part));
-                    Vec::new()
-                },
-            );
+            let routed = |k: &mut KernelBuilder| {
+                let number = k.sub(unit, end);
+                // of a single token, the choice that lies there too
+                let (e, own) = (carried[0], self.choices.at(k, number).0);
+                let chosen = k.cmp(Pred::Ge, e, zero);
+                k.if_then(chosen, |k| self.routed(k, place, (number, e, own), part));
+                Vec::new()
+            };
+            let shared = |k: &mut KernelBuilder| {
+                self.shared(k, place, (dense, unit), part);
+                Vec::new()
+            };
+            // the shared expert comes first
+            if begun {
+                routed(k);
+            } else {
+                k.if_else(is_shared, shared, routed);
+            }
             vec![next]
+        });
+    }
+
+    /// The products of the shared expert with eight tokens, number `unit` of those of the part.
+    fn shared(&self, k: &mut KernelBuilder, place: Place, (dense, unit): (Tile, Val), part: &Part) {
+        let begin = k.mul_const(unit, TOKENS);
+        let some = k.cmp(Pred::Lt, begin, part.tokens);
+        k.if_then(some, |k| {
+            let product = Product::new(k, &self.dense, vec![dense], place, 1);
+            let (ahead, one) = (product.ahead(k), k.const_i64(1));
+            let last = k.sub(part.tokens, one);
+            let token = k.add(begin, product.token());
+            let token = k.min_i64(token, last);
+            let token = k.add(part.first, token);
+            let x = load_row(k, &self.s, token, product.q());
+            let result = product.run(k, Source::Row(x), ahead)[0];
+            let routed_sums = k.index(part.at_once * self.choices.each);
+            let range = (begin, part.tokens);
+            self.keep(k, &product, result, range, part.sums, &mut |k, i| k.add(routed_sums, i));
         });
     }
 
@@ -197,7 +217,7 @@ impl Down {
     }
 
     /// The block's tile of an expert.
-    fn own_tile(&self, k: &mut KernelBuilder, e: Val) -> Tile {
+    pub(super) fn own_tile(&self, k: &mut KernelBuilder, e: Val) -> Tile {
         let (base, first_tile) = (k.param(self.w_down), k.mul_const(e, self.tiles));
         let tile = k.add(first_tile, k.task());
         self.routed.own_tile(k, base, tile)
@@ -245,7 +265,7 @@ impl Down {
     }
 
     /// Puts the sums of a product where `combine` finds them: `place` gives the number of token `at`, which counts from `first` and is less than `end`.
-    fn keep(
+    pub(super) fn keep(
         &self,
         k: &mut KernelBuilder,
         product: &Product<'_>,
@@ -354,13 +374,13 @@ impl Down {
 }
 
 /// Tokens of a step whose products lie in shared memory at once.
-struct Part {
+pub(super) struct Part {
     first: Val,
     tokens: Val,
     /// At most so many.
-    at_once: u64,
+    pub(super) at_once: u64,
     /// `[at_once][choices][16]`, then `[at_once][16]` of the shared expert.
-    sums: Val,
+    pub(super) sums: Val,
     near: Option<Near>,
 }
 

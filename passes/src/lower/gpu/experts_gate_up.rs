@@ -19,7 +19,7 @@ use super::many::{FEW_ROWS, few, some, some_tokens};
 use super::many_experts;
 use super::matmul::{pair_split, store_one, swiglu};
 use super::tile::Product;
-use super::{Place, begin};
+use super::{Place, begin_alone};
 
 /// `experts_gate_up`.
 pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
@@ -58,7 +58,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
                 let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
                 let block = Few::new(product, split, &rows, memory).at_most(most);
                 let asked = block.ask(k);
-                begin(k);
+                begin_alone(k);
                 let out = k.param(s);
                 block.products(k, asked, tokens, &mut |_, t| t, &mut |k, at, sum| {
                     let value = swiglu(k, sum);
@@ -67,7 +67,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
                 Vec::new()
             },
             |k| {
-                begin(k);
+                begin_alone(k);
                 let number = k.sub(task, shared_end);
                 let (at, tile) = (k.div_const(number, expert_tiles), k.rem_const(number, expert_tiles));
                 // of a single token, the choice that lies there too

@@ -12,6 +12,7 @@ pub mod delta_state;
 pub mod delta_sweep;
 pub mod delta_within;
 pub mod dispatch;
+pub mod down_few;
 pub mod experts_down;
 pub mod experts_gate_up;
 pub mod few;
@@ -176,6 +177,12 @@ pub fn lanes_of(k: &mut KernelBuilder, x: Val) -> Vec<Val> {
 pub fn begin(k: &mut KernelBuilder) {
     k.release();
     k.wait();
+}
+
+/// The same the other way round, so that the next kernel may read before its wait what launches before this one wrote.
+pub fn begin_alone(k: &mut KernelBuilder) {
+    k.wait();
+    k.release();
 }
 
 /// Lanes whose numbers meet, turn by turn, until each thread of a warp has met all.
