@@ -72,7 +72,8 @@ impl<'m> Interpreter<'m> {
             if kernel.grid.eval(&syms) > 0 {
                 let writes = kernel.params.iter().zip(&args).filter(|(param, _)| param.written);
                 writes.for_each(|(_, place)| slots[place.buffer].settle(Settled::None));
-                slots[0].settle_recent(kernel.body.waits_first());
+                let tail = kernel.tail.as_ref().filter(|_| kernel.tail_grid.eval(&syms) > 0);
+                slots[0].settle_recent(tail.unwrap_or(&kernel.body).waits_first());
             }
         }
         drop(slots);

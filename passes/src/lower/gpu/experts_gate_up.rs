@@ -1,6 +1,7 @@
 //! `experts_gate_up` on a GPU: the first half of the routed and the shared experts.
 //!
 //! task     a tile of the shared expert's width; then a chosen expert and a tile of its width; which are chosen is read on the device
+//! ahead    of few tokens, operands of all: x is there before experts are chosen, and the router's tail lets this kernel begin no earlier
 //!
 //! Of some tokens the same, eight of an expert at a time; of many, see [`super::many_experts`]. What is dispatched, and how, says
 //! [`super::super::experts`].
@@ -48,6 +49,10 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let (place, tokens) = (Place::here(&mut k), k.dim(sym));
         let (task, shared_end) = (k.task(), k.index(shared_tiles));
         let is_shared = k.cmp(Pred::Lt, task, shared_end);
+        // the router is chosen from when this kernel begins, so x is there
+        let early = most == FEW_ROWS && routed.form() == dense.form();
+        let threads = split.threads().into();
+        let filled = early && memory.fill(&mut k, (routed.form(), &rows), (place, threads), tokens);
         k.if_else(
             is_shared,
             |k| {
@@ -56,7 +61,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
                     dense.own_tile(k, base, task)
                 });
                 let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
-                let block = Few::new(product, split, &rows, memory).at_most(most);
+                let block = Few::new(product, split, &rows, memory).at_most(most).filled(filled);
                 let asked = block.ask(k);
                 begin_alone(k);
                 let out = k.param(s);
@@ -82,7 +87,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
                         routed.own_tile(k, base, weight_tile)
                     });
                     let product = Product::new(k, &routed, tiles.to_vec(), place, split.warps);
-                    let block = Few::new(product, split, &rows, memory).at_most(most);
+                    let block = Few::new(product, split, &rows, memory).at_most(most).filled(filled);
                     let asked = block.ask_late(k);
                     let (first, end) = by_expert.run(k, tokens, (at, e));
                     let (h, count) = (k.param(h), k.sub(end, first));

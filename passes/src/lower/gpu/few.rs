@@ -13,6 +13,7 @@ use nextc_ir::schedule::Extent;
 use nextc_ir::shape::{LANES, Sym};
 
 use super::super::matmul::{Rows, mean_rsqrt, row_ptr};
+use super::Place;
 use super::stage::{self, Form, Gain, Stage, quad_ssq};
 use super::tile::{Ahead, Product, Row, Source, Split, TOKENS, sum_of};
 
@@ -40,6 +41,16 @@ impl Memory {
     /// For products split in a way, whose operands have one of some forms.
     pub fn alloc(k: &mut KernelBuilder, target: &Target, split: Split, forms: &[Form]) -> Self {
         Self { sums: split.shared(k), operands: stage::alloc(k, target, forms) }
+    }
+
+    /// Makes the operands of all `count` rows, of which there are few, if there is room for them. Gives whether there is.
+    pub fn fill(self, k: &mut KernelBuilder, (form, rows): (Form, &Rows), block: (Place, u64), count: Val) -> bool {
+        let Some(words) = self.operands else { return false };
+        let stage = Stage::new(form, rows, words, block);
+        let gain = stage.gain(k);
+        stage.fill(k, &gain, count, &mut |_, row| row);
+        k.barrier();
+        true
     }
 }
 
@@ -106,6 +117,8 @@ pub struct Few<'a> {
     most: u64,
     /// Its share of the rows, where several blocks share them.
     share: Option<Share>,
+    /// Whether the operands are made already, of rows by their number.
+    filled: bool,
 }
 
 /// What has been asked for before the wait.
@@ -125,7 +138,7 @@ impl<'a> Few<'a> {
         let form = Form::of(&product);
         let block = (product.place(), split.threads().into());
         let stage = memory.operands.map(|words| Stage::new(form, rows, words, block));
-        Self { product, split, rows, sums: memory.sums, stage, most: u64::MAX, share: None }
+        Self { product, split, rows, sums: memory.sums, stage, most: u64::MAX, share: None, filled: false }
     }
 
     /// The same with at most so many rows.
@@ -138,6 +151,12 @@ impl<'a> Few<'a> {
     #[must_use]
     pub fn of_share(self, share: Share) -> Self {
         Self { share: Some(share), ..self }
+    }
+
+    /// The same with operands that the block has made before.
+    #[must_use]
+    pub fn filled(self, filled: bool) -> Self {
+        Self { filled, ..self }
     }
 
     /// Asks for what depends on nothing.
@@ -156,7 +175,8 @@ impl<'a> Few<'a> {
     }
 
     fn ask_gain(&self, k: &mut KernelBuilder) -> Gain {
-        self.stage.as_ref().map(|stage| stage.gain(k)).unwrap_or_default()
+        let makes = self.stage.as_ref().filter(|_| !self.filled);
+        makes.map(|stage| stage.gain(k)).unwrap_or_default()
     }
 
     /// With `count` rows, eight at a time: the first with what was asked for.
@@ -221,6 +241,10 @@ impl<'a> Few<'a> {
                 let token = k.add(first, token);
                 let row = row_of(k, token);
                 Source::Row(load_row(k, self.rows, row, product.q()))
+            }
+            Some(stage) if self.filled => {
+                let token = k.add(first, token);
+                Source::Stage(stage, row_of(k, token))
             }
             Some(stage) => {
                 stage.fill(k, gain, some, &mut |k, token| {

@@ -291,7 +291,7 @@ fn high_half(k: &mut KernelBuilder, dtype: DType, word: Val) -> Val {
 }
 
 /// What operands are made of.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Numbers {
     /// 16-bit floats of this type.
     pub half: DType,

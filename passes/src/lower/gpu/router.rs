@@ -18,7 +18,7 @@ use super::many::{FEW_ROWS, TILES, few, few_rows};
 use super::many_experts;
 use super::matmul::store_one;
 use super::tile::{Product, Split};
-use super::{Place, begin, lanes_before, warp_count, warp_sum};
+use super::{Place, begin, begin_alone, lanes_before, warp_count, warp_sum};
 
 /// `norm_router`.
 pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
@@ -95,7 +95,7 @@ impl Choice {
         let most = FEW_ROWS * self.k;
         let listed = Listed { ids: k.shared(DType::I32, most), firsts: k.shared(DType::I32, most) };
         let place = Place::here(k);
-        begin(k);
+        begin_alone(k);
         let [weights, ids, order, table, _, logits] = [0, 1, 2, 3, 4, 5].map(|i: usize| k.param(outs[i]));
         k.for_each((place.warp, self.tokens, self.threads / 32), |k, t| {
             let chosen = self.choose(k, place, t, (logits, weights, ids));
@@ -109,9 +109,26 @@ impl Choice {
         self.list(k, place.thread, (order, table), &listed);
     }
 
+    /// Carries something over all choices of few tokens: those of a token at once, so that their loads are under way together.
+    fn over_choices(
+        &self,
+        k: &mut KernelBuilder,
+        init: &[Val],
+        mut body: impl FnMut(&mut KernelBuilder, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let zero = k.const_i64(0);
+        k.for_carry((zero, self.tokens, 1), init, |k, t, carried| {
+            let first = k.mul_const(t, self.k);
+            (0..self.k).fold(carried.to_vec(), |carried, s| {
+                let i = k.add_const(first, s);
+                body(k, i, &carried)
+            })
+        })
+    }
+
     /// Lists few choices by expert: each finds its place by comparing itself with all others, and so does each expert.
     fn list(&self, k: &mut KernelBuilder, thread: Val, (order, table): (Val, Val), listed: &Listed) {
-        let (start, choices) = (k.const_i64(0), k.mul_const(self.tokens, self.k));
+        let choices = k.mul_const(self.tokens, self.k);
         let (none, one) = (k.const_i32(0), k.const_i32(1));
         let count = |k: &mut KernelBuilder, counts: Val, sum: Val| {
             let more = k.select(counts, one, none);
@@ -119,7 +136,7 @@ impl Choice {
         };
         k.for_each((thread, choices, self.threads), |k, c| {
             let id = k.load(DType::I32, 1, listed.ids, c);
-            let found = k.for_carry((start, choices, 1), &[none, none], |k, i, found| {
+            let found = self.over_choices(k, &[none, none], |k, i, found| {
                 let other = k.load(DType::I32, 1, listed.ids, i);
                 let (less, same, before) =
                     (k.cmp(Pred::Lt, other, id), k.cmp(Pred::Eq, other, id), k.cmp(Pred::Lt, i, c));
@@ -138,7 +155,7 @@ impl Choice {
             let e = k.add_const(thread, slot * self.threads);
             let e32 = k.narrow(e);
             // choices of experts before this one, and of this one; experts before this one that were chosen, and all
-            let found = k.for_carry((start, choices, 1), &[none; 4], |k, i, found| {
+            let found = self.over_choices(k, &[none; 4], |k, i, found| {
                 let (id, first) = (k.load(DType::I32, 1, listed.ids, i), k.load(DType::I32, 1, listed.firsts, i));
                 let (less, same) = (k.cmp(Pred::Lt, id, e32), k.cmp(Pred::Eq, id, e32));
                 let active = k.select(less, first, none);

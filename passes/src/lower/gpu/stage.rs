@@ -26,7 +26,7 @@ const TURN_WORDS: u64 = TURN_COLUMNS / 2;
 const GAP: u64 = 16;
 
 /// How the operands of one kind of product lie.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Form {
     /// Columns of a row.
     pub columns: u64,
