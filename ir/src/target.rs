@@ -15,6 +15,8 @@ pub struct Gpu {
     pub multiprocessors: u32,
     /// Bytes of memory that the threads of a block can share.
     pub shared_bytes: u64,
+    /// Bytes of the second cache, of which an H200 has 60 MB and an H100 50.
+    pub l2_bytes: u64,
     /// Bytes a second read from its memory.
     pub read_bytes_per_s: f64,
     /// Multiply-adds on tensor cores a second (16-bit floats, f32 sums), times two.
@@ -29,6 +31,7 @@ pub const GPUS: &[Gpu] = &[Gpu {
     features: &["ptx86"],
     multiprocessors: 132,
     shared_bytes: 232_448,
+    l2_bytes: 50 << 20,
     read_bytes_per_s: 4.6e12,
     flops_per_s: 790e12,
     launch_ns: 1000.0,

@@ -1,7 +1,7 @@
 //! Products of few rows: eight at a time.
 //!
 //! task     some tiles of weight rows, for all rows that there are
-//! ahead    the warps' first codes and scales and the threads' gains into registers, the rest of the tiles towards L2
+//! ahead    the warps' first codes and scales and the threads' gains into registers, the rest of the tiles towards L2 where that holds those of all blocks at work
 //! stage    the operands of eight rows in shared memory ([`stage`]), where there is room; else each thread reads its own
 //! products the warps share the columns; their sums meet in shared memory and are added up in order
 //! epilogue a half warp has the 16 rows of a tile, of one token
@@ -35,12 +35,15 @@ pub struct Memory {
     sums: Val,
     /// Operands.
     operands: Option<Val>,
+    /// Bytes that the block may ask for towards L2: two blocks of each multiprocessor fill it with as many.
+    near: u64,
 }
 
 impl Memory {
     /// For products split in a way, whose operands have one of some forms.
     pub fn alloc(k: &mut KernelBuilder, target: &Target, split: Split, forms: &[Form]) -> Self {
-        Self { sums: split.shared(k), operands: stage::alloc(k, target, forms) }
+        let near = target.gpu.map_or(0, |gpu| gpu.l2_bytes / (2 * target.multiprocessors()));
+        Self { sums: split.shared(k), operands: stage::alloc(k, target, forms), near }
     }
 
     /// Makes the operands of all `count` rows, of which there are few, if there is room for them. Gives whether there is.
@@ -113,6 +116,7 @@ pub struct Few<'a> {
     rows: &'a Rows,
     sums: Val,
     stage: Option<Stage<'a>>,
+    near: u64,
     /// Most rows.
     most: u64,
     /// Its share of the rows, where several blocks share them.
@@ -138,7 +142,7 @@ impl<'a> Few<'a> {
         let form = Form::of(&product);
         let block = (product.place(), split.threads().into());
         let stage = memory.operands.map(|words| Stage::new(form, rows, words, block));
-        Self { product, split, rows, sums: memory.sums, stage, most: u64::MAX, share: None, filled: false }
+        Self { product, split, rows, sums: memory.sums, stage, near: memory.near, most: u64::MAX, share: None, filled: false }
     }
 
     /// The same with at most so many rows.
@@ -162,8 +166,9 @@ impl<'a> Few<'a> {
     /// Asks for what depends on nothing.
     pub fn ask(&self, k: &mut KernelBuilder) -> Asked {
         let codes = self.product.ahead(k);
-        if !self.product.asks_for_all() {
-            let (place, product) = (self.product.place(), &self.product);
+        let (place, product) = (self.product.place(), &self.product);
+        let bytes = product.tiles.len() as u64 * product.fragments.planes.tile_bytes();
+        if !product.asks_for_all() && bytes <= self.near {
             place.once(k, |k| product.tiles.iter().for_each(|&tile| product.fragments.prefetch(k, tile)));
         }
         Asked { codes, gain: self.ask_gain(k) }
