@@ -219,7 +219,8 @@ pub fn run(
     options: Options,
 ) -> Result<(), EvalError> {
     let written = |b: usize| kernel.params.iter().zip(args).any(|(p, a)| p.written && a.buffer == b);
-    let slot = |(b, buffer)| if written(b) { Slot::Own { buffer, settled: Settled::All } } else { Slot::Constant(buffer) };
+    let slot =
+        |(b, buffer)| if written(b) { Slot::Own { buffer, settled: Settled::All } } else { Slot::Constant(buffer) };
     let mut slots: Vec<Slot<'_>> = buffers.iter_mut().enumerate().map(slot).collect();
     Code::new(kernel)?.run(syms, &mut slots, args, options)
 }

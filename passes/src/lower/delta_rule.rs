@@ -252,23 +252,11 @@ impl Mixer {
         [&self.q, &self.k].map(|stream| stream.window(k, run.slot, head))
     }
 
-    /// Zero states for a fresh sequence; windows moved on after a tentative step.
+    /// Zero states for a fresh sequence.
     fn begin(&self, k: &mut KernelBuilder, run: &Run, head: Val) {
         let windows = self.key_windows(k, run, head);
-        let (fresh, zero) = (run.is_fresh(k), k.const_i64(0));
+        let fresh = run.is_fresh(k);
         k.if_then(fresh, |k| self.clear(k, run.slot, head, windows));
-        let kept = k.cmp(Pred::Gt, run.replay, zero);
-        k.if_then(kept, |k| self.accept(k, run, head, windows));
-    }
-
-    /// Moves the windows of a key head and its value heads on by the accepted tokens.
-    fn accept(&self, k: &mut KernelBuilder, run: &Run, head: Val, [q_window, k_window]: [Val; 2]) {
-        self.q.accept(k, q_window, run.replay);
-        self.k.accept(k, k_window, run.replay);
-        self.for_value_heads(k, head, |k, v_head| {
-            let window = self.v.window(k, run.slot, v_head);
-            self.v.accept(k, window, run.replay);
-        });
     }
 
     fn clear(&self, k: &mut KernelBuilder, slot: Val, head: Val, [q_window, k_window]: [Val; 2]) {

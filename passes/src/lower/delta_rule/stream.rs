@@ -43,80 +43,85 @@ impl Stream {
         self.heads * pad(self.width)
     }
 
-    /// Pointer to the oldest row of head `head`'s window in slot `slot`; rows are `row()` elements apart.
+    /// Rows of a window. It is a ring: the input at position `p` lies in row `p % window_rows`, so nothing moves, whether tokens are tentative or not, and
+    /// what a step reads is not what it writes.
+    pub(in super::super) const fn window_rows(&self) -> u64 {
+        self.taps - 1 + TENTATIVE_TOKENS
+    }
+
+    /// Pointer to a head's first row of the window in slot `slot`; rows are `row()` elements apart.
     pub(in super::super) fn window(&self, k: &mut KernelBuilder, slot: Val, head: Val) -> Val {
         let base = k.param(self.conv);
-        let slot = row_ptr(k, base, slot, (self.taps - 1 + TENTATIVE_TOKENS) * self.row());
+        let slot = row_ptr(k, base, slot, self.window_rows() * self.row());
         row_ptr(k, slot, head, pad(self.width))
     }
 
-    /// Moves the window on by the accepted tokens of a tentative step, whose inputs lie behind it.
-    pub(super) fn accept(&self, k: &mut KernelBuilder, window: Val, tokens: Val) {
-        let ahead = row_ptr(k, window, tokens, self.row());
-        k.for_range(pad(self.width), LANES, |k, c| {
-            let rows: Vec<Val> = (0..self.taps - 1).map(|tap| k.add_const(c, tap * self.row())).collect();
-            let inputs: Vec<Val> = rows.iter().map(|&at| k.load_f32x16(ahead, at)).collect();
-            rows.iter().zip(inputs).for_each(|(&at, x)| k.store(window, at, x));
-        });
+    /// The row of a window that has the input at a position, which may lie as far before the sequence's begin as a convolution sees.
+    pub(in super::super) fn window_row(&self, k: &mut KernelBuilder, position: Val) -> Val {
+        let up = k.add_const(position, self.window_rows());
+        k.rem_const(up, self.window_rows())
+    }
+
+    /// The rows of inputs before the sequence's begin, which are zeros.
+    pub(in super::super) fn rows_before(&self) -> std::ops::Range<u64> {
+        TENTATIVE_TOKENS..self.window_rows()
     }
 
     pub(super) fn clear(&self, k: &mut KernelBuilder, window: Val) {
         let zero = k.splat_f32(16, 0.0);
-        for tap in 0..self.taps - 1 {
+        for row in self.rows_before() {
             k.for_range(pad(self.width), LANES, |k, c| {
-                let at = k.add_const(c, tap * self.row());
+                let at = k.add_const(c, row * self.row());
                 k.store(window, at, zero);
             });
         }
     }
 
-    /// `out = silu(conv1d(x))` for one head of one token. The window moves on by one; or, where `kept` says that so many tentative
-    /// tokens came before, it stays and the input is put behind theirs.
-    pub(super) fn step(&self, k: &mut KernelBuilder, t: Val, head: Val, window: Val, out: Val, kept: (Val, Val)) {
+    /// `out = silu(conv1d(x))` for one head of token `t`, whose position is given, and its input into the window.
+    pub(super) fn step(&self, k: &mut KernelBuilder, (t, position): (Val, Val), head: Val, window: Val, out: Val) {
         let (x, w) = (k.param(self.x), k.param(self.w));
         let x = row_ptr(k, x, t, self.row());
         let x = row_ptr(k, x, head, pad(self.width));
         let w = row_ptr(k, w, head, pad(self.width));
-        let (tentative, before) = kept;
-        let window = row_ptr(k, window, before, self.row());
+        let rows: Vec<Val> = (0..self.taps)
+            .map(|tap| {
+                let back = k.index(self.taps - 1 - tap);
+                let position = k.sub(position, back);
+                let row = self.window_row(k, position);
+                row_ptr(k, window, row, self.row())
+            })
+            .collect();
+        let (&newest, older) = rows.split_last().expect("a convolution has taps");
         k.for_range(pad(self.width), LANES, |k, c| {
-            let rows: Vec<Val> = (0..self.taps).map(|tap| k.add_const(c, tap * self.row())).collect();
-            let (newest, older) = rows.split_last().expect("a convolution has taps");
-            let mut inputs: Vec<Val> = older.iter().map(|&at| k.load_f32x16(window, at)).collect();
-            inputs.push(k.load_f32x16(x, c));
-            let mut sum = k.splat_f32(16, 0.0);
-            for (&at, &input) in rows.iter().zip(&inputs) {
+            let mut inputs: Vec<Val> = older.iter().map(|&row| k.load_f32x16(row, c)).collect();
+            let input = k.load_f32x16(x, c);
+            k.store(newest, c, input);
+            inputs.push(input);
+            let start = k.splat_f32(16, 0.0);
+            let sum = (0..).zip(&inputs).fold(start, |sum, (tap, &input)| {
+                let at = k.add_const(c, tap * self.row());
                 let weight = k.load_f32x16(w, at);
-                sum = k.fma(weight, input, sum);
-            }
-            k.if_else(
-                tentative,
-                |k| {
-                    k.store(window, *newest, inputs[inputs.len() - 1]);
-                    Vec::new()
-                },
-                |k| {
-                    older.iter().zip(&inputs[1..]).for_each(|(&at, &x)| k.store(window, at, x));
-                    Vec::new()
-                },
-            );
+                k.fma(weight, input, sum)
+            });
             let value = k.silu(sum);
             k.store(out, c, value);
         });
     }
 
-    /// `out = silu(conv1d(x))` for one head of token `t` of a run of which no token is kept. What comes before the run is the window, which stays as it is:
-    /// see [`Self::take_last`].
+    /// `out = silu(conv1d(x))` for one head of token `t` of a long run. What comes before the run is in the window, which stays as it is: see
+    /// [`Self::take_last`].
     pub(super) fn convolve(&self, k: &mut KernelBuilder, run: &Run, t: Val, head: Val, out: Val) {
         let (x, w, window) = (k.param(self.x), k.param(self.w), self.window(k, run.slot, head));
         let [x, w] = [x, w].map(|p| row_ptr(k, p, head, pad(self.width)));
+        let position = run.position(k);
         let rows: Vec<Val> = (0..self.taps)
             .map(|tap| {
                 let back = k.index(self.taps - 1 - tap);
                 let at = k.sub(t, back);
                 let is_input = k.cmp(Pred::Ge, at, run.begin);
                 let before = k.sub(at, run.begin);
-                let before = k.add_const(before, self.taps - 1);
+                let before = k.add(position, before);
+                let before = self.window_row(k, before);
                 let (base, at) = (k.select(is_input, x, window), k.select(is_input, at, before));
                 row_ptr(k, base, at, self.row())
             })
@@ -138,13 +143,17 @@ impl Stream {
     pub(super) fn take_last(&self, k: &mut KernelBuilder, run: &Run, head: Val) {
         let (x, window) = (k.param(self.x), self.window(k, run.slot, head));
         let x = row_ptr(k, x, head, pad(self.width));
+        let position = run.position(k);
         for tap in 0..self.taps - 1 {
             let back = k.index(self.taps - 1 - tap);
             let t = k.sub(run.end, back);
-            let from = row_ptr(k, x, t, self.row());
+            let before = k.sub(t, run.begin);
+            let before = k.add(position, before);
+            let row = self.window_row(k, before);
+            let (from, to) = (row_ptr(k, x, t, self.row()), row_ptr(k, window, row, self.row()));
             k.for_range(pad(self.width), LANES, |k, c| {
-                let (input, at) = (k.load_f32x16(from, c), k.add_const(c, tap * self.row()));
-                k.store(window, at, input);
+                let input = k.load_f32x16(from, c);
+                k.store(to, c, input);
             });
         }
     }

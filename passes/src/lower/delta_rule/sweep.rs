@@ -1,13 +1,13 @@
 //! `gated_delta_net`, token by token: the recurrence in blocks of 32 tokens.
 //!
 //! replay   before the first block: S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
-//! conv     q, k and v: causal convolution over the window in the conv state, SiLU; the window moves on
+//! conv     q, k and v: causal convolution over the window in the conv state, a ring by position, SiLU
 //! sweep    some columns of S at a time, token by token: y = Sᵀk,  w = Sᵀq  over the old state, then
 //!          d = β (v − α y);  o = α w + (k·q) d;  S ← fma(k, d, α S)
 //! traffic  2 · 4 · head_k_dim · head_v_dim bytes a head, sequence and block: bound by memory at one token
 //!
-//! Several tokens sweep a copy of the columns, which is put back after them. A tentative sequence sweeps a copy of the columns and keeps k, d, α of each token and its inputs of the convolution
-//! behind the window, so that the next step can replay as many as were accepted: the same operations in the same order.
+//! Several tokens sweep a copy of the columns, which is put back after them. A tentative sequence sweeps a copy of the columns and keeps k, d, α of each token; its inputs stay
+//! in the window, so that the next step can replay as many as were accepted: the same operations in the same order.
 //! Source: arXiv:2412.06464; the single-read form is algebra on its recurrence.
 
 use nextc_ir::DType;
@@ -76,10 +76,11 @@ impl Block<'_> {
         });
     }
 
-    /// What a convolution wants to know of row `i`: whether it is tentative, and how many tentative tokens come before it.
-    fn kept(&self, k: &mut KernelBuilder, i: Val) -> (Val, Val) {
-        let zero = k.const_i64(0);
-        (self.run.tentative, k.select(self.run.tentative, i, zero))
+    /// The position of row `i`.
+    fn position(&self, k: &mut KernelBuilder, i: Val) -> Val {
+        let (first, before) = (self.run.position(k), k.sub(self.first, self.run.begin));
+        let first = k.add(first, before);
+        k.add(first, i)
     }
 }
 
@@ -97,9 +98,9 @@ impl Mixer {
             block.each(k, |k, i, t| {
                 let (q, key) =
                     (row_ptr(k, scratch.q, i, pad(self.q.width)), row_ptr(k, scratch.k, i, pad(self.k.width)));
-                let kept = block.kept(k, i);
-                self.q.step(k, t, head, q_window, q, kept);
-                self.k.step(k, t, head, k_window, key, kept);
+                let position = block.position(k, i);
+                self.q.step(k, (t, position), head, q_window, q);
+                self.k.step(k, (t, position), head, k_window, key);
                 l2_normalise(k, q, self.q.width, self.eps, self.scale);
                 l2_normalise(k, key, self.k.width, self.eps, 1.0);
                 let kq = dot_rows(k, key, q, pad(self.q.width));
@@ -116,8 +117,8 @@ impl Mixer {
         let zero = k.const_i64(0);
         block.each(k, |k, i, t| {
             let v = row_ptr(k, scratch.v, i, pad(self.v.width));
-            let kept = block.kept(k, i);
-            self.v.step(k, t, head, window, v, kept);
+            let position = block.position(k, i);
+            self.v.step(k, (t, position), head, window, v);
             let (alpha, beta) = self.gate(k, t, head);
             k.store(scratch.alpha, i, alpha);
             k.store(scratch.beta, i, beta);

@@ -1,6 +1,6 @@
 //! The convolutions of [`super::delta_rule`]'s short runs: a thread a channel of q, k and v, its window in registers.
 //!
-//! Windows and taps are asked for before the wait. Inputs go through token by token; those of tentative tokens go behind the window.
+//! Windows and taps are asked for before the wait. Inputs go through token by token, each into its row of the window.
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::shape::pad;
@@ -15,12 +15,14 @@ pub struct Channel {
     x: (Val, Val),
     /// Its oldest tap; the others follow as far apart as tokens do.
     taps: Val,
-    /// The oldest place of its window, and elements from one to the next.
+    /// The first row of its window, and elements from one to the next.
     window: (Val, Val),
     /// Its output of the block's first token.
     out: Val,
-    /// Whether the thread has it alone; else it only computes what another does too.
+    /// Whether the thread has it alone in the block; else it only computes what another does too.
     owned: Val,
+    /// Whether it writes the window: of blocks that share a key head the first does.
+    keeps: Val,
 }
 
 /// Where a channel would lie if it were one of a stream's.
@@ -40,7 +42,8 @@ impl Block<'_> {
     /// The channels of this thread: q, then k, then v of the block's heads.
     pub(super) fn channels(&self, k: &mut KernelBuilder) -> Vec<Channel> {
         let (mixer, keys, zero) = (self.mixer, self.key_elems(), k.const_i64(0));
-        let first_head = mixer.value_head(k, self.head, zero);
+        let first_head = self.own_head(k, zero);
+        let is_first = k.cmp(Pred::Eq, self.first, zero);
         let streams = [(&mixer.q, self.head, 0), (&mixer.k, self.head, keys), (&mixer.v, first_head, 2 * keys)];
         (0..self.row_elems())
             .step_by(self.tile.threads() as usize)
@@ -62,7 +65,10 @@ impl Block<'_> {
                 };
                 let (x, row, w, window) = (choose(|p| p.x), choose(|p| p.row), choose(|p| p.w), choose(|p| p.window));
                 let out = row_ptr(k, self.smem.tokens, channel, 1);
-                Channel { x: (x, row), taps: w, window: (window, row), out, owned }
+                let (is_value, owned) = (k.not(ends[1]), owned);
+                let keeps = k.or(is_value, is_first);
+                let keeps = k.and(keeps, owned);
+                Channel { x: (x, row), taps: w, window: (window, row), out, owned, keeps }
             })
             .collect()
     }
@@ -87,27 +93,32 @@ impl Block<'_> {
             .collect()
     }
 
-    /// A channel's window as the accepted tokens have left it; zeros where the sequence has no past.
+    /// What a channel sees of the tokens before the run, the oldest first; zeros where the sequence has no past.
     pub(super) fn load_window(&self, k: &mut KernelBuilder, channel: &Channel, remembers: Val) -> Vec<Val> {
         let (window, row) = channel.window;
+        let stream = &self.mixer.q;
+        let (position, zero) = (self.run.position(k), k.const_f32(0.0));
         let load = |k: &mut KernelBuilder, i: u64| {
-            let place = k.add_const(self.run.replay, i);
+            let back = k.index(stream.taps - 1 - i);
+            let before = k.sub(position, back);
+            let place = stream.window_row(k, before);
             let at = k.mul(place, row);
             k.load_f32(window, at)
         };
-        let rows = 0..self.mixer.q.taps - 1;
-        let zero = k.const_f32(0.0);
+        let rows = 0..stream.taps - 1;
         let loads = k.and(remembers, channel.owned);
         k.if_else(loads, |k| rows.clone().map(|i| load(k, i)).collect(), |_| rows.clone().map(|_| zero).collect())
     }
 
-    pub(super) fn store_window(&self, k: &mut KernelBuilder, channel: &Channel, values: &[Val]) {
+    /// Zeros where the window has what comes before the sequence's begin.
+    pub(super) fn clear_window(&self, k: &mut KernelBuilder, channel: &Channel) {
         let (window, row) = channel.window;
-        k.if_then(channel.owned, |k| {
-            for (i, &x) in (0..).zip(values) {
+        let zero = k.const_f32(0.0);
+        k.if_then(channel.keeps, |k| {
+            for i in self.mixer.q.rows_before() {
                 let i = k.index(i);
                 let at = k.mul(i, row);
-                k.store(window, at, x);
+                k.store(window, at, zero);
             }
         });
     }
@@ -125,8 +136,7 @@ impl Block<'_> {
         channels.iter().map(load).collect()
     }
 
-    /// `silu(conv1d(x))` of the channels, token by token; tentative inputs go behind the window. Gives the windows after the block: its tokens further,
-    /// or where they were if these are tentative.
+    /// `silu(conv1d(x))` of the channels, token by token. Gives what the token after the block sees of those before it.
     pub(super) fn convolve(
         &self,
         k: &mut KernelBuilder,
@@ -137,28 +147,31 @@ impl Block<'_> {
     ) -> Vec<Val> {
         let (zero, per) = (k.const_i64(0), self.window());
         let carried = [windows.to_vec(), inputs].concat();
-        let left = k.for_carry((zero, tokens.count, 1), &carried, |k, i, carried| {
+        let (position, before) = (self.run.position(k), k.sub(tokens.first, self.run.begin));
+        let position = k.add(position, before);
+        k.for_carry((zero, tokens.count, 1), &carried, |k, i, carried| {
             let (windows, inputs) = carried.split_at(windows.len());
+            let position = k.add(position, i);
+            let row = self.mixer.q.window_row(k, position);
             let following = k.add(tokens.first, i);
             let following = k.add_const(following, 1);
             let following = self.inputs(k, channels, following);
             let mut moved = Vec::with_capacity(carried.len());
             for (c, (channel, &x)) in channels.iter().zip(inputs).enumerate() {
                 let seen = [&windows[c * per..(c + 1) * per], &[x]].concat();
-                self.convolve_one(k, channel, i, (&seen, &taps[c * (per + 1)..(c + 1) * (per + 1)]));
+                self.convolve_one(k, channel, (i, row), (&seen, &taps[c * (per + 1)..(c + 1) * (per + 1)]));
                 moved.extend(&seen[1..]);
             }
             [moved, following].concat()
-        });
-        left.iter().zip(windows).map(|(&moved, &before)| k.select(self.run.tentative, before, moved)).collect()
+        })
     }
 
-    /// One channel's output for token `i` of the block, of the inputs that it sees.
+    /// One channel's output for token `i` of the block, of the inputs that it sees; the last of them goes into row `row` of the window.
     pub(super) fn convolve_one(
         &self,
         k: &mut KernelBuilder,
         channel: &Channel,
-        i: Val,
+        (i, row): (Val, Val),
         (seen, taps): (&[Val], &[Val]),
     ) {
         let zero = k.const_f32(0.0);
@@ -166,11 +179,9 @@ impl Block<'_> {
         let value = k.silu(sum);
         let at = k.mul_const(i, self.row_elems());
         k.if_then(channel.owned, |k| k.store(channel.out, at, value));
-        let keeps = k.and(self.run.tentative, channel.owned);
-        k.if_then(keeps, |k| {
-            let (window, row) = channel.window;
-            let place = k.add_const(i, seen.len() as u64 - 1);
-            let at = k.mul(place, row);
+        k.if_then(channel.keeps, |k| {
+            let (window, stride) = channel.window;
+            let at = k.mul(row, stride);
             k.store(window, at, seen[seen.len() - 1]);
         });
     }

@@ -242,11 +242,17 @@ fn move_windows(k: &mut KernelBuilder, mixer: &Mixer, run: &Run, thread: Val) {
     for stream in [&mixer.q, &mixer.k, &mixer.v] {
         let (x, window, taken) = (k.param(stream.x), stream.window(k, run.slot, zero), k.index(stream.taps - 1));
         let first = k.sub(run.end, taken);
-        let x = row_ptr(k, x, first, stream.row());
-        let elems = k.index(stream.row() * (stream.taps - 1));
-        k.for_each((thread, elems, THREADS), |k, i| {
-            let value = k.load_f32(x, i);
-            k.store(window, i, value);
-        });
+        let (position, before) = (run.position(k), k.sub(first, run.begin));
+        let position = k.add(position, before);
+        let elems = k.index(stream.row());
+        for i in 0..stream.taps - 1 {
+            let (t, position) = (k.add_const(first, i), k.add_const(position, i));
+            let row = stream.window_row(k, position);
+            let (from, to) = (row_ptr(k, x, t, stream.row()), row_ptr(k, window, row, stream.row()));
+            k.for_each((thread, elems, THREADS), |k, c| {
+                let value = k.load_f32(from, c);
+                k.store(to, c, value);
+            });
+        }
     }
 }

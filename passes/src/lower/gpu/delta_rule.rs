@@ -2,7 +2,7 @@
 //!
 //! Of short runs; long ones are for [`super::delta_long`]:
 //!
-//! block    one key head of one sequence, with the value heads that share it, so a convolution's window has one owner; tokens in blocks of 8
+//! block    one key head of one sequence, with the value heads that share it, or, of few sequences, with one of them; tokens in blocks of 8
 //! thread   some rows of a few columns of S, in registers for its turn; a warp reads whole lines of a state
 //! ahead    where all heads of a block are one turn, its state into registers, else the states of all turns towards L2
 //! replay   S ← fma(k, d, α S) for the accepted tokens of a tentative step, with the kept k, d, α
@@ -40,6 +40,8 @@ const MOST_HELD: u64 = 64;
 const MOST_PARTS: u64 = 8;
 /// Columns of a thread, at most.
 const OWN_COLUMNS: u64 = 4;
+/// The same where a block does one value head.
+const SINGLE_COLUMNS: u64 = 4;
 /// Tokens of a short run, at most.
 pub const SHORT: u64 = TENTATIVE_TOKENS;
 
@@ -63,9 +65,19 @@ pub struct Tile {
 impl Tile {
     /// The tile of short runs with the fewest turns; `None` if a single head does not fit.
     fn short(mixer: &Mixer, most_threads: u64) -> Option<Self> {
-        let (shared, dv) = (mixer.shared_heads(), pad(mixer.v.width));
+        Self::of(mixer, mixer.shared_heads(), (OWN_COLUMNS, most_threads))
+    }
+
+    /// The tile of blocks that do one value head, for short runs of few sequences.
+    fn single(mixer: &Mixer) -> Option<Self> {
+        Self::of(mixer, 1, (SINGLE_COLUMNS, MOST_THREADS)).filter(|_| mixer.shared_heads() > 1)
+    }
+
+    /// The tile of blocks that do `shared` value heads in the fewest turns, a thread at most so many columns.
+    fn of(mixer: &Mixer, shared: u64, (columns, most_threads): (u64, u64)) -> Option<Self> {
+        let dv = pad(mixer.v.width);
         let (parts, rows) = Self::parts(mixer);
-        let own = [OWN_COLUMNS, 2, 1].into_iter().find(|own| rows * own <= MOST_HELD)?;
+        let own = [OWN_COLUMNS, 2, 1].into_iter().find(|&own| own <= columns && rows * own <= MOST_HELD)?;
         let tile = |heads: u64| Self { heads, turns: shared / heads, columns: heads * dv, own, parts, rows };
         let heads = (1..=shared).rev().filter(|h| shared.is_multiple_of(*h));
         heads.map(tile).find(|t| t.threads() <= most_threads)
@@ -119,24 +131,38 @@ pub fn lower_gated_delta_net(site: &Site<'_>) -> Option<Result<Lowered, LowerErr
         ports.clone().finish(k.finish())
     };
     let grid = Extent::from(Sym::B) * heads.into();
-    // of many sequences two blocks share a multiprocessor, so that one reads while the other computes
-    let few_sequences = (site.target.multiprocessors() / heads).max(1);
-    let short = match Tile::short(&mixer, MOST_THREADS / 2) {
-        Some(half) if half.threads() < tile.threads() => of("", few(Sym::B, few_sequences, grid.clone()), (tile, 1))
-            .then(of(".batch", many(Sym::B, few_sequences, grid), (half, 2))),
-        _ => of("", grid, (tile, 1)),
-    };
-    Some(Ok(match &long {
-        Some(long) => short.then(long.kernels(site, &ports)),
-        None => short,
-    }))
+    // of few sequences a block does one value head, so that more multiprocessors work; of many two blocks share a multiprocessor, so that one reads while the
+    // other computes
+    let fills = |blocks: u64| site.target.multiprocessors() / blocks;
+    let single = Tile::single(&mixer).filter(|_| long.is_some() && fills(mixer.v.heads) > 0);
+    let half = Tile::short(&mixer, MOST_THREADS / 2).filter(|half| half.threads() < tile.threads());
+    let (alone, most) = (single.map_or(0, |_| fills(mixer.v.heads)), fills(heads).max(1));
+    let own = many(Sym::B, alone, grid.clone());
+    let name = if single.is_some() { ".some" } else { "" };
+    let mut parts = vec![match half {
+        Some(_) => of(name, few(Sym::B, most, own), (tile, 1)),
+        None => of(name, own, (tile, 1)),
+    }];
+    if let Some(single) = single {
+        let grid = Extent::from(Sym::B) * mixer.v.heads.into();
+        parts.insert(0, of("", few(Sym::B, alone, grid), (single, 1)));
+    }
+    if let Some(half) = half {
+        parts.push(of(".batch", many(Sym::B, most, grid), (half, 2)));
+    }
+    parts.extend(long.as_ref().map(|long| long.kernels(site, &ports)));
+    Some(parts.into_iter().reduce(Lowered::then).ok_or_else(|| site.error("a delta rule without a kernel")))
 }
 
 /// A block of threads does the short runs, or all where nobody else does the long ones.
 fn short_runs(k: &mut KernelBuilder, (mixer, sequences): (&Mixer, &SequencePorts), tile: Tile, long_elsewhere: bool) {
     k.threads(tile.threads() as u32);
     let (place, task) = (Place::here(k), k.task());
-    let (b, head) = (k.div_const(task, mixer.q.heads), k.rem_const(task, mixer.q.heads));
+    // blocks that share a key head
+    let groups = mixer.shared_heads() / tile.all_heads();
+    let (b, number) = (k.div_const(task, groups * mixer.q.heads), k.rem_const(task, groups * mixer.q.heads));
+    let (head, group) = (k.div_const(number, groups), k.rem_const(number, groups));
+    let first = k.mul_const(group, tile.all_heads());
     let smem = Smem::alloc(k, mixer, &tile);
     let run = sequences.run(k, b);
     let zero = k.const_i64(0);
@@ -148,7 +174,7 @@ fn short_runs(k: &mut KernelBuilder, (mixer, sequences): (&Mixer, &SequencePorts
     } else {
         some
     };
-    let block = Block { mixer, tile, place, run, head, smem };
+    let block = Block { mixer, tile, place, run, head, first, smem };
     let works = k.and(is_mine, live);
     let fresh = k.if_else(some, |k| vec![run.is_fresh(k)], |_| vec![some])[0];
     let begun = k.not(fresh);
@@ -252,6 +278,8 @@ pub struct Block<'a> {
     pub run: Run,
     /// The key head.
     pub head: Val,
+    /// The first of the block's value heads among those that share it.
+    pub first: Val,
     /// Shared memory.
     pub smem: Smem,
 }
@@ -267,10 +295,16 @@ impl Block<'_> {
         2 * self.key_elems() + self.tile.all_columns()
     }
 
+    /// Value head number `i` of the block.
+    pub fn own_head(&self, k: &mut KernelBuilder, i: Val) -> Val {
+        let i = k.add(self.first, i);
+        self.mixer.value_head(k, self.head, i)
+    }
+
     fn zero_out(&self, k: &mut KernelBuilder) {
         let zero = k.const_f32(0.0);
-        let (i, elems) = (k.const_i64(0), k.index(self.mixer.shared_heads() * pad(self.mixer.v.width)));
-        let head = self.mixer.value_head(k, self.head, i);
+        let (i, elems) = (k.const_i64(0), k.index(self.tile.all_columns()));
+        let head = self.own_head(k, i);
         k.for_each((self.run.begin, self.run.end, 1), |k, t| {
             let out = self.mixer.out_row(k, t, head);
             k.for_each((self.place.thread, elems, self.tile.threads()), |k, c| k.store(out, c, zero));
@@ -289,16 +323,17 @@ impl Block<'_> {
     ) {
         let (windows, rest) = asked.split_at(channels.len() * self.window());
         let (taps, state) = rest.split_at(channels.len() * (self.window() + 1));
+        k.if_then(fresh, |k| channels.iter().for_each(|channel| self.clear_window(k, channel)));
         let carried = [windows, state].concat();
         let block = |k: &mut KernelBuilder, first: Val, carried: &[Val]| {
             let (left, most) = (k.sub(self.run.end, first), k.index(BLOCK));
             let tokens = Tokens { first, count: k.min_i64(left, most), are_last: k.cmp(Pred::Le, left, most) };
             let (windows, state) = carried.split_at(windows.len());
-            let windows = self.prepare(k, channels, &tokens, (windows, taps));
+            let left = self.prepare(k, channels, &tokens, (windows, taps));
             let state = self.turns(k, &tokens, state, (fresh, remembers));
             k.barrier();
             self.epilogue(k, &tokens);
-            [windows, state].concat()
+            [&left[..windows.len()], &state].concat()
         };
         if is_one_block {
             block(k, self.run.begin, &carried);
@@ -342,7 +377,7 @@ impl Block<'_> {
             self.place.once_a_warp(k, |k| {
                 for head in 0..self.tile.all_heads() {
                     let head = k.index(head);
-                    let head = self.mixer.value_head(k, self.head, head);
+                    let head = self.own_head(k, head);
                     let state = self.mixer.state(k, self.run.slot, head);
                     let (at, bytes) = (k.mul_const(self.place.warp, elems), k.index(elems * 4));
                     k.prefetch(state, at, bytes);
@@ -372,7 +407,7 @@ impl Block<'_> {
     fn turn(&self, k: &mut KernelBuilder, number: Val) -> Turn {
         let (mixer, tile) = (self.mixer, &self.tile);
         let before = k.mul_const(number, tile.heads);
-        let first_head = mixer.value_head(k, self.head, before);
+        let first_head = self.own_head(k, before);
         let (group, part) = (k.div_const(self.place.warp, tile.parts), k.rem_const(self.place.warp, tile.parts));
         let (place, own) = (k.mul_const(group, tile.warp_columns()), k.mul_const(self.place.lane, tile.own));
         let place = k.add(place, own);
@@ -386,7 +421,7 @@ impl Block<'_> {
         Turn { first_head, before, own: Columns { place, lane, column, head, live, state }, part }
     }
 
-    /// What all value heads need of a block of tokens; gives the windows after it, and stores them if it is the last.
+    /// What all value heads need of a block of tokens; gives what the token after it sees.
     fn prepare(
         &self,
         k: &mut KernelBuilder,
@@ -397,9 +432,6 @@ impl Block<'_> {
         let inputs = self.inputs(k, channels, tokens.first);
         self.gates(k, tokens);
         let next = self.convolve(k, channels, tokens, (windows, taps), inputs);
-        for (channel, window) in channels.iter().zip(next.chunks(self.window().max(1))) {
-            k.if_then(tokens.are_last, |k| self.store_window(k, channel, window));
-        }
         k.barrier();
         self.norms(k, tokens);
         k.barrier();
@@ -422,7 +454,7 @@ impl Block<'_> {
     /// α and β of the block: a thread a token and value head. And the gates of the output.
     fn gates(&self, k: &mut KernelBuilder, tokens: &Tokens) {
         let (tile, zero) = (&self.tile, k.const_i64(0));
-        let first_head = self.mixer.value_head(k, self.head, zero);
+        let first_head = self.own_head(k, zero);
         let elems = k.mul_const(tokens.count, tile.all_columns());
         k.for_each((self.place.thread, elems, tile.threads()), |k, at| {
             let (i, c) = (k.div_const(at, tile.all_columns()), k.rem_const(at, tile.all_columns()));
@@ -561,7 +593,7 @@ impl Block<'_> {
         let pairs = k.mul_const(tokens.count, heads);
         k.for_each((self.place.warp, pairs, self.tile.threads() / 32), |k, pair| {
             let (i, head) = (k.div_const(pair, heads), k.rem_const(pair, heads));
-            let (t, value_head) = (k.add(tokens.first, i), self.mixer.value_head(k, self.head, head));
+            let (t, value_head) = (k.add(tokens.first, i), self.own_head(k, head));
             let [o, z] = [self.smem.o, self.smem.z].map(|rows| row_ptr(k, rows, pair, width));
             norm_out(k, self.mixer, &self.place, (t, value_head), [o, self.smem.norm, z]);
         });

@@ -241,6 +241,7 @@ impl Within<'_> {
         let Inputs { x, w, window } = *inputs;
         let fresh = self.run.is_fresh(k);
         let (begun, zero, one, nothing) = (k.not(fresh), k.const_i64(0), k.const_i64(1), k.splat_f32(4, 0.0));
+        let position = self.run.position(k);
         let newest = k.add(self.chunk.first, first);
         let last = k.sub(self.run.end, one);
         let rows: Vec<(Val, Val)> = (0..TOKENS + stream.taps - 1)
@@ -250,10 +251,10 @@ impl Within<'_> {
                 let number = k.sub(t, self.run.begin);
                 let in_run = k.cmp(Pred::Ge, number, zero);
                 let not_in_run = k.not(in_run);
-                // before the run: the window, as the accepted tokens have left it
+                // before the run: the window
                 let from_window = k.and(not_in_run, begun);
-                let before = k.add_const(number, stream.taps - 1);
-                let before = k.add(before, self.run.replay);
+                let before = k.add(position, number);
+                let before = stream.window_row(k, before);
                 let own = k.select(in_run, t, self.run.begin);
                 let own = k.min_i64(own, last);
                 let (at, from) = (k.select(from_window, before, own), k.select(from_window, window, x));

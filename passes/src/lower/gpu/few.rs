@@ -142,7 +142,17 @@ impl<'a> Few<'a> {
         let form = Form::of(&product);
         let block = (product.place(), split.threads().into());
         let stage = memory.operands.map(|words| Stage::new(form, rows, words, block));
-        Self { product, split, rows, sums: memory.sums, stage, near: memory.near, most: u64::MAX, share: None, filled: false }
+        Self {
+            product,
+            split,
+            rows,
+            sums: memory.sums,
+            stage,
+            near: memory.near,
+            most: u64::MAX,
+            share: None,
+            filled: false,
+        }
     }
 
     /// The same with at most so many rows.
