@@ -48,7 +48,8 @@ pub struct WeightType {
 pub enum StateKind {
     /// Keys (after norm and RoPE) and values, paged: `[num_kv_heads, head_dim]` a token.
     Kv,
-    /// The last inputs of a causal convolution: `[heads, head_dim, taps - 1]` a slot, and behind them the inputs of a tentative step.
+    /// The last inputs of a causal convolution: `[heads, head_dim, taps - 1]` a slot and room for those of a tentative step, as a ring of `taps - 1 +` [`TENTATIVE_TOKENS`]
+    /// rows: the input at position `p` lies in row `p % rows`, so that no step writes what it reads.
     Conv,
     /// The matrix of the delta rule: `[num_v_heads, head_k_dim, head_v_dim]` a slot, and for each head behind it the updates
     /// `(k, d, decay)` of a tentative step.

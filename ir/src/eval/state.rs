@@ -11,7 +11,7 @@ use crate::types::{StateKind, StateType, TENTATIVE_TOKENS};
 /// One version of a state: units (pages of KV, slots of the others) that exist once they are touched, zero before.
 ///
 /// A unit holds, row-major and without padding: KV `[num_kv_heads][k, v][page_tokens][head_dim]`; conv
-/// `[taps - 1][heads][width]`, oldest first, then the inputs of tentative tokens; delta for each value head
+/// `[taps - 1 + TENTATIVE_TOKENS][heads][width]`, a ring: the input at position `p` in row `p % rows`, zeros where a sequence begins; delta for each value head
 /// `[head_k_dim][head_v_dim]`, then `k`, `d` and the decay of each tentative token. A clone shares its units until one is
 /// written.
 #[derive(Clone, Debug, PartialEq)]

@@ -7,7 +7,7 @@ use crate::attr::Attrs;
 use crate::eval::{self, Array, Cx, Datum, EvalError, Real, Sequences, State, attr_float};
 use crate::op::ShapeError;
 use crate::shape::{Dim, Shape};
-use crate::types::{StateKind, Type};
+use crate::types::{StateKind, TENTATIVE_TOKENS, Type};
 
 /// `x` `[T, heads, width]`, `w` `[heads, width, taps]`: like `x`, and the new window.
 /// # Errors
@@ -156,10 +156,16 @@ pub fn conv1d<F: Real>(
     x.is(&[seqs.positions().len().max(tokens), heads, width])?;
     let channels = heads * width;
     let (mut data, mut conv) = (vec![F::default(); x.data().len()], conv.clone());
+    // where the input at position `before - (taps - 1)` lies
+    let rows = taps - 1 + TENTATIVE_TOKENS as usize;
+    let row = |before: usize| (before + TENTATIVE_TOKENS as usize) % rows * channels;
     for run in seqs.runs() {
+        let first = seqs.positions()[run.tokens.start] as usize;
         let mut window = vec![F::default(); (taps - 1) * channels];
         if let Some(unit) = conv.unit(run.slot).filter(|_| !seqs.begins(run)) {
-            window.copy_from_slice(&unit[run.replay * channels..][..(taps - 1) * channels]);
+            for (i, seen) in window.chunks_mut(channels.max(1)).enumerate() {
+                seen.copy_from_slice(&unit[row(first + i)..][..channels]);
+            }
         }
         window.extend_from_slice(&x.data()[run.tokens.start * channels..run.tokens.end * channels]);
         for (i, t) in run.tokens.clone().enumerate() {
@@ -168,8 +174,12 @@ pub fn conv1d<F: Real>(
                 data[t * channels + c] = F::of(products.sum());
             }
         }
-        let kept = if run.tentative { &window[..] } else { &window[run.tokens.len() * channels..] };
-        conv.unit_mut(run.slot)[..kept.len()].copy_from_slice(kept);
+        // what was seen before the first token is there already, unless the sequence begins
+        let known = if seqs.begins(run) { 0 } else { taps - 1 };
+        let unit = conv.unit_mut(run.slot);
+        for (i, input) in window.chunks(channels.max(1)).enumerate().skip(known) {
+            unit[row(first + i)..][..channels].copy_from_slice(input);
+        }
     }
     Ok((Array::new(x.dims(), data)?, conv))
 }

@@ -5,7 +5,7 @@ use nextc_ir::graph::{Function, NodeId};
 use nextc_ir::kernel::eval::Buffer;
 use nextc_ir::layout::{Planes, padded_index};
 use nextc_ir::shape::{pad, padded_elems};
-use nextc_ir::types::{StateKind, StateType, TensorType, WeightType};
+use nextc_ir::types::{StateKind, StateType, TENTATIVE_TOKENS, TensorType, WeightType};
 use nextc_ir::{Layout, Type};
 
 use super::values::{PAGE_TOKENS, Step, in_rank};
@@ -148,6 +148,25 @@ fn units(ty: &StateType, state: &State<f32>, units: usize) -> Buffer {
         }
     }
     Buffer::from_bytes(&out)
+}
+
+/// Zeros what nobody will read of the windows of convolutions, a slot after the other: of a sequence that a step has moved on all but its last inputs, and those of
+/// tentative tokens. How much more of a run is kept is a kernel's own affair.
+pub fn clear_unread<T: Default>(ty: &StateType, step: &Step, slots: &[u32], values: &mut [T]) {
+    if ty.kind != StateKind::Conv || values.is_empty() {
+        return;
+    }
+    let (seen, rows) = (ty.dims[2] as i64, ty.dims[2] as usize + TENTATIVE_TOKENS as usize);
+    let each = values.len() / slots.len();
+    for (slot, unit) in slots.iter().zip(values.chunks_mut(each)) {
+        let Some((first, end)) = step.moves(*slot) else { continue };
+        let read: Vec<i64> = (first - seen..end).map(|position| position.rem_euclid(rows as i64)).collect();
+        for (row, numbers) in (0..).zip(unit.chunks_mut(each / rows)) {
+            if !read.contains(&row) {
+                numbers.fill_with(T::default);
+            }
+        }
+    }
 }
 
 /// The numbers of a state, slot by slot.

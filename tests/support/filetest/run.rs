@@ -303,21 +303,34 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// The buffers of the states.
-    fn states(&self) -> impl Iterator<Item = usize> {
+    /// The states, as they came.
+    fn states(&self) -> impl Iterator<Item = Value> {
         let params = self.function.params.iter().map(|&node| Value { node, result: 0 });
-        params.filter(|v| matches!(self.function.ty(*v), Type::State(_))).map(|v| self.values[&v])
+        params.filter(|v| matches!(self.function.ty(*v), Type::State(_)))
     }
 
     fn take_states(&mut self, before: &Frame<'_>) {
-        for state in self.states().collect::<Vec<_>>() {
+        for state in self.states().map(|v| self.values[&v]).collect::<Vec<_>>() {
             self.buffers[state] = before.buffers[state].clone();
         }
     }
 
     fn same_states(&self, other: &Frame<'_>) -> Checked {
-        match self.states().find(|&s| self.buffers[s] != other.buffers[s]) {
-            Some(state) => Err(format!("in parts, state parameter {state} ends with other bits than in one step")),
+        let words = |frame: &Frame<'_>, v: Value| {
+            let buffer = &frame.buffers[frame.values[&v]];
+            let words = buffer.to_i32();
+            let mut words: Vec<_> =
+                words.into_iter().enumerate().map(|(i, w)| buffer.is_written(i).then_some(w)).collect();
+            if let Type::State(ty) = frame.function.ty(v) {
+                let slots: Vec<u32> = (0..frame.step.units(ty.kind) as u32).collect();
+                memory::clear_unread(ty, frame.step, &slots, &mut words);
+            }
+            words
+        };
+        match self.states().find(|&v| words(self, v) != words(other, v)) {
+            Some(v) => {
+                Err(format!("in parts, state parameter {} ends with other bits than in one step", v.node.index()))
+            }
             None => Ok(()),
         }
     }
@@ -363,7 +376,11 @@ impl<'a> Frame<'a> {
                 (memory::read(t, false, array.data().len(), &buffer.to_f32()), array.data().to_vec())
             }
             (Type::State(_), Datum::State(state)) => {
-                (memory::read_state(state, &buffer.to_bytes()), memory::numbers(state))
+                let slots: Vec<u32> = state.units().map(|unit| unit.0).collect();
+                let mut both = [memory::read_state(state, &buffer.to_bytes()), memory::numbers(state)];
+                both.iter_mut().for_each(|values| memory::clear_unread(state.ty(), self.step, &slots, values));
+                let [found, wanted] = both;
+                (found, wanted)
             }
             (ty, _) => return Err(format!("of type {ty}")),
         };

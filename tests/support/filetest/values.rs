@@ -93,6 +93,14 @@ impl Step {
         if kind == StateKind::Kv { self.pages() * self.runs.len() } else { self.runs.len() }
     }
 
+    /// How far the sequence of a slot is known after the step: the position from which on its inputs may be read again, and the one after the last; `None` if it has no tokens.
+    pub fn moves(&self, slot: u32) -> Option<(i64, i64)> {
+        let mut runs = self.runs.iter().zip(&self.kept);
+        let (&(first, tokens, _), kept) = runs.find(|(r, _)| r.2 == slot as i32 && r.1 > 0)?;
+        let end = i64::from(first) + tokens as i64;
+        Some((if kept[1] == 0 { end } else { first.into() }, end))
+    }
+
     /// The position of its first token.
     pub fn position(&self) -> u64 {
         self.runs.first().map_or(0, |r| r.0 as u64)

@@ -20,7 +20,10 @@ use super::many::{FEW_ROWS, few, some, some_tokens};
 use super::many_experts;
 use super::matmul::{pair_split, store_one, swiglu};
 use super::tile::Product;
-use super::{Place, begin_alone};
+use super::{Place, begin, begin_alone};
+
+/// Rows of a step whose operands every block makes before it knows which it needs.
+const EARLY_ROWS: u64 = 2;
 
 /// `experts_gate_up`.
 pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
@@ -42,7 +45,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let most = Extent::Const(experts).min(Extent::from(sym) * choices.into());
     let (split, some_most) = (pair_split(site, &routed), some_tokens(experts, choices));
     let by_expert = Choices { order, table, layout: Table { experts }, each: choices };
-    let of = |part: &str, grid: Extent, most: u64| {
+    let of = |part: &str, grid: Extent, (most, is_early): (u64, bool)| {
         let mut k = ports.builder_of(site, part, grid);
         k.threads(split.threads());
         let memory = Memory::alloc(&mut k, site.target, split, &[routed.form(), dense.form()]);
@@ -50,7 +53,9 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let (task, shared_end) = (k.task(), k.index(shared_tiles));
         let is_shared = k.cmp(Pred::Lt, task, shared_end);
         // the router is chosen from when this kernel begins, so x is there
-        let early = most == FEW_ROWS && routed.form() == dense.form();
+        // the next kernel reads what is chosen before its own wait, where tokens are few
+        let begins = if most <= FEW_ROWS { begin_alone } else { begin };
+        let early = is_early && routed.form() == dense.form();
         let threads = split.threads().into();
         let filled = early && memory.fill(&mut k, (routed.form(), &rows), (place, threads), tokens);
         k.if_else(
@@ -63,7 +68,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
                 let product = Product::new(k, &dense, tiles.to_vec(), place, split.warps);
                 let block = Few::new(product, split, &rows, memory).at_most(most).filled(filled);
                 let asked = block.ask(k);
-                begin_alone(k);
+                begins(k);
                 let out = k.param(s);
                 block.products(k, asked, tokens, &mut |_, t| t, &mut |k, at, sum| {
                     let value = swiglu(k, sum);
@@ -72,7 +77,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
                 Vec::new()
             },
             |k| {
-                begin_alone(k);
+                begins(k);
                 let number = k.sub(task, shared_end);
                 let (at, tile) = (k.div_const(number, expert_tiles), k.rem_const(number, expert_tiles));
                 // of a single token, the choice that lies there too
@@ -111,8 +116,9 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let grid = Extent::from(shared_tiles) + most * expert_tiles.into();
     let kernels = [
-        of("", few(sym, FEW_ROWS, grid.clone()), FEW_ROWS),
-        of(".some", some(sym, (FEW_ROWS, some_most), grid), some_most),
+        of("", few(sym, EARLY_ROWS, grid.clone()), (EARLY_ROWS, true)),
+        of(".few", some(sym, (EARLY_ROWS, FEW_ROWS), grid.clone()), (FEW_ROWS, false)),
+        of(".some", some(sym, (FEW_ROWS, some_most), grid), (some_most, false)),
     ];
     let many = many_experts::GateUp {
         rows: &rows,
@@ -124,6 +130,6 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         outs: [(h, pad(width)), (s, s_stride)],
     };
     let many = ports.clone().finish(many.kernel(site, &ports, (sym, some_most)));
-    let [few, some] = kernels.map(|kernel| ports.clone().finish(kernel));
-    Ok(few.then(some).then(many))
+    let [early, few, some] = kernels.map(|kernel| ports.clone().finish(kernel));
+    Ok(early.then(few).then(some).then(many))
 }

@@ -52,7 +52,6 @@ impl Memory {
         let stage = Stage::new(form, rows, words, block);
         let gain = stage.gain(k);
         stage.fill(k, &gain, count, &mut |_, row| row);
-        k.barrier();
         true
     }
 }
@@ -259,7 +258,10 @@ impl<'a> Few<'a> {
             }
             Some(stage) if self.filled => {
                 let token = k.add(first, token);
-                Source::Stage(stage, row_of(k, token))
+                let row = row_of(k, token);
+                // codes are on their way now: nothing that follows may put them off
+                k.barrier();
+                Source::Stage(stage, row)
             }
             Some(stage) => {
                 stage.fill(k, gain, some, &mut |k, token| {

@@ -619,7 +619,10 @@ impl GatePair {
 
 /// How a block computes a gate and an up tile.
 pub fn pair_split(site: &Site<'_>, fragments: &Fragments) -> Split {
-    Split { tiles: 2, ..Split::of(site.target, fragments.planes.tiles(), &fragments.planes) }
+    let split = Split::of(site.target, fragments.planes.tiles(), &fragments.planes);
+    // a warp has as many loads as it has of one tile elsewhere, where a tile is so small
+    let warps = if fragments.loads() == 1 { (split.warps / 2).max(4) } else { split.warps };
+    Split { warps, tiles: 2 }
 }
 
 /// `silu(gate) · up` of the block's two tiles.
