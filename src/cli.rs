@@ -154,9 +154,10 @@ pub enum Activations {
     Auto,
     /// float32 throughout: the form that is compared with the reference.
     F32,
-    /// bfloat16, in a matrix unit; or by vectors, with weights in bfloat16 alone.
+    /// bfloat16, in a matrix unit; or by vectors, with weights in bfloat16 alone, in attention and in the delta rule.
     Bf16,
-    /// 8-bit integers, a scale for 32 of them, with weights of 8 or 4 bits whose blocks have a scale and no zero point; with others float32.
+    /// 8-bit integers, a scale for 32 of them, with weights of 8 or 4 bits whose blocks have a scale and no zero point; with others float32. Attention and the delta rule
+    /// in bfloat16 where the machine multiplies that.
     Int8,
     /// 16-bit integers, a scale for 32 of them, with the same weights, in products of any number of tokens; for vectors of less than 512 bits.
     Int16,

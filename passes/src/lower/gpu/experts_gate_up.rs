@@ -20,7 +20,7 @@ use super::many::{FEW_ROWS, few, some, some_tokens};
 use super::many_experts;
 use super::matmul::{pair_split, store_one, swiglu};
 use super::tile::Product;
-use super::{Place, begin, begin_alone};
+use super::{Place, begin_after, begin_alone};
 
 /// Rows of a step whose operands every block makes before it knows which it needs.
 const EARLY_ROWS: u64 = 2;
@@ -54,7 +54,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let is_shared = k.cmp(Pred::Lt, task, shared_end);
         // the router is chosen from when this kernel begins, so x is there
         // the next kernel reads what is chosen before its own wait, where tokens are few
-        let begins = if most <= FEW_ROWS { begin_alone } else { begin };
+        let begins = if most <= FEW_ROWS { begin_alone } else { begin_after };
         let early = is_early && routed.form() == dense.form();
         let threads = split.threads().into();
         let filled = early && memory.fill(&mut k, (routed.form(), &rows), (place, threads), tokens);

@@ -22,7 +22,7 @@ use super::stage::Form;
 use super::tile::{Product, Split};
 use super::wide::linears::{GateUp, linears};
 use super::wide::{self, Width};
-use super::{Place, across, begin, half_warp_sum};
+use super::{Place, across, begin, begin_after, half_warp_sum};
 
 /// Some weights of one format and width, and where their products go.
 pub(super) struct Segment {
@@ -121,7 +121,7 @@ fn linears_of_some(
         let product = Product::new(k, &group[0].fragments, own.tiles.clone(), place, blocks.split.warps);
         let block = SomeRows { product, blocks, rows, memory };
         block.ask(k);
-        begin(k);
+        begin_after(k);
         block.products(k, (first, count), &mut |k, at, sum| own.store(k, at, sum));
     });
     k.finish()
