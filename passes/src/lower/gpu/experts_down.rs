@@ -102,17 +102,15 @@ impl Down {
         let place = Place::here(&mut k);
         let (tile, base) = (k.task(), k.param(self.s_down));
         let dense = self.dense.own_tile(&mut k, base, tile);
-        let mut first = None;
-        if let Some(near) = near.filter(|_| self.are_alike()) {
-            let count = k.dim(sym);
-            first = Some(self.ask_first(&mut k, place));
-            self.bring_near(&mut k, place, near, count);
-        } else {
+        let (zero, count) = (k.const_i64(0), k.dim(sym));
+        let mut first = near.filter(|_| self.are_alike()).map(|_| self.ask_first(&mut k, place));
+        if first.is_none() {
             place.once(&mut k, |k| self.dense.prefetch(k, dense));
         }
+        if let Some(near) = near {
+            self.bring_near(&mut k, place, near, count);
+        }
         begin(&mut k);
-        let (zero, count) = (k.const_i64(0), k.dim(sym));
-        let early = first.is_some();
         let mut work = |k: &mut KernelBuilder, first_token: Val, tokens: Val| {
             let part = Part { first: first_token, tokens, at_once, sums, near };
             let begun = first.take().map(|first| self.first(k, first, &part)).is_some();
@@ -120,10 +118,7 @@ impl Down {
             k.barrier();
             self.combine(k, place, &part);
         };
-        if let Some(near) = near {
-            if !early {
-                self.bring_near(&mut k, place, near, count);
-            }
+        if near.is_some() {
             work(&mut k, zero, count);
         } else {
             k.for_each((zero, count, at_once), |k, first| {
@@ -322,7 +317,7 @@ impl Down {
         });
     }
 
-    /// Reads what the sums of `tokens` tokens are joined with, while their products are on their way.
+    /// Reads what the sums of `tokens` few tokens are joined with. It is there before the wait: see [`super::down_few`].
     fn bring_near(&self, k: &mut KernelBuilder, place: Place, near: Near, tokens: Val) {
         let (threads, each, tile, zero) = (DOWN_WARPS * 32, self.choices.each, k.task(), k.const_i64(0));
         let choices = k.mul_const(tokens, each);

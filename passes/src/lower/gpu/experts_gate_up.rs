@@ -1,7 +1,7 @@
 //! `experts_gate_up` on a GPU: the first half of the routed and the shared experts.
 //!
 //! task     a tile of the shared expert's width; then a chosen expert and a tile of its width; which are chosen is read on the device
-//! ahead    of few tokens, operands of all: x is there before experts are chosen, and the router's tail lets this kernel begin no earlier
+//! ahead    of one or two tokens their operands, while experts are chosen; of more a block has too many of which it needs one or two
 //!
 //! Of some tokens the same, eight of an expert at a time; of many, see [`super::many_experts`]. What is dispatched, and how, says
 //! [`super::super::experts`].
@@ -52,8 +52,7 @@ pub fn lower_experts_gate_up(site: &Site<'_>) -> Result<Lowered, LowerError> {
         let (place, tokens) = (Place::here(&mut k), k.dim(sym));
         let (task, shared_end) = (k.task(), k.index(shared_tiles));
         let is_shared = k.cmp(Pred::Lt, task, shared_end);
-        // the router is chosen from when this kernel begins, so x is there
-        // the next kernel reads what is chosen before its own wait, where tokens are few
+        // of few tokens the next kernel reads what is chosen before its own wait; and this one x, which is there before the router lets it begin
         let begins = if most <= FEW_ROWS { begin_alone } else { begin_after };
         let early = is_early && routed.form() == dense.form();
         let threads = split.threads().into();
