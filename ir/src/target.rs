@@ -110,6 +110,14 @@ impl BulkKind {
             Self::Bytes | Self::Pairs => 6,
         }
     }
+
+    /// Tasks that every thread has at least, where tasks are joined so that rows are rounded seldom: more of them spread what a slow thread leaves, fewer round less.
+    pub const fn tasks_per_thread(self) -> u64 {
+        match self {
+            Self::Tiles => 2,
+            Self::Bytes | Self::Pairs => 1,
+        }
+    }
 }
 
 /// What multiplies rows of bfloat16 that are no weights.

@@ -31,9 +31,6 @@ use super::packed::Matrix;
 use super::ports::{Port, Ports, Site};
 use super::strips::{Ahead, Group, STRIPS, for_groups};
 
-/// Tasks that every thread has at least, where tasks are joined.
-const TASKS_PER_THREAD: u64 = 2;
-
 /// How the arithmetic of a token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -129,7 +126,7 @@ impl Classes {
 
     /// How many tasks of `size` tiles one takes for `bulk` tokens, out of `tasks`.
     pub fn joined(self, size: u64, tasks: u64) -> u64 {
-        let most = tasks / (TASKS_PER_THREAD * self.threads);
+        let most = tasks / (self.tile.kind.tasks_per_thread() * self.threads);
         (self.tile.row_tiles / size).min(most).max(1)
     }
 
