@@ -142,9 +142,9 @@ impl Region {
                 KOp::Wait => waited = true,
                 KOp::Release if !waited => return None,
                 _ => {
-                    let after: Option<Vec<bool>> = stmt.regions.iter().map(|r| r.after(waited)).collect();
+                    let after: Vec<bool> = stmt.regions.iter().map(|r| r.after(waited)).collect::<Option<_>>()?;
                     // of a loop nobody knows whether it runs
-                    waited |= after?.len() == 2 && stmt.regions.iter().all(|r| r.after(waited) == Some(true));
+                    waited |= after.len() == 2 && after.iter().all(|&waited| waited);
                 }
             }
         }

@@ -236,6 +236,7 @@ kops! {
     Prefetch = "prefetch" Block;
     /// Waits until the launches before this one are done and what they wrote is seen. Every thread of the block is here; before it a kernel
     /// reads only weights, inputs of the step, and states that no launch before it has written: the last step that did is done, since a program begins after all before it.
+    /// And what launches wrote that came before the last one, if that one has waited before it let this one begin.
     Wait = "wait" Block;
     /// Lets the next launch begin, as far as it need not wait. Every thread of the block is here.
     Release = "release" Block;
