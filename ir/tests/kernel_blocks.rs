@@ -792,7 +792,8 @@ fn what_launches_before_the_last_one_wrote_may_be_read_before_the_wait_if_that_o
 #[test]
 fn a_kernel_waits_first_if_no_path_lets_the_next_begin_before() {
     let waits_first = |body: &str| {
-        let text = format!("kernel @k() grid = 2 threads = 32 {{\n %one = const i64 1\n %c = cmp lt %task, %one\n {body}\n}}");
+        let text =
+            format!("kernel @k() grid = 2 threads = 32 {{\n %one = const i64 1\n %c = cmp lt %task, %one\n {body}\n}}");
         let kernel = parse::kernel(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         (kernel.body.waits(), kernel.body.waits_first())
     };
