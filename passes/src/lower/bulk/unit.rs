@@ -6,7 +6,7 @@
 //! Both read the same tiles, so what makes operands of numbers and what uses the sums is one code.
 
 use nextc_ir::DType;
-use nextc_ir::kernel::{KernelBuilder, Val};
+use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
 use nextc_ir::target::Unit;
@@ -52,7 +52,7 @@ fn pair_dots(k: &mut KernelBuilder, c: Val, dots: &[Dot]) {
 fn add_rows(k: &mut KernelBuilder, (a, b, depth): &Dot, (first, rows): (Val, u64), sums: &[Val]) -> Vec<Val> {
     let (strip, line) = (k.div_const(first, LANES), k.rem_const(first, LANES));
     let (one, line) = (k.const_i64(1), k.mul_const(line, LINE_BYTES));
-    let is_second = k.cmp(nextc_ir::kernel::Pred::Eq, strip, one);
+    let is_second = k.cmp(Pred::Eq, strip, one);
     let a = k.select(is_second, a[1], a[0]);
     let (a, zero, bytes) = (k.offset(a, line), k.const_i64(0), k.index(depth * TILE_BYTES));
     k.for_carry((zero, bytes, TILE_BYTES), sums, |k, tile, sums| {
