@@ -35,14 +35,15 @@ impl Down {
     /// Asks for the codes of a warp's first unit.
     pub(super) fn ask_first(&self, k: &mut KernelBuilder, place: Place) -> First<'_> {
         let (zero, one, tokens) = (k.const_i64(0), k.const_i64(1), k.dim(Sym::T));
-        let (experts, last) = (k.index(self.choices.layout.experts), k.index(self.choices.layout.experts - 1));
+        let experts = k.index(self.choices.layout.experts);
         let is_shared = k.cmp(Pred::Eq, place.warp, zero);
         let number = k.sub(place.warp, one);
         let number = k.select(is_shared, zero, number);
         let most = k.mul_const(tokens, self.choices.each);
         let most = k.min_i64(most, experts);
         let within = k.cmp(Pred::Lt, number, most);
-        let number = k.min_i64(number, last);
+        // the first choice where there are not as many
+        let number = k.select(within, number, zero);
         let (e, own) = (self.choices.active(k, number), self.choices.at(k, number).0);
         let chosen = k.cmp(Pred::Ge, e, zero);
         let chosen = k.and(within, chosen);
