@@ -27,7 +27,8 @@ pub const MAX_CONTEXT: u64 = 1 << 30;
 
 /// Limits of good sense: a file beyond them is damaged or hostile, not a model.
 mod limit {
-    pub const VOCAB: u64 = 1 << 24;
+    /// Those that tokens can be sampled from.
+    pub const VOCAB: u64 = nextc_ir::ops::sample::MAX_VOCAB;
     pub const LAYERS: u64 = 512;
     pub const WIDTH: u64 = 1 << 20;
     pub const HEADS: u64 = 1024;

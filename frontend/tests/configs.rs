@@ -56,9 +56,9 @@ fn sizes_out_of_range_are_refused() {
     refuse(json!({"rms_norm_eps": -1e-6}), &["`rms_norm_eps` is -1e-6, expected a number above 0 and at most 1"]);
     refuse(json!({"norm_topk_prob": 1}), &["`norm_topk_prob` is 1, expected true or false"]);
     refuse(
-        json!({"vocab_size": 1 << 24, "hidden_size": 1 << 20}),
+        json!({"moe_intermediate_size": 1 << 20, "hidden_size": 1 << 20}),
         &[
-            "`hidden_size` is 1048576, expected sizes that give at most 17592186044416 parameters, these give 35189401060864",
+            "`hidden_size` is 1048576, expected sizes that give at most 17592186044416 parameters, these give 105555997754880",
         ],
     );
 }
@@ -69,7 +69,7 @@ fn all_problems_are_reported_at_once() {
         json!({"head_dim": 1, "vocab_size": 0, "attention_bias": true}),
         &[
             "`head_dim` is 1, expected an integer from 2 to 4096",
-            "`vocab_size` is 0, expected an integer from 1 to 16777216",
+            "`vocab_size` is 0, expected an integer from 1 to 1048576",
             "`attention_bias` is true, expected false (biases on the attention projections are not supported)",
         ],
     );

@@ -38,9 +38,43 @@ fn any_value() -> impl Strategy<Value = Value> {
     prop_oneof![3 => small, 1 => int, 2 => large, 1 => float, 3 => other]
 }
 
+fn keys() -> Vec<&'static str> {
+    config::keys::CONFIG_KEYS.iter().map(|k| k.name).filter(|k| *k != "model_type").collect()
+}
+
 fn any_key() -> impl Strategy<Value = &'static str> {
-    let keys: Vec<&str> = config::keys::CONFIG_KEYS.iter().map(|k| k.name).filter(|k| *k != "model_type").collect();
-    prop::sample::select(keys)
+    prop::sample::select(keys())
+}
+
+fn config_with(fixture: &str, changes: &[(&str, Value)]) -> Value {
+    let mut config: Value = serde_json::from_slice(&read(&format!("{fixture}/config.json"))).expect("JSON");
+    for (key, value) in changes {
+        config[*key] = value.clone();
+    }
+    config
+}
+
+/// A config is refused as one, or what is built of it is sound.
+fn check(config: &Value) -> Result<(), TestCaseError> {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config.to_string()).expect("written");
+    match load(&path, &Options::default()) {
+        Ok(model) => prop_assert_eq!(nextc_ir::verify::verify(&model.module), Ok(())),
+        Err(nextc_frontend::Error::Config { problems, .. }) => prop_assert!(!problems.is_empty()),
+        Err(other) => prop_assert!(false, "{other}"),
+    }
+    Ok(())
+}
+
+#[test]
+fn a_config_with_any_power_of_two_is_built_or_refused() {
+    for key in keys() {
+        for power in 0..64 {
+            let config = config_with("tiny", &[(key, Value::from(1_u64 << power))]);
+            check(&config).unwrap_or_else(|e| panic!("`{key}` is 2^{power}: {e}"));
+        }
+    }
 }
 
 proptest! {
@@ -51,18 +85,7 @@ proptest! {
         fixture in prop::sample::select(vec!["tiny", "odd", "dense-mix", "yarn"]),
         changes in prop::collection::vec((any_key(), any_value()), 1..4),
     ) {
-        let mut config: Value = serde_json::from_slice(&read(&format!("{fixture}/config.json"))).expect("JSON");
-        for (key, value) in &changes {
-            config[*key] = value.clone();
-        }
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let path = dir.path().join("config.json");
-        std::fs::write(&path, config.to_string()).expect("written");
-        match load(&path, &Options::default()) {
-            Ok(model) => prop_assert_eq!(nextc_ir::verify::verify(&model.module), Ok(())),
-            Err(nextc_frontend::Error::Config { problems, .. }) => prop_assert!(!problems.is_empty()),
-            Err(other) => prop_assert!(false, "{other}"),
-        }
+        check(&config_with(fixture, &changes))?;
     }
 
     #[test]
