@@ -121,6 +121,12 @@ impl Run {
         k.load_index(positions, self.begin)
     }
 
+    /// The position of token `t` of the run, or of one before it.
+    pub fn position_of(&self, k: &mut KernelBuilder, t: Val) -> Val {
+        let (first, before) = (self.position(k), k.sub(t, self.begin));
+        k.add(first, before)
+    }
+
     /// Asks for the elements of a head some tokens after token `t` of the run: the heads of tokens lie so far apart that nothing else does. `rows` is the head of
     /// token 0, and how many elements there are from one token to the next.
     fn ask_row(&self, k: &mut KernelBuilder, (rows, stride): (Val, u64), t: Val, elems: u64) {

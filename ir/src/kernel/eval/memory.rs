@@ -59,7 +59,7 @@ impl Settled {
         match self {
             Self::All => true,
             Self::None => false,
-            Self::But(bits) => words.all(|i| bits[i / 64] >> (i % 64) & 1 == 0),
+            Self::But(bits) => !words.any(|i| is_set(bits, i)),
         }
     }
 }
@@ -103,7 +103,7 @@ impl Buffer {
 
     /// True if none of these words is one that [`Self::take_recent`] would name.
     fn is_not_recent(&self, mut words: std::ops::Range<usize>) -> bool {
-        self.recent.as_ref().is_none_or(|bits| words.all(|i| bits[i / 64] >> (i % 64) & 1 == 0))
+        self.recent.as_ref().is_none_or(|bits| !words.any(|i| is_set(bits, i)))
     }
 
     /// Its size.
@@ -128,7 +128,7 @@ impl Buffer {
 
     /// True if word `i` has been written.
     pub fn is_written(&self, i: usize) -> bool {
-        self.written[i / 64] >> (i % 64) & 1 == 1
+        is_set(&self.written, i)
     }
 
     /// Forgets what was written: the memory is as at its making.
@@ -185,6 +185,11 @@ impl Buffer {
         let low = self.written[entry] >> shift;
         if shift == 0 { low } else { low | self.written[entry + 1] << (64 - shift) }
     }
+}
+
+/// Whether bit `i` is set.
+fn is_set(bits: &[u64], i: usize) -> bool {
+    bits[i / 64] >> (i % 64) & 1 == 1
 }
 
 /// The lowest `n <= 32` bits.

@@ -83,7 +83,7 @@ impl Pairs {
 }
 
 /// Adds the products of the columns of a step to sums, of one row after the other.
-fn add_step(k: &mut KernelBuilder, (strips, rows): (&[Val], &[Val]), step: Val, sums: &[Val]) -> Vec<Val> {
+pub fn add_step(k: &mut KernelBuilder, (strips, rows): (&[Val], &[Val]), step: Val, sums: &[Val]) -> Vec<Val> {
     let mut sums = sums.to_vec();
     let (words, lines) = (k.mul_const(step, LINE_WORDS), k.mul_const(step, LINE_WORDS * STEP / 2));
     for pair in 0..STEP / 2 {

@@ -5,7 +5,6 @@
 //!
 //! Both read the same tiles, so what makes operands of numbers and what uses the sums is one code.
 
-use nextc_ir::DType;
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::layout::LINE_BYTES;
 use nextc_ir::shape::LANES;
@@ -13,6 +12,7 @@ use nextc_ir::target::Unit;
 
 use super::super::matmul::row_ptr;
 use super::super::strips::TILE_BYTES;
+use super::pairs::add_step;
 use super::tiles::TOGETHER;
 
 /// Two strips of an A, one or two strips of a B, and how many tiles of each are multiplied.
@@ -20,8 +20,6 @@ pub type Dot = ([Val; 2], Vec<Val>, u64);
 
 /// Sums that vectors keep in registers.
 const SUMS: u64 = 16;
-/// Words of a line.
-const LINE_WORDS: u64 = LINE_BYTES / 4;
 
 /// `c = Σ A·B` over `dots`, which have as many strips each: a matrix of 32 by 16 or 32 f32, row by row.
 pub fn dots(k: &mut KernelBuilder, unit: Unit, c: Val, dots: &[Dot]) {
@@ -56,21 +54,13 @@ fn add_rows(k: &mut KernelBuilder, (a, b, depth): &Dot, (first, rows): (Val, u64
     let a = k.select(is_second, a[1], a[0]);
     let (a, zero, bytes) = (k.offset(a, line), k.const_i64(0), k.index(depth * TILE_BYTES));
     k.for_carry((zero, bytes, TILE_BYTES), sums, |k, tile, sums| {
-        let a = k.offset(a, tile);
+        let (a, step) = (k.offset(a, tile), k.const_i64(0));
         let b: Vec<Val> = b.iter().map(|&strip| k.offset(strip, tile)).collect();
-        let mut sums = sums.to_vec();
-        for pair in 0..LANES {
-            let line = k.index(pair * LINE_WORDS);
-            let lines: Vec<Val> = b.iter().map(|&b| k.load(DType::I32, LANES as u32, b, line)).collect();
-            for (row, sums) in (0..rows).zip(sums.chunks_mut(lines.len())) {
-                let at = k.index(row * LINE_WORDS + pair);
-                let x = k.load(DType::I32, 1, a, at);
-                let x = k.splat(x, LANES as u32);
-                for (&line, sum) in lines.iter().zip(sums) {
-                    *sum = k.pair_dot(*sum, line, x);
-                }
-            }
-        }
-        sums
+        let line = |row| {
+            let bytes = k.index(row * LINE_BYTES);
+            k.offset(a, bytes)
+        };
+        let rows: Vec<Val> = (0..rows).map(line).collect();
+        add_step(k, (&b, &rows), step, sums)
     })
 }

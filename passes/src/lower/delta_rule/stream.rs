@@ -113,14 +113,12 @@ impl Stream {
     pub(super) fn convolve(&self, k: &mut KernelBuilder, run: &Run, t: Val, head: Val, out: Val) {
         let (x, w, window) = (k.param(self.x), k.param(self.w), self.window(k, run.slot, head));
         let [x, w] = [x, w].map(|p| row_ptr(k, p, head, pad(self.width)));
-        let position = run.position(k);
         let rows: Vec<Val> = (0..self.taps)
             .map(|tap| {
                 let back = k.index(self.taps - 1 - tap);
                 let at = k.sub(t, back);
                 let is_input = k.cmp(Pred::Ge, at, run.begin);
-                let before = k.sub(at, run.begin);
-                let before = k.add(position, before);
+                let before = run.position_of(k, at);
                 let before = self.window_row(k, before);
                 let (base, at) = (k.select(is_input, x, window), k.select(is_input, at, before));
                 row_ptr(k, base, at, self.row())
@@ -143,13 +141,11 @@ impl Stream {
     pub(super) fn take_last(&self, k: &mut KernelBuilder, run: &Run, head: Val) {
         let (x, window) = (k.param(self.x), self.window(k, run.slot, head));
         let x = row_ptr(k, x, head, pad(self.width));
-        let position = run.position(k);
         for tap in 0..self.taps - 1 {
             let back = k.index(self.taps - 1 - tap);
             let t = k.sub(run.end, back);
-            let before = k.sub(t, run.begin);
-            let before = k.add(position, before);
-            let row = self.window_row(k, before);
+            let position = run.position_of(k, t);
+            let row = self.window_row(k, position);
             let (from, to) = (row_ptr(k, x, t, self.row()), row_ptr(k, window, row, self.row()));
             k.for_range(pad(self.width), LANES, |k, c| {
                 let input = k.load_f32x16(from, c);

@@ -75,13 +75,6 @@ impl Block<'_> {
             body(k, i, t);
         });
     }
-
-    /// The position of row `i`.
-    fn position(&self, k: &mut KernelBuilder, i: Val) -> Val {
-        let (first, before) = (self.run.position(k), k.sub(self.first, self.run.begin));
-        let first = k.add(first, before);
-        k.add(first, i)
-    }
 }
 
 impl Mixer {
@@ -98,7 +91,7 @@ impl Mixer {
             block.each(k, |k, i, t| {
                 let (q, key) =
                     (row_ptr(k, scratch.q, i, pad(self.q.width)), row_ptr(k, scratch.k, i, pad(self.k.width)));
-                let position = block.position(k, i);
+                let position = run.position_of(k, t);
                 self.q.step(k, (t, position), head, q_window, q);
                 self.k.step(k, (t, position), head, k_window, key);
                 l2_normalise(k, q, self.q.width, self.eps, self.scale);
@@ -117,7 +110,7 @@ impl Mixer {
         let zero = k.const_i64(0);
         block.each(k, |k, i, t| {
             let v = row_ptr(k, scratch.v, i, pad(self.v.width));
-            let position = block.position(k, i);
+            let position = block.run.position_of(k, t);
             self.v.step(k, (t, position), head, window, v);
             let (alpha, beta) = self.gate(k, t, head);
             k.store(scratch.alpha, i, alpha);

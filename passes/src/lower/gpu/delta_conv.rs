@@ -147,8 +147,7 @@ impl Block<'_> {
     ) -> Vec<Val> {
         let (zero, per) = (k.const_i64(0), self.window());
         let carried = [windows.to_vec(), inputs].concat();
-        let (position, before) = (self.run.position(k), k.sub(tokens.first, self.run.begin));
-        let position = k.add(position, before);
+        let position = self.run.position_of(k, tokens.first);
         k.for_carry((zero, tokens.count, 1), &carried, |k, i, carried| {
             let (windows, inputs) = carried.split_at(windows.len());
             let position = k.add(position, i);

@@ -242,8 +242,7 @@ fn move_windows(k: &mut KernelBuilder, mixer: &Mixer, run: &Run, thread: Val) {
     for stream in [&mixer.q, &mixer.k, &mixer.v] {
         let (x, window, taken) = (k.param(stream.x), stream.window(k, run.slot, zero), k.index(stream.taps - 1));
         let first = k.sub(run.end, taken);
-        let (position, before) = (run.position(k), k.sub(first, run.begin));
-        let position = k.add(position, before);
+        let position = run.position_of(k, first);
         let elems = k.index(stream.row());
         for i in 0..stream.taps - 1 {
             let (t, position) = (k.add_const(first, i), k.add_const(position, i));

@@ -179,15 +179,15 @@ pub fn begin(k: &mut KernelBuilder) {
     k.wait();
 }
 
-/// The same of a kernel that starts when all before it are done: its blocks fill the machine more than once, and those that waited would take room from those that
-/// still work.
-pub fn begin_after(k: &mut KernelBuilder) {
-    k.release();
-}
-
 /// The same the other way round, so that the next kernel may read before its wait what launches before this one wrote.
 pub fn begin_alone(k: &mut KernelBuilder) {
     k.wait();
+    k.release();
+}
+
+/// Begins a kernel that starts when all before it are done: its blocks fill the machine more than once, and those that waited would take room from those that
+/// still work.
+pub fn begin_after(k: &mut KernelBuilder) {
     k.release();
 }
 
