@@ -72,7 +72,7 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   if %4 {
     store %out[%0], %50
   }
-} tail {
+} tail grid = (T + R) {
   %52 = const i64 1
   store %out[%52], %T
   %53 = load f32x16 %x[%52]
@@ -90,6 +90,8 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   tile_store 2 1 %out
   tile_load 2 1 %out
   tile_step 1 2 once %x, %x, %x
+  %61 = partials i32 16
+  %62 = load i32 %61[%task]
 }
 ";
 
@@ -275,8 +277,6 @@ fn broken_invariants_are_found() {
     ] {
         invalid(&parsed(&with_body(&format!("  %c = const bool true\n{body}"))), message);
     }
-    let tail = "kernel @k(%out: mut ptr<global>) grid = 1 { } tail {\n  store %out[%task], %T\n}";
-    invalid(&parsed(tail), "%4 is used where it is not defined");
     let mut out_of_scope = parsed(&with_body("  %c = const bool true\n  if %c {\n    %1 = const i64 5\n  }"));
     let inner = out_of_scope.body.stmts[2].regions[0].stmts[0].results[0];
     let mut store = parsed(&with_body("  store %out[%0], %0")).body.stmts[1].clone();
@@ -377,6 +377,34 @@ fn scratch_is_fresh_for_each_task_and_the_tail_comes_last() {
       %v = load i64 %s[%0]
     }";
     assert!(run_text(stale).is_err());
+}
+
+#[test]
+fn tasks_of_a_tail_read_what_those_of_the_body_found() {
+    let text = |to: &str| {
+        format!(
+            "kernel @k(%x: ptr<global>, %out: mut ptr<global>) grid = T {{
+               %p = partials i64 2
+               %2 = const i64 2
+               %at = mul %task, %2
+               store %p[%at], %task
+             }} tail grid = T {{
+               %p = partials i64 2
+               %2 = const i64 2
+               %at = mul %task, %2
+               %v = load i64 %p[%at]
+               store %out[{to}], %v
+             }}"
+        )
+    };
+    let out = run_text(&text("%task")).expect("the kernel is sound");
+    assert_eq!(out.to_i32()[..8], [0, 0, 1, 0, 2, 0, 3, 0]);
+    let error = run_text(&text("%2")).expect_err("all write one word");
+    assert!(matches!(error, EvalError::Fault(f) if matches!(f.what, Misdeed::Race { .. })));
+    // what no task wrote
+    let odd =
+        text("%task").replace("%v = load i64 %p[%at]", "%1 = const i64 1\n%odd = add %at, %1\n%v = load i64 %p[%odd]");
+    assert!(run_text(&odd).is_err());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use nextc_abi::{KernelFn, Span};
+use nextc_abi::{KernelFn, Launch, Metadata, Program, Span};
 
 use crate::artifact::Artifact;
 use crate::cpu;
@@ -33,6 +33,8 @@ pub(crate) struct Host {
     inputs: Region,
     scratch: Region,
     scratch_bytes: u64,
+    /// What tasks of a launch hand to its tail.
+    partials: Region,
     /// The machine code of each kernel and of its tail.
     entries: Vec<(KernelFn, Option<KernelFn>)>,
     /// By program and dimensions: those of the steps that check 1 to 8 tokens come again and again.
@@ -65,6 +67,7 @@ impl Host {
             inputs: reserve("inputs", 0)?,
             scratch: reserve("scratch", scratch_bytes * threads as u64)?,
             scratch_bytes,
+            partials: reserve("partials", 0)?,
             entries: metadata.kernels.iter().map(entry).collect(),
             resolved: Recent::new(KEPT_DIMS * metadata.programs.len()),
             profile: None,
@@ -89,8 +92,23 @@ impl Host {
                 self.resolved.clear();
             }
         }
+        // address space for all tasks: only those that have work touch theirs
+        let partials = partial_bytes(metadata, &metadata.programs[program], &inputs.dims());
+        if self.partials.bytes() < partials {
+            self.partials = reserve("partials", partials.checked_next_power_of_two().unwrap_or(partials))?;
+            self.resolved.clear();
+        }
         Ok(())
     }
+}
+
+/// Bytes that the tasks of a launch of a program hand to its tail, at most.
+fn partial_bytes(metadata: &Metadata, program: &Program, dims: &[u64; 4]) -> u64 {
+    let of = |launch: &Launch| {
+        let kernel = &metadata.kernels[launch.kernel as usize];
+        kernel.partial_bytes.saturating_mul(kernel.grid.eval(dims))
+    };
+    program.launches.iter().map(of).max().unwrap_or(0)
 }
 
 /// What runs the launches of a step.
@@ -110,17 +128,15 @@ impl Runner<'_> {
             let args = SharedArgs(resolved.args[launch.args.start..].as_ptr());
             let own_scratch = |thread: usize| (scratch + thread as u64 * scratch_bytes) as *mut u8;
             let (entry, tail) = self.entries[launch.kernel];
-            self.pool.run(i64::try_from(launch.tasks).unwrap_or(i64::MAX), &|thread, first, last| {
-                let args = &args;
-                // SAFETY: the arguments are the kernel's own (`check_entries`): addresses of inputs, arena, weights and
-                // states that live through the step and are as large as the linker planned for these dimensions. Ranges
-                // are disjoint and within the grid, each thread has scratch of its own, and nobody else touches this
-                // memory while the engine is borrowed.
-                unsafe { entry(args.0, own_scratch(thread), first, last) }
-            });
-            if let Some(tail) = tail {
-                // SAFETY: as above; all tasks are done, so the tail runs alone.
-                unsafe { tail(args.0, own_scratch(0), 0, 0) }
+            for (code, tasks) in std::iter::once((entry, launch.tasks)).chain(tail.map(|t| (t, launch.tail_tasks))) {
+                self.pool.run(i64::try_from(tasks).unwrap_or(i64::MAX), &|thread, first, last| {
+                    let args = &args;
+                    // SAFETY: the arguments are the kernel's own (`check_entries`): addresses of inputs, arena, weights,
+                    // states and partials that live through the step and are as large as the linker planned for these
+                    // dimensions. Ranges are disjoint and within the grid, each thread has scratch of its own, and nobody
+                    // else touches this memory while the engine is borrowed. The tail follows when all tasks are done.
+                    unsafe { code(args.0, own_scratch(thread), first, last) }
+                });
             }
             if let (Some(times), Some(begun)) = (&mut self.profile, begun) {
                 times[launch.kernel].add(begun.elapsed().as_secs_f64());
@@ -172,10 +188,11 @@ impl Device for Host {
         }
         let places = offsets.map(|offset| base + offset);
         let (arena, weights, metadata) = (self.arena.address(), self.weights.address(), self.artifact.metadata());
+        let partials = self.partials.address();
         let states = &self.states;
         let make = || {
             let states: Vec<u64> = states.iter().map(Region::address).collect();
-            let addresses = Addresses { inputs: places, arena, weights, states: &states };
+            let addresses = Addresses { inputs: places, arena, weights, states: &states, partials: Some(partials) };
             Ok::<_, Error>(resolve(metadata, &metadata.programs[program], dims, &addresses))
         };
         let resolved = self.resolved.get_or_make((program, dims), make)?;

@@ -278,6 +278,8 @@ pub(crate) struct Addresses<'a> {
     pub arena: u64,
     pub weights: u64,
     pub states: &'a [u64],
+    /// What tasks hand to tails, where the code takes it as an argument.
+    pub partials: Option<u64>,
 }
 
 /// The launches of a program in steps of dimensions `dims`, with their arguments.
@@ -292,10 +294,11 @@ pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at
             Arg::Weight(i) => at.weights + metadata.weights.entries[*i as usize].offset,
             Arg::State(i) => at.states[*i as usize],
         }));
-        let kernel = launch.kernel as usize;
-        let [tasks, tail_tasks] =
-            [&metadata.kernels[kernel].grid, &metadata.kernels[kernel].tail_grid].map(|grid| grid.eval(&dims));
-        resolved.launches.push(ResolvedLaunch { kernel, tasks, tail_tasks, args: first..resolved.args.len() });
+        let index = launch.kernel as usize;
+        let kernel = &metadata.kernels[index];
+        resolved.args.extend(at.partials.filter(|_| kernel.partial_bytes > 0));
+        let [tasks, tail_tasks] = [&kernel.grid, &kernel.tail_grid].map(|grid| grid.eval(&dims));
+        resolved.launches.push(ResolvedLaunch { kernel: index, tasks, tail_tasks, args: first..resolved.args.len() });
     }
     resolved
 }

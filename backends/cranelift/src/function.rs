@@ -40,8 +40,8 @@ pub fn emit(kernel: &Kernel, part: Part, isa: &dyn isa::TargetIsa) -> Result<Fun
     let mut context = FunctionBuilderContext::new();
     let mut emitter = Emitter::new(kernel, FunctionBuilder::new(&mut func, &mut context));
     match (part, &kernel.tail) {
-        (Part::Tail, Some(tail)) => emitter.tail(tail)?,
-        (Part::Body | Part::Tail, _) => emitter.body(&kernel.body)?,
+        (Part::Tail, Some(tail)) => emitter.tasks(tail)?,
+        (Part::Body | Part::Tail, _) => emitter.tasks(&kernel.body)?,
     }
     emitter.fb.seal_all_blocks();
     emitter.fb.finalize(isa.frontend_config());
@@ -109,27 +109,29 @@ impl<'a, 'f> Emitter<'a, 'f> {
         base.add(&mut self.fb, &Sum::constant(at as i64))
     }
 
+    /// What the body hands to the tail: the last entry of the argument block.
+    pub fn partials(&mut self) -> Value {
+        let slot = Kernel::TASK.0 as usize + self.kernel.params.len();
+        self.argument(slot)
+    }
+
+    fn argument(&mut self, slot: usize) -> Value {
+        let flags = MemFlagsData::trusted().with_readonly().with_can_move();
+        self.fb.ins().load(I64, flags, self.arguments[0], 8 * slot as i32)
+    }
+
     /// Loads the dimensions and pointers from the argument block.
     fn prologue(&mut self) {
-        let args = self.arguments[0];
         let dims = (0..4).map(Val);
         let params = (0..self.kernel.params.len()).map(|i| self.kernel.param(i));
         for (i, val) in dims.chain(params).enumerate() {
-            let flags = MemFlagsData::trusted().with_readonly().with_can_move();
-            let value = self.fb.ins().load(I64, flags, args, 8 * i as i32);
+            let value = self.argument(i);
             self.define(val, value);
         }
     }
 
-    fn tail(&mut self, region: &Region) -> Result<(), Error> {
-        self.prologue();
-        self.stmts(region)?;
-        self.fb.ins().return_(&[]);
-        Ok(())
-    }
-
-    /// The body in a loop over the tasks `first .. last`.
-    fn body(&mut self, region: &Region) -> Result<(), Error> {
+    /// The body or the tail in a loop over the tasks `first .. last`.
+    fn tasks(&mut self, region: &Region) -> Result<(), Error> {
         self.prologue();
         let [_, _, first, last] = self.arguments;
         let (task_loop, exit) = (self.fb.create_block(), self.fb.create_block());

@@ -62,11 +62,14 @@ impl Emitter<'_, '_> {
                 let sum = pointer.add(&mut self.fb, &bytes);
                 self.result_sum(stmt, sum)
             }
+            KOp::Partials { .. } => {
+                let value = self.partials();
+                self.result(stmt, value)
+            }
             KOp::For => self.for_loop(stmt),
             KOp::If => self.if_else(stmt),
             KOp::Thread
             | KOp::Shared { .. }
-            | KOp::Partials { .. }
             | KOp::Barrier
             | KOp::ShuffleXor { .. }
             | KOp::Quad

@@ -161,7 +161,7 @@ fn body_and_tail_have_their_own_scratch_and_symbol() {
     let mut x = bits(&[1.0, 2.0, 3.0, 4.0]);
     let mut sum = vec![0; 7];
     loaded.call("nextc_kernel_1", [0; 4], &mut [&mut x, &mut sum], (0, 4));
-    loaded.call("nextc_tail_1", [0; 4], &mut [&mut x, &mut sum], (0, 0));
+    loaded.call("nextc_tail_1", [0; 4], &mut [&mut x, &mut sum], (0, 1));
     assert_eq!(x, bits(&[7.0, 14.0, 21.0, 28.0]));
     assert_eq!(sum, bits(&[35.0, 0.0, 0.0, 0.0, 14.0, 21.0, 0.0]), "two lanes are stored as two");
 }

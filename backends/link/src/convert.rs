@@ -106,6 +106,7 @@ fn kernels(module: &KernelModule, image: &Image) -> Result<Vec<abi::Kernel>, Lin
             tail: k.tail.as_ref().map(|_| symbol("tail", i, &k.name)).transpose()?,
             binary: image.binaries.get(i).copied(),
             scratch_bytes: k.scratch_bytes(),
+            partial_bytes: k.partial_bytes(),
             threads: k.threads,
             shared_bytes: k.shared_bytes(),
             waits: k.is_block() && k.body.waits(),

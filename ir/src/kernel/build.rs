@@ -90,7 +90,7 @@ impl KernelBuilder {
         self.kernel
     }
 
-    /// The finished kernel of blocks with a tail that is run for each task of `grid`.
+    /// The finished kernel with a tail that is run for each task of `grid`.
     pub fn finish_with_tail_grid(mut self, grid: Extent, build: impl FnOnce(&mut Self)) -> Kernel {
         self.kernel.tail_grid = grid;
         self.finish_with_tail(build)
@@ -126,6 +126,35 @@ impl KernelBuilder {
     /// An index: a `u64` that fits in an i64.
     pub fn index(&mut self, x: u64) -> Val {
         self.const_i64(i64::try_from(x).expect("an index fits in 63 bits"))
+    }
+    /// An extent under the dimensions of the step.
+    pub fn extent(&mut self, e: &Extent) -> Val {
+        match e {
+            Extent::Const(n) => self.index(*n),
+            Extent::Sym(s) => self.dim(*s),
+            Extent::Add(a, b) => {
+                let (a, b) = (self.extent(a), self.extent(b));
+                self.add(a, b)
+            }
+            Extent::Mul(a, b) => {
+                let (a, b) = (self.extent(a), self.extent(b));
+                self.mul(a, b)
+            }
+            Extent::CeilDiv(a, n) => {
+                let a = self.extent(a);
+                let up = self.add_const(a, n - 1);
+                self.div_const(up, *n)
+            }
+            Extent::Min(a, b) => {
+                let (a, b) = (self.extent(a), self.extent(b));
+                self.min_i64(a, b)
+            }
+            Extent::Above(parts) => {
+                let [a, b, then, otherwise] = std::array::from_fn(|i| self.extent(&parts[i]));
+                let above = self.cmp(Pred::Gt, a, b);
+                self.select(above, then, otherwise)
+            }
+        }
     }
     /// An i32.
     pub fn const_i32(&mut self, x: i32) -> Val {

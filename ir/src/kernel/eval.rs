@@ -1,6 +1,6 @@
 //! The interpreter of the kernel IR: the oracle that machine code is compared with, bit for bit.
 //!
-//! [`Code`] is a kernel made ready, [`Code::run`] one launch of it: all tasks, in an order shuffled by a seed, then the tail.
+//! [`Code`] is a kernel made ready, [`Code::run`] one launch of it: all tasks, in an order shuffled by a seed, then those of the tail.
 //! [`Interpreter`] runs whole schedules. Memory is a set of [`Buffer`]s that know which of their words have been written, and
 //! a parameter is a place in one of them ([`Place`]); several may share a buffer. What would be undefined on a machine is a
 //! [`KernelFault`] here: reading what was never written, leaving a buffer or an allocation, dividing by zero, storing through
@@ -61,7 +61,7 @@ impl Default for Options {
 pub struct KernelFault {
     /// The kernel's name.
     pub kernel: String,
-    /// The task; `None` in the tail.
+    /// The task; `None` in a tail of one task of one thread.
     pub task: Option<u64>,
     /// The thread of the block; `None` in a task of one thread, and for what the block does together.
     pub thread: Option<u32>,

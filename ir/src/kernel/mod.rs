@@ -166,11 +166,11 @@ pub struct KParam {
     pub written: bool,
 }
 
-/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`, in the tail only on
-/// blocks), and values from 5 on are the parameters, all `ptr<global>`.
+/// A kernel. Values 0 to 3 are the dimensions `T`, `B`, `P`, `R` of the step (`i64`), value 4 is the task (`i64`), and values from 5 on
+/// are the parameters, all `ptr<global>`.
 ///
 /// Machine code for a CPU is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
-/// pointers; it runs the tasks `first .. last`. The tail has the same signature and ignores `first` and `last`. Code for a GPU
+/// pointers, then that of its `partials` if it has some; it runs the tasks `first .. last`, as the tail's runs tasks of the tail. Code for a GPU
 /// is an entry function of the dimensions, the pointers, a pointer to scratch of all tasks, and the number of tasks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kernel {
@@ -190,7 +190,7 @@ pub struct Kernel {
     pub body: Region,
     /// What is done after all tasks.
     pub tail: Option<Region>,
-    /// Number of tasks of the tail: 1, but where tasks are blocks of threads.
+    /// Number of tasks of the tail.
     pub tail_grid: Extent,
     /// The type of every value, indexed by [`Val`].
     pub types: Vec<KType>,
@@ -234,17 +234,17 @@ impl Kernel {
         Val(Self::FIRST_PARAM + i as u32)
     }
 
-    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes; on blocks its `partials`.
+    /// Bytes of scratch that one task needs: every `alloc` of body and tail, each rounded up to 64 bytes.
     pub fn scratch_bytes(&self) -> u64 {
         let bytes = |op| match op {
             KOp::Alloc { dtype, elems } => Some((elems * dtype.bytes()).next_multiple_of(64)),
             _ => None,
         };
-        self.partial_bytes() + self.allocated(bytes).into_iter().sum::<u64>()
+        self.allocated(bytes).into_iter().sum()
     }
 
     /// Bytes that one task of the body hands to the tail: those of `partials`, which body and tail share.
-    fn partial_bytes(&self) -> u64 {
+    pub fn partial_bytes(&self) -> u64 {
         let bytes = |op| match op {
             KOp::Partials { dtype, elems } => Some(elems * dtype.bytes()),
             _ => None,

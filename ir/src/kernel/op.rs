@@ -188,15 +188,15 @@ kops! {
     For = "for" Special;
     /// Two regions, of which one runs: `(condition)`; the results are what it yields.
     If = "if" Special;
+    /// Memory in which tasks of the body hand to the tail what they found: `elems` elements for each task, one task's after another's, undefined when the body
+    /// begins. 128-byte aligned as a whole; only at the top level of a region, the same in body and tail. On a GPU only blocks of threads have it.
+    Partials { dtype: DType, elems: u64 } = "partials" Special;
 
     // ---- a block of threads: 32 neighbouring ones are a warp
     /// The thread's number in its block, an i64.
     Thread = "thread" Block;
     /// `elems` elements that the threads of a block share, 128-byte aligned, undefined when the block begins; only at the top level of a region.
     Shared { dtype: DType, elems: u64 } = "shared" Block;
-    /// Memory in which tasks of the body hand to the tail what they found: `elems` elements for each task, one task's after another's, undefined when the body
-    /// begins. 128-byte aligned as a whole; only at the top level of a region, the same in body and tail.
-    Partials { dtype: DType, elems: u64 } = "partials" Block;
     /// Waits until every thread of the block is here; what was written before is seen by all after.
     Barrier = "barrier" Block;
     /// Four 32-bit scalars of one type as the lanes of a vector.

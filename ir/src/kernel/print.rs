@@ -29,7 +29,8 @@ pub fn kernel(kernel: &Kernel) -> String {
     region(&mut out, &kernel.body, &names, 1);
     out.push('}');
     if let Some(tail) = &kernel.tail {
-        let grid = if kernel.is_block() { format!("grid = {} ", kernel.tail_grid) } else { String::new() };
+        let is_single = !kernel.is_block() && kernel.tail_grid == crate::schedule::Extent::Const(1);
+        let grid = if is_single { String::new() } else { format!("grid = {} ", kernel.tail_grid) };
         put(&mut out, format_args!(" tail {grid}{{\n"));
         region(&mut out, tail, &names, 1);
         out.push('}');

@@ -38,8 +38,8 @@ pub const DECODE_TOKENS: usize = 8;
 pub const CHUNK_TOKENS: usize = 64;
 
 /// Machine code of a kernel, or of its tail. `args` points to the four dimensions of the step (`T`, `B`, `P`, `R`) and then the
-/// addresses of the kernel's parameters; `scratch` to memory of the calling thread alone, aligned to 64 bytes; it
-/// runs the tasks `first .. last` (a tail ignores them).
+/// addresses of the kernel's parameters and of its partials, if it has some; `scratch` to memory of the calling thread alone, aligned to 64 bytes; it
+/// runs the tasks `first .. last`.
 pub type KernelFn = unsafe extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64);
 
 /// `n` rounded up to a multiple of `align`.

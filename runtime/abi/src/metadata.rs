@@ -149,6 +149,8 @@ pub struct Kernel {
     pub binary: Option<Span>,
     /// Bytes of scratch that a thread needs (on a GPU: a task).
     pub scratch_bytes: u64,
+    /// Bytes that a task hands to the tail, one task's after another's.
+    pub partial_bytes: u64,
     /// Threads of a task: 1, or those of a block of a GPU.
     pub threads: u32,
     /// Bytes of memory that the threads of a block share.
@@ -161,7 +163,7 @@ pub struct Kernel {
     pub params: u32,
     /// Number of tasks.
     pub grid: Extent,
-    /// Number of tasks of its tail: more than 1 only on a GPU, where scratch of the kernel's tasks is the tail's as a whole.
+    /// Number of tasks of its tail.
     pub tail_grid: Extent,
 }
 

@@ -37,8 +37,9 @@ pub(super) struct Planned {
 pub(super) fn scratch_bytes(metadata: &Metadata, program: &Program, dims: &[u64; 4]) -> u64 {
     let of = |launch: &Launch| {
         let kernel = &metadata.kernels[launch.kernel as usize];
-        // a tail works in the scratch of the first task, or on blocks in that of all
-        kernel.scratch_bytes.saturating_mul(kernel.grid.eval(dims).max(1))
+        // tasks of the tail work in the scratch of those of the body; of blocks, which have none, it is what they hand to the tail
+        let tasks = kernel.grid.eval(dims).max(kernel.tail_grid.eval(dims)).max(1);
+        (kernel.scratch_bytes + kernel.partial_bytes).saturating_mul(tasks)
     };
     let bytes = program.launches.iter().map(of).max().unwrap_or(0);
     bytes.checked_next_multiple_of(SCRATCH_ALIGN).unwrap_or(u64::MAX)
@@ -113,7 +114,8 @@ mod tests {
             entry: 0,
             tail: tail.then_some(0),
             binary: None,
-            scratch_bytes: 192,
+            scratch_bytes: if threads > 1 { 0 } else { 192 },
+            partial_bytes: if threads > 1 { 192 } else { 0 },
             threads,
             shared_bytes: if threads > 1 { 1024 } else { 0 },
             waits,
@@ -135,7 +137,8 @@ mod tests {
             cost: Default::default(),
         };
         metadata.kernels = kernels;
-        let (at, dims) = (Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[] }, [tokens, 1, 2, 0]);
+        let at = Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[], partials: None };
+        let dims = [tokens, 1, 2, 0];
         let resolved = resolve(&metadata, &program, dims, &at);
         let bytes = scratch_bytes(&metadata, &program, &dims);
         (plan(&metadata, &program, &resolved, 0x2000).unwrap(), bytes)

@@ -52,13 +52,15 @@ impl Loaded {
         Ok(Self { image, code: code.make_exec().map_err(text)? })
     }
 
-    /// Runs kernel `index` of the module on `memory`: the later half of its tasks, the earlier one, the tail.
+    /// Runs kernel `index` of the module on `memory`: the later half of its tasks, the earlier one, so the tail.
     pub fn run(&self, index: usize, kernel: &Kernel, syms: [u64; 4], memory: &mut Memory, args: &[Place]) -> Checked {
         let mut words = syms.to_vec();
         for place in args {
             words.push(memory.0[place.buffer].as_mut_ptr() as u64 + place.at_bytes);
         }
-        let tasks = kernel.grid.eval(&syms) as i64;
+        let [tasks, tail_tasks] = [&kernel.grid, &kernel.tail_grid].map(|grid| grid.eval(&syms) as i64);
+        let mut partials = vec![Line([0xa5a5_a5a5; 16]); (kernel.partial_bytes() * tasks as u64).div_ceil(64) as usize];
+        words.push(partials.as_mut_ptr() as u64);
         let mut scratch = vec![Line([0xa5a5_a5a5; 16]); kernel.scratch_bytes().div_ceil(64) as usize];
         let mut call = |symbol: String, first, last| {
             let at = *self.image.symbols.get(&symbol).ok_or_else(|| format!("the image has no `{symbol}`"))?;
@@ -73,7 +75,8 @@ impl Loaded {
         call(format!("nextc_kernel_{index}"), tasks / 2, tasks)?;
         call(format!("nextc_kernel_{index}"), 0, tasks / 2)?;
         if kernel.tail.is_some() {
-            call(format!("nextc_tail_{index}"), 0, 0)?;
+            call(format!("nextc_tail_{index}"), tail_tasks / 2, tail_tasks)?;
+            call(format!("nextc_tail_{index}"), 0, tail_tasks / 2)?;
         }
         Ok(())
     }

@@ -130,10 +130,9 @@ impl<'a, 'c> Emitter<'a, 'c> {
 
     /// The tail, by blocks, or by the first thread of one.
     fn grid_tail(mut self, tail: &Region) -> Result<()> {
-        if self.kernel.is_block() {
-            let block = self.block_number()?;
-            self.define(Kernel::TASK, block.into());
-        } else {
+        let block = self.block_number()?;
+        self.define(Kernel::TASK, block.into());
+        if !self.kernel.is_block() {
             let thread = self.thread()?;
             let zero = self.context.i64_type().const_zero();
             let first = self.builder.build_int_compare(IntPredicate::EQ, thread, zero, "first")?;
@@ -142,7 +141,7 @@ impl<'a, 'c> Emitter<'a, 'c> {
             self.builder.position_at_end(done);
             self.builder.build_return(None)?;
             self.builder.position_at_end(run);
-            self.own_scratch(zero)?;
+            self.own_scratch(block)?;
         }
         self.region(tail)?;
         self.builder.build_return(None)?;

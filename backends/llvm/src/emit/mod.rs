@@ -66,6 +66,9 @@ pub enum EmitError {
     /// Scratch in a block of threads.
     #[error("alloc: a block of threads has no scratch")]
     NoScratch,
+    /// Partials of single threads on a GPU.
+    #[error("partials: on a GPU tasks of one thread hand nothing to a tail")]
+    NoPartials,
     /// An intrinsic that this LLVM does not have.
     #[error("this LLVM has no `{0}`")]
     Intrinsic(&'static str),
@@ -85,11 +88,11 @@ pub fn kernel<'c>(
     let constant = params::constant(kernels, index);
     let function = declare(context, module, &format!("nextc_kernel_{index}"));
     mark(function);
-    Emitter::begin(context, module, kernel, &constant, function)?.tasks()?;
+    Emitter::begin(context, module, kernel, &constant, function)?.tasks(&kernel.body)?;
     if let Some(tail) = &kernel.tail {
         let function = declare(context, module, &format!("nextc_tail_{index}"));
         mark(function);
-        Emitter::begin(context, module, kernel, &constant, function)?.once(tail)?;
+        Emitter::begin(context, module, kernel, &constant, function)?.tasks(tail)?;
     }
     Ok(())
 }
@@ -190,25 +193,15 @@ impl<'a, 'c> Emitter<'a, 'c> {
         Ok(value)
     }
 
-    /// The body in a loop over the tasks `first .. last`.
-    fn tasks(mut self) -> Result<()> {
+    /// The body or the tail in a loop over the tasks `first .. last`.
+    fn tasks(mut self, part: &Region) -> Result<()> {
         let (first, last) = (self.param(2).into_int_value(), self.param(3).into_int_value());
         let one = self.context.i64_type().const_int(1, false);
-        let kernel = self.kernel;
-        let tiles = self.begin_tiles(&kernel.body)?;
+        let tiles = self.begin_tiles(part)?;
         self.counted_loop((first, last, one), &[], |this, task, _| {
             this.define(Kernel::TASK, task.into());
-            this.region(&kernel.body)
+            this.region(part)
         })?;
-        self.end_tiles(tiles)?;
-        self.builder.build_return(None)?;
-        Ok(())
-    }
-
-    /// The tail: a region without a task.
-    fn once(mut self, tail: &Region) -> Result<()> {
-        let tiles = self.begin_tiles(tail)?;
-        self.region(tail)?;
         self.end_tiles(tiles)?;
         self.builder.build_return(None)?;
         Ok(())

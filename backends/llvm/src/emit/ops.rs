@@ -7,7 +7,7 @@ use inkwell::values::{
 };
 use inkwell::{FloatPredicate, IntPredicate};
 use nextc_ir::DType;
-use nextc_ir::kernel::{KOp, Pred, Stmt};
+use nextc_ir::kernel::{KOp, Kernel, Pred, Space, Stmt};
 
 use super::{EmitError, Emitter, Result, SCRATCH_ALIGN, count, kind, vector_of};
 
@@ -71,7 +71,7 @@ impl<'c> Emitter<'_, 'c> {
 
             KOp::Thread => self.thread()?.into(),
             KOp::Shared { dtype, elems } => self.shared(dtype, elems)?,
-            KOp::Partials { dtype: _, elems: _ } => self.grid_param(0),
+            KOp::Partials { dtype: _, elems: _ } => self.partials()?,
             KOp::Barrier => return self.barrier(),
             KOp::ShuffleXor { mask } => self.shuffle_xor(stmt, mask)?,
             KOp::Quad => self.quad(stmt)?,
@@ -125,6 +125,18 @@ impl<'c> Emitter<'_, 'c> {
             Ok(self.builder.build_bit_cast(bits, self.scalar_type(dtype), "")?)
         } else {
             Ok(bits.into())
+        }
+    }
+
+    /// What the body hands to the tail: on a CPU the last of the arguments, for blocks of a GPU the scratch of all tasks.
+    fn partials(&self) -> Result<BasicValueEnum<'c>> {
+        match self.spaces {
+            true if self.kernel.is_block() => Ok(self.grid_param(0)),
+            true => Err(EmitError::NoPartials),
+            false => self.load_arg(
+                u64::from(Kernel::TASK.0) + self.kernel.params.len() as u64,
+                self.pointer_type(Space::Scratch),
+            ),
         }
     }
 

@@ -67,9 +67,12 @@ fn run_on(target: &Target, kernel: &Kernel, dims: [u64; 4], tasks: (i64, i64), b
     let mut buffers = buffers.to_vec();
     let mut args = dims.to_vec();
     args.extend(buffers.iter_mut().map(|b| b.as_mut_ptr() as u64));
+    let [all, tail] = [&kernel.grid, &kernel.tail_grid].map(|grid| grid.eval(&dims));
+    let mut partials = vec![Line([0xa5; 64]); (kernel.partial_bytes() * all).div_ceil(64) as usize];
+    args.push(partials.as_mut_ptr() as u64);
     let mut scratch = vec![Line([0xa5; 64]); kernel.scratch_bytes() as usize / 64];
     assert!(code.call("nextc_kernel_0", &args, &mut scratch, tasks), "the kernel is exported");
-    assert_eq!(code.call("nextc_tail_0", &args, &mut scratch, (0, 0)), kernel.tail.is_some());
+    assert_eq!(code.call("nextc_tail_0", &args, &mut scratch, (0, tail as i64)), kernel.tail.is_some());
     buffers
 }
 

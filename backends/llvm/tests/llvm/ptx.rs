@@ -33,16 +33,16 @@ fn block(body: &str) -> Kernel {
 
 /// Each op of a block: statements that use it, and what has to be in the PTX.
 const OPS: [(&str, &str, &str); 21] = [
+    (
+        "partials",
+        "%p = partials f32 64\n %64 = const i64 64\n %a = mul %task, %64\n %i = add %a, %t\n store %p[%i], %f",
+        "nextc_kernel_0_param_6",
+    ),
     ("thread", "store %out[%t], %t", "%tid.x"),
     (
         "shared",
         "%s = shared i32 64\n store %s[%t], %w\n barrier\n %v = load i32 %s[%0]\n store %out[%t], %v",
         "st.shared.b32",
-    ),
-    (
-        "partials",
-        "%p = partials f32 64\n %64 = const i64 64\n %a = mul %task, %64\n %i = add %a, %t\n store %p[%i], %f",
-        "nextc_kernel_0_param_6",
     ),
     ("barrier", "barrier\n store %out[%t], %w", "bar"),
     ("quad", "%4 = const i64 4\n %i = mul %t, %4\n %q = quad %w, %w, %w, %w\n store %out[%i], %q", "st.global.v4"),
@@ -86,7 +86,8 @@ const OPS: [(&str, &str, &str); 21] = [
 
 #[test]
 fn every_op_of_a_block_assembles() {
-    let blocks = KOp::TABLE.iter().filter(|(_, sig, _)| *sig == Sig::Block).map(|(name, _, _)| *name);
+    let of_blocks = |(name, sig, _): &&(&str, Sig, _)| *sig == Sig::Block || *name == "partials";
+    let blocks = KOp::TABLE.iter().filter(of_blocks).map(|(name, _, _)| *name);
     assert!(blocks.eq(OPS.map(|(name, _, _)| name)), "each op once, in the table's order");
     for (name, body, wanted) in OPS {
         let text = ptx(block(body));

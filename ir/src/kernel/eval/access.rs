@@ -68,11 +68,9 @@ impl<'r, 's> Memory<'r, 's> {
 
     /// Makes room for what the body hands to the tail.
     pub(super) fn take_partials(&mut self, bytes: u64) {
-        if self.is_block {
-            self.partials = Buffer::uninit(bytes);
-            if self.races {
-                self.shadows.push(Some(Shadow::new(&self.partials)));
-            }
+        self.partials = Buffer::uninit(bytes);
+        if self.races {
+            self.shadows.push(Some(Shadow::new(&self.partials)));
         }
     }
 
@@ -81,7 +79,7 @@ impl<'r, 's> Memory<'r, 's> {
         Pointer { buffer: self.slots.len(), at: 0, writable: true }
     }
 
-    /// A task begins; `None` is the tail of tasks of one thread.
+    /// A task begins; `None` is a tail of one task of one thread.
     pub(super) fn begin(&mut self, task: Option<u32>, block: &Block) {
         self.clock.begin(task);
         self.must_wait = block.wait.is_some();
@@ -97,9 +95,9 @@ impl<'r, 's> Memory<'r, 's> {
         self.own_shadows = shared.iter().map(Shadow::new).collect();
     }
 
-    /// Before the tail: all tasks are done. A thread alone conflicts with nobody.
-    pub(super) fn forget_tasks(&mut self) {
-        if !self.is_block {
+    /// Before the tail: all tasks are done. A thread `alone` conflicts with nobody.
+    pub(super) fn forget_tasks(&mut self, alone: bool) {
+        if alone {
             return self.shadows.clear();
         }
         let buffers = self.slots.iter().map(Slot::get).chain([&self.partials]);

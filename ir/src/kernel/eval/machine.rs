@@ -93,7 +93,7 @@ struct Machine<'r, 's, const SINGLE: bool> {
     sums: Sums,
     memory: Memory<'r, 's>,
     masks: Masks,
-    /// `None` in the tail of a task of one thread.
+    /// `None` in a tail of one task of one thread.
     task: Option<u32>,
     /// The thread at work, where one alone can fail.
     thread: Option<usize>,
@@ -141,25 +141,28 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
     /// Runs all tasks, then those of the tail.
     fn launch(&mut self, [tasks, tail_tasks]: [u32; 2], seed: u64) -> Result<(), KernelFault> {
         let code = self.code;
-        self.memory.take_partials(code.kernel.scratch_bytes() * u64::from(tasks));
+        self.memory.take_partials(code.kernel.partial_bytes() * u64::from(tasks));
         self.tasks(&code.body, tasks, seed)?;
-        self.memory.forget_tasks();
-        match &code.tail {
-            None => Ok(()),
-            Some(tail) if SINGLE => {
-                self.task = None;
-                self.block(tail)
-            }
-            Some(tail) => self.tasks(tail, tail_tasks, seed),
+        let Some(tail) = &code.tail else { return Ok(()) };
+        let alone = SINGLE && tail_tasks == 1;
+        self.memory.forget_tasks(alone);
+        if alone {
+            self.begin_task(None);
+            return self.block(tail);
         }
+        self.tasks(tail, tail_tasks, seed)
     }
 
     fn tasks(&mut self, block: &'r Block, tasks: u32, seed: u64) -> Result<(), KernelFault> {
         shuffled(tasks, seed).into_iter().try_for_each(|task| {
-            self.task = Some(task);
-            self.set_wide(self.code.implied[Kernel::TASK.0 as usize], i64::from(task));
+            self.begin_task(Some(task));
             self.block(block)
         })
+    }
+
+    fn begin_task(&mut self, task: Option<u32>) {
+        self.task = task;
+        self.set_wide(self.code.implied[Kernel::TASK.0 as usize], task.unwrap_or(0).into());
     }
 
     /// Runs a body for the current task, or the tail.

@@ -21,7 +21,7 @@ const SEVERAL_TASKS: Mark = Mark::MAX;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Clock {
     epoch: u64,
-    /// The epoch that each task began with, and the task, in the order in which they ran; `None` is the tail.
+    /// The epoch that each task began with, and the task, in the order in which they ran; `None` is a tail of one task of one thread.
     tasks: Vec<(u64, Option<u32>)>,
 }
 

@@ -86,9 +86,6 @@ impl<'k> Checker<'k> {
                 Broken::Constant { what: "threads", found, expected: "1, or a multiple of 32 up to 1024" },
             );
         }
-        if !k.is_block() && k.tail_grid != Extent::Const(1) {
-            self.fail("tail", Broken::Threads(k.threads));
-        }
         if divides_by_zero(&k.grid) || divides_by_zero(&k.tail_grid) {
             self.fail("grid", Broken::Constant { what: "divisor", found: 0, expected: "positive" });
         }
@@ -102,7 +99,6 @@ impl<'k> Checker<'k> {
         self.top(&k.body, "body");
         self.visible.fill(false);
         self.visible[..implied].fill(true);
-        self.visible[Kernel::TASK.0 as usize] = k.is_block();
         if let Some(tail) = &k.tail {
             self.top(tail, "tail");
         }

@@ -208,7 +208,7 @@ impl GateUp<'_> {
         let operands = [self.routed.0, self.dense.0].map(|f| f.numbers().operands()).into_iter().max();
         let stage = many::stage(&mut k, operands.unwrap_or(1));
         let (task, count) = (k.task(), k.dim(sym));
-        let shared_end = super::extent(&mut k, &shared_tasks);
+        let shared_end = k.extent(&shared_tasks);
         let is_shared = k.cmp(Pred::Lt, task, shared_end);
         let [routed_out, shared_out] = self.outs.map(|(port, stride)| (k.param(port), stride));
         k.if_else(
@@ -260,7 +260,7 @@ pub fn down(site: &Site<'_>, ports: &Ports, down: &Down, (sym, above): (Sym, u64
     // a row of the residual stream for each choice, then one for each token: there are tasks for as many blocks of tokens of both
     let partials = k.partials(DType::F32, MANY_TOKENS * TILES * LANES);
     let (task, count) = (k.task(), k.dim(sym));
-    let shared_end = super::extent(&mut k, &shared_tasks);
+    let shared_end = k.extent(&shared_tasks);
     let is_shared = k.cmp(Pred::Lt, task, shared_end);
     let choices = k.mul_const(count, down.choices.each);
     let block = DownBlock { down, place, stage, partials, stride };

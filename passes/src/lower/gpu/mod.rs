@@ -29,7 +29,6 @@ pub mod tile;
 pub mod wide;
 
 use nextc_ir::kernel::{KernelBuilder, Pred, Val};
-use nextc_ir::schedule::Extent;
 use nextc_ir::{DType, Layout, Op};
 
 use super::LowerError;
@@ -296,34 +295,4 @@ pub fn warp_sums(k: &mut KernelBuilder, lane: Val, mut x: Vec<Val>) -> Val {
             .collect();
     }
     x[0]
-}
-
-/// The value of an extent in a kernel.
-pub fn extent(k: &mut KernelBuilder, e: &Extent) -> Val {
-    match e {
-        Extent::Const(n) => k.index(*n),
-        Extent::Sym(s) => k.dim(*s),
-        Extent::Add(a, b) => {
-            let (a, b) = (extent(k, a), extent(k, b));
-            k.add(a, b)
-        }
-        Extent::Mul(a, b) => {
-            let (a, b) = (extent(k, a), extent(k, b));
-            k.mul(a, b)
-        }
-        Extent::CeilDiv(a, n) => {
-            let a = extent(k, a);
-            let up = k.add_const(a, n - 1);
-            k.div_const(up, *n)
-        }
-        Extent::Min(a, b) => {
-            let (a, b) = (extent(k, a), extent(k, b));
-            k.min_i64(a, b)
-        }
-        Extent::Above(parts) => {
-            let [a, b, then, otherwise] = std::array::from_fn(|i| extent(k, &parts[i]));
-            let above = k.cmp(Pred::Gt, a, b);
-            k.select(above, then, otherwise)
-        }
-    }
 }

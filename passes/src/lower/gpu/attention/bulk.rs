@@ -65,7 +65,7 @@ fn body(k: &mut KernelBuilder, attention: &Attention, runs: &Runs) {
     let heads = attention.pages.heads;
     let (number, kv_head) = (k.div_const(task, heads), k.rem_const(task, heads));
     // those that see most come first
-    let (all, one) = (super::super::extent(k, &runs.most()), k.const_i64(1));
+    let (all, one) = (k.extent(&runs.most()), k.const_i64(1));
     let last = k.sub(all, one);
     let number = k.sub(last, number);
     let (exists, tokens) = runs.find(k, place.lane, number);

@@ -12,7 +12,7 @@ use nextc_ir::schedule::Extent;
 
 use super::super::super::matmul::row_ptr;
 use super::super::super::ports::{Lowered, Ports, Site};
-use super::super::{Place, begin, extent};
+use super::super::{Place, begin};
 use super::merge::{self, Partials};
 use super::runs::{Runs, Tokens};
 use super::splits::{MOST_CHUNKS, split_bound, split_range};
@@ -90,7 +90,7 @@ impl Decode {
             found: k.shared(DType::F32, 2 * WARPS * ROWS),
         };
         let partials = Partials::here(k, self.attention.elems());
-        let (task, pairs) = (k.task(), extent(k, pairs));
+        let (task, pairs) = (k.task(), k.extent(pairs));
         begin(k);
         let (split, number) = divided(k, task, pairs);
         let (exists, pair) = self.pair(k, place.lane, number);

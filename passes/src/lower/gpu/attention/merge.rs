@@ -8,7 +8,7 @@ use nextc_ir::kernel::{KernelBuilder, Pred, Val};
 use nextc_ir::schedule::Extent;
 
 use super::super::super::matmul::row_ptr;
-use super::super::{Place, begin, extent, warp_max, warp_sum};
+use super::super::{Place, begin, warp_max, warp_sum};
 use super::RowOf;
 use super::decode::{Decode, ROWS, THREADS};
 use super::splits::splits_of;
@@ -95,7 +95,7 @@ pub fn tail(k: &mut KernelBuilder, decode: &Decode, pairs: &Extent) {
         o: k.shared(DType::F32, LANES * ELEMS),
     };
     let partials = Partials::here(k, decode.attention.elems());
-    let (task, pairs) = (k.task(), extent(k, pairs));
+    let (task, pairs) = (k.task(), k.extent(pairs));
     begin(k);
     let (task, part) = (k.div_const(task, parts(decode)), k.rem_const(task, parts(decode)));
     let (number, row) = (k.div_const(task, ROWS), k.rem_const(task, ROWS));

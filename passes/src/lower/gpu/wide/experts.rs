@@ -10,7 +10,6 @@ use nextc_ir::shape::{LANES, Sym, pad};
 use super::super::super::matmul::Rows;
 use super::super::super::ports::{Port, Ports, Site};
 use super::super::experts_down::Down;
-use super::super::extent;
 use super::super::fragments::Fragments;
 use super::super::many::many;
 use super::super::many_experts::{GateUp, combine};
@@ -36,7 +35,7 @@ pub fn gate_up(node: &GateUp<'_>, site: &Site<'_>, ports: &Ports, (sym, above): 
         let x = X::Packed(packed, packed.rows(k));
         let place = begin_block(k);
         let (task, count) = (k.task(), k.dim(sym));
-        let shared_end = extent(k, &shared_tasks);
+        let shared_end = k.extent(&shared_tasks);
         let is_shared = k.cmp(Pred::Lt, task, shared_end);
         let [routed_out, shared_out] = node.outs.map(|(port, stride)| (k.param(port), stride));
         let warps = node.split.warps;
@@ -84,7 +83,7 @@ pub fn down(down: &Down, site: &Site<'_>, ports: &Ports, (sym, above): (Sym, u64
     let partials = k.partials(DType::F32, elems);
     let place = begin_block(&mut k);
     let (task, count) = (k.task(), k.dim(sym));
-    let shared_end = extent(&mut k, &shared_tasks);
+    let shared_end = k.extent(&shared_tasks);
     let is_shared = k.cmp(Pred::Lt, task, shared_end);
     let choices = k.mul_const(count, down.choices.each);
     let row = k.div_const(place.lane, 4);
