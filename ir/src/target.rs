@@ -382,6 +382,11 @@ impl Target {
         self.features.iter().map(String::as_str).filter(used).collect()
     }
 
+    /// Vectors of 16 floats that a loop may carry in registers: half of what these hold, as its operands want some too.
+    pub fn most_sums(&self) -> u64 {
+        u64::from(self.vector_registers * self.vector_bits / 512 / 2).max(1)
+    }
+
     /// True if the machine has a matrix unit that multiplies bfloat16, and the backend uses vectors as wide as its tiles.
     pub fn has_tiles(&self) -> bool {
         self.vector_bits == 512 && TILES.iter().all(|f| self.has(f))
