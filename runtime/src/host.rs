@@ -20,6 +20,8 @@ use crate::weights::Weights;
 
 /// Dimensions of a program that are kept resolved.
 const KEPT_DIMS: usize = 8;
+/// Bytes of a page of KV, or of a slot, from which on a state lies in large pages: below, what is never touched of those would cost more than they save.
+const LARGE_UNIT_BYTES: u64 = 1 << 16;
 
 /// Threads, and the memory that steps work in.
 pub(crate) struct Host {
@@ -60,7 +62,7 @@ impl Host {
                 true => Weights::random(&artifact)?,
                 false => Weights::map(&artifact)?,
             },
-            states: states.reserved_bytes().map(|bytes| reserve("states", bytes)).collect::<Result<_, _>>()?,
+            states: reserve_states(states)?,
             pool: Pool::new(threads).map_err(|error| Error::Threads { threads, error })?,
             arena: reserve("arena", 0)?,
             used_bytes: 0,
@@ -100,6 +102,19 @@ impl Host {
         }
         Ok(())
     }
+}
+
+/// Memory for states, in large pages where a page of KV or a slot is no small part of one.
+fn reserve_states(states: &States) -> Result<Vec<Region>, Error> {
+    let sizes = states.reserved_bytes().zip(states.unit_bytes());
+    let regions = sizes.map(|(bytes, unit)| {
+        let region = reserve("states", bytes)?;
+        if unit >= LARGE_UNIT_BYTES {
+            region.advise_huge();
+        }
+        Ok(region)
+    });
+    regions.collect()
 }
 
 /// Bytes that the tasks of a launch of a program hand to its tail, at most.

@@ -105,6 +105,11 @@ impl States {
         self.bytes_of(self.pages.count, self.slots.count)
     }
 
+    /// Bytes of each state of one page, or one slot.
+    pub(crate) fn unit_bytes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.bytes_of(1, 1)
+    }
+
     /// Pages and slots that were ever used: all lie below these.
     pub(crate) fn reach(&self) -> (u32, u32) {
         (self.pages.reach(), self.slots.reach())
