@@ -194,22 +194,28 @@ impl Pattern {
                 fill_numbers(number, (3.0 / fan_in as f32).sqrt(), &mut bytes, &mut random);
                 bytes
             }
-            Self::Scales { stored, codes, fan_in } => scales(stored, deviation(codes), fan_in, most, &mut random),
+            // codes may lie around another number than zero, weights do not: else all tokens would become alike and choose the same experts
+            Self::Scales { stored, codes, fan_in } => {
+                scales(stored, (deviation(codes), &[1.0, -1.0]), fan_in, most, &mut random)
+            }
             Self::Units { stored, codes, fan_in } => {
                 let both = deviation(codes) * deviation(Number::I8);
-                scales(stored, both, fan_in, most, &mut random)
+                scales(stored, (both, &[1.0]), fan_in, most, &mut random)
             }
             Self::Order { columns } => (0..columns as i32).flat_map(i32::to_le_bytes).collect(),
         }
     }
 }
 
-/// Scales of codes with a deviation, such that the sum of a row has the variance of its input.
-fn scales(stored: Number, deviation: f32, fan_in: u64, most: usize, random: &mut Random) -> Vec<u8> {
+/// Scales of codes with a deviation, such that the sum of a row has the variance of its input; each has one of some signs.
+fn scales(stored: Number, (deviation, signs): (f32, &[f32]), fan_in: u64, most: usize, random: &mut Random) -> Vec<u8> {
     let scale = 1.0 / (deviation * (fan_in as f32).sqrt());
     let width = width_of(stored);
     let mut bytes = vec![0; most.next_multiple_of(width)];
-    bytes.chunks_exact_mut(width).for_each(|out| encode(stored, scale * random.between(0.7, 1.3), out));
+    for out in bytes.chunks_exact_mut(width) {
+        let sign = signs[random.next_bits() as usize % signs.len()];
+        encode(stored, sign * scale * random.between(0.7, 1.3), out);
+    }
     bytes
 }
 
@@ -387,10 +393,13 @@ mod tests {
         assert!(codes.iter().all(|c| c & 0x7f != 0x7f && c & 0x7f != 0), "neither NaN nor zero");
         let distinct: std::collections::HashSet<&u8> = codes.iter().collect();
         assert_eq!(distinct.len(), 64);
-        for scale in scales.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())) {
+        let scales: Vec<f32> = scales.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        for scale in &scales {
             let deviation = scale * 0.84 * 16.0;
-            assert!((0.69..1.31).contains(&deviation), "{deviation}");
+            assert!((0.69..1.31).contains(&deviation.abs()), "{deviation}");
         }
+        let below = scales.iter().filter(|&&scale| scale < 0.0).count();
+        assert!((3..scales.len() - 2).contains(&below), "weights lie around zero");
     }
 
     #[test]
