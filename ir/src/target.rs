@@ -64,8 +64,6 @@ pub struct Target {
     pub vector_bits: u32,
     /// Vector registers.
     pub vector_registers: u32,
-    /// Threads that share the work by default.
-    pub threads: u32,
     /// What activations are rounded to.
     pub activations: Activations,
     /// Tokens of KV in one page.
@@ -289,7 +287,6 @@ impl Target {
             features: features.iter().map(|&s| s.to_owned()).collect(),
             vector_bits,
             vector_registers: vector_registers(vector_bits),
-            threads: cores(),
             activations: Activations::F32,
             page_tokens: 64,
             max_context: 0,
@@ -308,7 +305,6 @@ impl Target {
         let gpu = gpu.ok_or_else(|| TargetError::UnknownGpu { name: name.to_owned() })?;
         Ok(Self {
             gpu: Some(*gpu),
-            threads: gpu.multiprocessors,
             read_bytes_per_s: gpu.read_bytes_per_s,
             flops_per_s: gpu.flops_per_s,
             launch_ns: gpu.launch_ns,
@@ -466,11 +462,6 @@ impl Target {
 
 const fn vector_registers(vector_bits: u32) -> u32 {
     if vector_bits == 512 { 32 } else { 16 }
-}
-
-/// Cores that this process may use.
-fn cores() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
 }
 
 /// Asks the CPU for each feature: LLVM's name, and the standard library's where it differs.

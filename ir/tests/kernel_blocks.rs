@@ -648,7 +648,7 @@ fn blocks_run_in_an_order_of_the_seed_with_one_result() {
     let x: Vec<f32> = (0..2048u16).map(f32::from).collect();
     let sums = |seed| {
         let mut buffers = [Buffer::from_f32(&x), Buffer::uninit(32)];
-        let options = Options { seed, races: true };
+        let options = Options { seed, ..Options::default() };
         run(&kernel, [8, 0, 0, 0], &mut buffers, &[Place::start(0), Place::start(1)], options).expect("it is sound");
         buffers[1].to_f32()
     };

@@ -92,6 +92,8 @@ kernel @every.op(%x: ptr<global>, %out: mut ptr<global>) grid = (ceil(T / 8) * m
   tile_step 1 2 once %x, %x, %x
   %61 = partials i32 16
   %62 = load i32 %61[%task]
+  %63 = team
+  store %out[%63], %62
 }
 ";
 

@@ -199,7 +199,7 @@ impl Memory {
     ) -> Result<Plan, CudaError> {
         let states: Vec<u64> = self.states.iter().map(Growing::address).collect();
         let (arena, weights) = (self.arena.address(), self.weights.address());
-        let addresses = Addresses { inputs, arena, weights, states: &states, partials: None };
+        let addresses = Addresses { inputs, arena, weights, states: &states, team: None };
         let resolved = resolve(metadata, &metadata.programs[program], dims, &addresses);
         let arena_bytes = metadata.arena.bytes_of(&metadata.programs[program], &dims);
         self.arena.grow(context, stream, arena_bytes + SLACK_BYTES)?;

@@ -15,7 +15,7 @@ use crate::memory::Region;
 use crate::pool::Pool;
 use crate::recent::Recent;
 use crate::state::States;
-use crate::step::{Addresses, KernelTime, Resolved, SLACK_BYTES, StepInputs, resolve};
+use crate::step::{Addresses, KernelTime, Resolved, SLACK_BYTES, StepInputs, Team, resolve};
 use crate::weights::Weights;
 
 /// Dimensions of a program that are kept resolved.
@@ -203,11 +203,11 @@ impl Device for Host {
         }
         let places = offsets.map(|offset| base + offset);
         let (arena, weights, metadata) = (self.arena.address(), self.weights.address(), self.artifact.metadata());
-        let partials = self.partials.address();
+        let team = Some(Team { threads: self.pool.threads() as u64, partials: self.partials.address() });
         let states = &self.states;
         let make = || {
             let states: Vec<u64> = states.iter().map(Region::address).collect();
-            let addresses = Addresses { inputs: places, arena, weights, states: &states, partials: Some(partials) };
+            let addresses = Addresses { inputs: places, arena, weights, states: &states, team };
             Ok::<_, Error>(resolve(metadata, &metadata.programs[program], dims, &addresses))
         };
         let resolved = self.resolved.get_or_make((program, dims), make)?;

@@ -271,6 +271,14 @@ pub(crate) struct Resolved {
     pub launches: Vec<ResolvedLaunch>,
 }
 
+/// What code for a CPU is told of the thread team.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Team {
+    pub threads: u64,
+    /// What tasks hand to tails.
+    pub partials: u64,
+}
+
 /// Where things are.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Addresses<'a> {
@@ -278,8 +286,8 @@ pub(crate) struct Addresses<'a> {
     pub arena: u64,
     pub weights: u64,
     pub states: &'a [u64],
-    /// What tasks hand to tails, where the code takes it as an argument.
-    pub partials: Option<u64>,
+    /// What code for a CPU is told beside.
+    pub team: Option<Team>,
 }
 
 /// The launches of a program in steps of dimensions `dims`, with their arguments.
@@ -288,6 +296,7 @@ pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at
     for launch in &program.launches {
         let first = resolved.args.len();
         resolved.args.extend_from_slice(&dims);
+        resolved.args.extend(at.team.map(|team| team.threads));
         resolved.args.extend(launch.args.iter().map(|arg| match arg {
             Arg::Input(input) => at.inputs[input_index(*input)],
             Arg::Arena(placement) => at.arena + metadata.arena.offset(placement, &dims),
@@ -296,7 +305,7 @@ pub(crate) fn resolve(metadata: &Metadata, program: &Program, dims: [u64; 4], at
         }));
         let index = launch.kernel as usize;
         let kernel = &metadata.kernels[index];
-        resolved.args.extend(at.partials.filter(|_| kernel.partial_bytes > 0));
+        resolved.args.extend(at.team.filter(|_| kernel.partial_bytes > 0).map(|team| team.partials));
         let [tasks, tail_tasks] = [&kernel.grid, &kernel.tail_grid].map(|grid| grid.eval(&dims));
         resolved.launches.push(ResolvedLaunch { kernel: index, tasks, tail_tasks, args: first..resolved.args.len() });
     }

@@ -111,21 +111,25 @@ impl<'a, 'f> Emitter<'a, 'f> {
 
     /// What the body hands to the tail: the last entry of the argument block.
     pub fn partials(&mut self) -> Value {
-        let slot = Kernel::TASK.0 as usize + self.kernel.params.len();
-        self.argument(slot)
+        self.argument(self.kernel.param(self.kernel.params.len()))
     }
 
-    fn argument(&mut self, slot: usize) -> Value {
+    /// How many threads share the tasks: in the place of the task's number in the argument block.
+    pub fn team(&mut self) -> Value {
+        self.argument(Kernel::TASK)
+    }
+
+    fn argument(&mut self, place: Val) -> Value {
         let flags = MemFlagsData::trusted().with_readonly().with_can_move();
-        self.fb.ins().load(I64, flags, self.arguments[0], 8 * slot as i32)
+        self.fb.ins().load(I64, flags, self.arguments[0], 8 * place.0 as i32)
     }
 
     /// Loads the dimensions and pointers from the argument block.
     fn prologue(&mut self) {
-        let dims = (0..4).map(Val);
+        let dims = (0..Kernel::TASK.0).map(Val);
         let params = (0..self.kernel.params.len()).map(|i| self.kernel.param(i));
-        for (i, val) in dims.chain(params).enumerate() {
-            let value = self.argument(i);
+        for val in dims.chain(params) {
+            let value = self.argument(val);
             self.define(val, value);
         }
     }

@@ -16,6 +16,10 @@ impl Emitter<'_, '_> {
     pub fn stmt(&mut self, stmt: &Stmt) -> Result<(), Error> {
         match stmt.op {
             KOp::Const { dtype, bits } => self.constant(stmt, dtype, bits),
+            KOp::Team => {
+                let value = self.team();
+                self.result(stmt, value)
+            }
             KOp::Alloc { dtype, elems } => {
                 let [] = self.args(stmt)?;
                 let sum = self.alloc(elems * dtype.bytes());

@@ -127,6 +127,10 @@ impl KernelBuilder {
     pub fn index(&mut self, x: u64) -> Val {
         self.const_i64(i64::try_from(x).expect("an index fits in 63 bits"))
     }
+    /// How many threads share the tasks.
+    pub fn team(&mut self) -> Val {
+        self.emit(KOp::Team, &[], KType::scalar(DType::I64))
+    }
     /// An extent under the dimensions of the step.
     pub fn extent(&mut self, e: &Extent) -> Val {
         match e {

@@ -47,11 +47,13 @@ pub struct Options {
     pub seed: u64,
     /// Whether conflicts between tasks are looked for.
     pub races: bool,
+    /// Threads that the kernel is told of.
+    pub team: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 1, races: true }
+        Self { seed: 1, races: true, team: 3 }
     }
 }
 

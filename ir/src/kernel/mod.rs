@@ -170,7 +170,7 @@ pub struct KParam {
 /// are the parameters, all `ptr<global>`.
 ///
 /// Machine code for a CPU is `extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64)`: `args` holds the four dimensions, then the
-/// pointers, then that of its `partials` if it has some; it runs the tasks `first .. last`, as the tail's runs tasks of the tail. Code for a GPU
+/// threads of the team, the pointers, and that of its `partials` if it has some, each but the last at its value's number; it runs the tasks `first .. last`, as the tail's runs tasks of the tail. Code for a GPU
 /// is an entry function of the dimensions, the pointers, a pointer to scratch of all tasks, and the number of tasks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kernel {

@@ -99,6 +99,8 @@ macro_rules! kops {
 kops! {
     /// A scalar constant. `bits` is the integer, or the bits of the `f32`.
     Const { dtype: DType, bits: i64 } = "const" Leaf;
+    /// How many threads share the tasks, an i64; on a CPU only. It says how work is best cut, and results do not depend on it.
+    Team = "team" Leaf;
     /// `elems` elements of scratch, 64-byte aligned; only at the top level of a region, never in a loop.
     Alloc { dtype: DType, elems: u64 } = "alloc" Leaf;
     /// A scalar in every lane.

@@ -438,6 +438,7 @@ impl<'t> Parser<'t> {
             "alloc" => (KOp::Alloc { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
             "shared" => (KOp::Shared { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
             "partials" => (KOp::Partials { dtype: self.dtype()?, elems: self.number()? }, Vec::new()),
+            "team" => (KOp::Team, Vec::new()),
             "thread" => (KOp::Thread, Vec::new()),
             "barrier" => (KOp::Barrier, Vec::new()),
             "wait" => (KOp::Wait, Vec::new()),

@@ -225,7 +225,7 @@ fn head(out: &mut String, s: &Stmt, names: &Names) {
             put(out, format_args!(" {} {}[{}]", super::KType::vector(dtype, lanes), arg(0), arg(1)));
         }
         KOp::Store | KOp::AtomicAdd | KOp::Prefetch => put(out, format_args!(" {}[{}], {}", arg(0), arg(1), arg(2))),
-        KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release | KOp::CopyCommit | KOp::TileZero => {}
+        KOp::Team | KOp::Thread | KOp::Barrier | KOp::Wait | KOp::Release | KOp::CopyCommit | KOp::TileZero => {}
         KOp::For => for_head(out, s, names, &arg),
         _ => put(out, format_args!(" {}", names.list(&s.args))),
     }

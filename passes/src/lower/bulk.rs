@@ -45,14 +45,13 @@ pub enum Class {
 pub struct Classes {
     cu_seqlens: Port,
     tile: BulkTile,
-    threads: u64,
 }
 
 impl Classes {
     /// The ports; `None` where every token is computed alike: if nothing is rounded, or if the rows are not the tokens of the step.
     pub fn ports(site: &Site<'_>, ports: &mut Ports, rows: Sym) -> Option<Self> {
         let tile = site.target.bulk_tile().filter(|_| rows == Sym::T)?;
-        Some(Self { cu_seqlens: ports.step(Input::CuSeqlens), tile, threads: u64::from(site.target.threads.max(1)) })
+        Some(Self { cu_seqlens: ports.step(Input::CuSeqlens), tile })
     }
 
     /// Whether the sequence of tokens `begin..end` is `bulk`.
@@ -124,28 +123,38 @@ impl Classes {
         }
     }
 
-    /// How many tasks of `size` tiles one takes for `bulk` tokens, out of `tasks`.
-    pub fn joined(self, size: u64, tasks: u64) -> u64 {
-        let most = tasks / (self.tile.kind.tasks_per_thread() * self.threads);
-        (self.tile.row_tiles / size).min(most).max(1)
-    }
-
-    /// How many tiles of such a task are multiplied together.
-    pub fn at_once(self, size: u64, tasks: u64) -> u64 {
-        let tiles = size * self.joined(size, tasks);
+    /// How many tiles are multiplied together in tasks of `size` tiles or of several such.
+    pub fn at_once(self, size: u64) -> u64 {
         let most = match self.tile.kind {
             BulkKind::Tiles => tiles::AT_ONCE,
             BulkKind::Bytes | BulkKind::Pairs => STRIPS,
         };
-        [most, 2].into_iter().find(|n| tiles.is_multiple_of(*n)).unwrap_or(1)
+        if size.is_multiple_of(most) || most.is_multiple_of(size) { most } else { 1 }
     }
 
-    /// The tiles that task `group` takes for `bulk` tokens, of `tiles`; none for most tasks where `joined` are one.
-    pub fn range(k: &mut KernelBuilder, group: Val, (size, joined): (u64, u64), tiles: u64) -> (Val, Val) {
-        let (zero, part) = (k.const_i64(0), k.rem_const(group, joined));
+    /// How many tasks of `size` tiles one takes for `bulk` tokens, out of `tasks`: as many as leave each thread of the team some.
+    fn joined(self, k: &mut KernelBuilder, size: u64, tasks: u64) -> Val {
+        let least = (self.at_once(size) / size).max(1);
+        let team = k.team();
+        let wanted = k.mul_const(team, self.tile.kind.tasks_per_thread());
+        let (tasks, most) = (k.index(tasks), k.index(self.tile.row_tiles / size));
+        let each = k.div(tasks, wanted);
+        let each = k.min_i64(each, most);
+        let each = k.div_const(each, least);
+        let one = k.const_i64(1);
+        let is_some = k.cmp(Pred::Gt, each, one);
+        let each = k.select(is_some, each, one);
+        k.mul_const(each, least)
+    }
+
+    /// The tiles that task `group` takes for `bulk` tokens, of `tiles`, where `tasks` take `size` tiles each for others; none for most of them, as some are one.
+    pub fn range(self, k: &mut KernelBuilder, group: Val, (size, tasks): (u64, u64), tiles: u64) -> (Val, Val) {
+        let joined = self.joined(k, size, tasks);
+        let (zero, part) = (k.const_i64(0), k.rem(group, joined));
         let first = k.cmp(Pred::Eq, part, zero);
         let (lo, _) = tile_range(k, group, size, tiles);
-        let end = k.add_const(lo, size * joined);
+        let all = k.mul_const(joined, size);
+        let end = k.add(lo, all);
         let tiles = k.index(tiles);
         let end = k.min_i64(end, tiles);
         (lo, k.select(first, end, lo))
@@ -465,13 +474,28 @@ pub fn round_up(k: &mut KernelBuilder, x: Val, n: u64) -> Val {
 
 #[cfg(test)]
 mod tests {
+    use nextc_ir::kernel::eval::{Buffer, Options, Place, run};
+
     use super::*;
+
+    /// How many of `tasks` one takes in a team of so many threads.
+    fn joined(team: u32, size: u64, tasks: u64) -> i32 {
+        let tile = BulkTile { kind: BulkKind::Tiles, panel_bytes: 1 << 19, most_tokens: 256, row_tiles: 16 };
+        let mut k = KernelBuilder::new("joined", &[("out", true)], 1.into());
+        let joined = Classes { cu_seqlens: 0, tile }.joined(&mut k, size, tasks);
+        let (zero, joined) = (k.const_i64(0), k.narrow(joined));
+        k.store(k.param(0), zero, joined);
+        let mut buffers = [Buffer::uninit(4)];
+        let options = Options { team, ..Options::default() };
+        run(&k.finish(), [1; 4], &mut buffers, &[Place::start(0)], options).expect("the kernel is sound");
+        buffers[0].to_i32()[0]
+    }
 
     #[test]
     fn tasks_are_joined_as_far_as_threads_have_enough() {
-        let tile = BulkTile { kind: BulkKind::Tiles, panel_bytes: 1 << 19, most_tokens: 256, row_tiles: 16 };
-        let joined = |threads, size, tasks| Classes { cu_seqlens: 0, tile, threads }.joined(size, tasks);
         assert_eq!([joined(2, 2, 64), joined(16, 2, 64), joined(64, 2, 64)], [8, 2, 1]);
         assert_eq!([joined(1, 4, 192), joined(2, 4, 1), joined(2, 32, 64)], [4, 1, 1]);
+        // no fewer than are multiplied together
+        assert_eq!([joined(2, 1, 64), joined(5, 1, 64), joined(64, 1, 64)], [16, 6, 2]);
     }
 }

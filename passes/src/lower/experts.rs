@@ -447,7 +447,7 @@ impl Front {
         k.if_then(mix.decode, |k| {
             mix.for_decoded(k, run, self.block, |k, place| self.choices.at(k, place).1, &mut decode);
         });
-        let (lo, hi) = Classes::range(k, group, (GROUP_TILES, classes.joined(GROUP_TILES, self.tasks)), self.tiles);
+        let (lo, hi) = classes.range(k, group, (GROUP_TILES, self.tasks), self.tiles);
         let some = k.cmp(Pred::Lt, lo, hi);
         let some = k.and(some, mix.bulk);
         k.if_then(some, |k| {
@@ -513,7 +513,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
     };
     let bulk = classes.map(|classes| {
         let [h, s] = [routed, dense].map(|m| Panel::alloc(&mut k, classes, &[m]));
-        let at_once = classes.at_once(size, tasks);
+        let at_once = classes.at_once(size);
         BackBulk { classes, mix: classes.mix(&mut k), numbers: h.numbers(&mut k), at_once, h, s }
     });
     let task = k.task();
@@ -523,7 +523,7 @@ pub fn lower_experts_down(site: &Site<'_>) -> Result<Lowered, LowerError> {
         return Ok(ports.finish(k.finish()));
     };
     k.if_then(bulk.mix.decode, |k| back.decode(k, range, Some(&bulk)));
-    let (lo, hi) = Classes::range(&mut k, task, (size, bulk.classes.joined(size, tasks)), tiles);
+    let (lo, hi) = bulk.classes.range(&mut k, task, (size, tasks), tiles);
     let some = k.cmp(Pred::Lt, lo, hi);
     let some = k.and(some, bulk.mix.bulk);
     k.if_then(some, |k| back.bulk(k, (lo, hi), &bulk));

@@ -443,11 +443,11 @@ impl Multiplier {
             let rows = (&self.rows, self.scratch);
             emit_tiles(k, (matrix, weight), rows, (first, last), range, self.tile, epilogue);
         });
-        let (lo, hi) = Classes::range(k, group, (size, classes.joined(size, tasks)), matrix.tiles());
+        let (lo, hi) = classes.range(k, group, (size, tasks), matrix.tiles());
         let some = k.cmp(Pred::Lt, lo, hi);
         k.if_then(some, |k| {
             classes.for_runs(k, Class::Bulk, |k, first, last| {
-                let tiles = ((lo, hi), classes.at_once(size, tasks));
+                let tiles = ((lo, hi), classes.at_once(size));
                 panel.emit_tiles(k, (matrix, weight), (&self.rows, first, last), tiles, epilogue);
             });
         });
@@ -475,7 +475,7 @@ impl Multiplier {
             return decode(k, all, store);
         };
         classes.for_runs(k, Class::Decode, |k, first, last| decode(k, (first, last), store));
-        let (lo, hi) = Classes::range(k, group, (size, classes.joined(size, tasks)), tiles);
+        let (lo, hi) = classes.range(k, group, (size, tasks), tiles);
         let some = k.cmp(Pred::Lt, lo, hi);
         k.if_then(some, |k| {
             classes.for_runs(k, Class::Bulk, |k, first, last| {

@@ -37,7 +37,7 @@ pub const DECODE_TOKENS: usize = 8;
 /// Long runs may be computed in chunks from one multiple of so many positions to the next. Again the compiler has the same constant.
 pub const CHUNK_TOKENS: usize = 64;
 
-/// Machine code of a kernel, or of its tail. `args` points to the four dimensions of the step (`T`, `B`, `P`, `R`) and then the
+/// Machine code of a kernel, or of its tail. `args` points to the four dimensions of the step (`T`, `B`, `P`, `R`), how many threads share the tasks, and then the
 /// addresses of the kernel's parameters and of its partials, if it has some; `scratch` to memory of the calling thread alone, aligned to 64 bytes; it
 /// runs the tasks `first .. last`.
 pub type KernelFn = unsafe extern "C" fn(args: *const u64, scratch: *mut u8, first: i64, last: i64);

@@ -137,7 +137,7 @@ mod tests {
             cost: Default::default(),
         };
         metadata.kernels = kernels;
-        let at = Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[], partials: None };
+        let at = Addresses { inputs: [0x1000; INPUTS], arena: 0, weights: 0, states: &[], team: None };
         let dims = [tokens, 1, 2, 0];
         let resolved = resolve(&metadata, &program, dims, &at);
         let bytes = scratch_bytes(&metadata, &program, &dims);

@@ -9,30 +9,30 @@ use super::{Case, Checked, lines, text};
 
 /// The machine that the passes think of: it is the same wherever the tests run.
 pub fn target() -> Target {
-    Target { threads: 8, ..Target::named("x86-64-v3").expect("the least CPU there is") }
+    Target::named("x86-64-v3").expect("the least CPU there is")
 }
 
 /// The same with vectors of 512 bits, for which other tiles are chosen.
 pub fn wide_target() -> Target {
-    Target { threads: 8, ..Target::named("x86-64-v4").expect("it is in the table of CPUs") }
+    Target::named("x86-64-v4").expect("it is in the table of CPUs")
 }
 
 /// One with a matrix unit, in which activations are rounded.
 pub fn tiles_target() -> Target {
     let named = Target::named("sapphirerapids").expect("it is in the table of CPUs");
-    Target { threads: 8, activations: Activations::Bf16, ..named }
+    Target { activations: Activations::Bf16, ..named }
 }
 
 /// One whose vectors multiply bytes, in which activations are rounded to them.
 pub fn bytes_target() -> Target {
     let named = Target::named("icelake-server").expect("it is in the table of CPUs");
-    Target { threads: 8, activations: Activations::Int8, ..named }
+    Target { activations: Activations::Int8, ..named }
 }
 
 /// One whose vectors multiply pairs of bfloat16, in which activations are rounded.
 pub fn pairs_target() -> Target {
     let named = Target::named("cooperlake").expect("it is in the table of CPUs");
-    Target { threads: 8, activations: Activations::Bf16, ..named }
+    Target { activations: Activations::Bf16, ..named }
 }
 
 /// A GPU.

@@ -37,6 +37,9 @@ pub fn allows_tiles() -> bool {
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
+/// Threads that code is told of: not as many as the interpreter's, so that results must not depend on them.
+const TEAM: u64 = 16;
+
 /// Code that can be called.
 pub struct Loaded {
     image: Image,
@@ -55,6 +58,7 @@ impl Loaded {
     /// Runs kernel `index` of the module on `memory`: the later half of its tasks, the earlier one, so the tail.
     pub fn run(&self, index: usize, kernel: &Kernel, syms: [u64; 4], memory: &mut Memory, args: &[Place]) -> Checked {
         let mut words = syms.to_vec();
+        words.push(TEAM);
         for place in args {
             words.push(memory.0[place.buffer].as_mut_ptr() as u64 + place.at_bytes);
         }

@@ -57,10 +57,11 @@ impl Loaded {
         self.symbols.iter().map(|s| s.0.as_str()).collect()
     }
 
-    /// Calls a function on buffers of the caller.
+    /// Calls a function on buffers of the caller, as a team of one thread.
     pub fn call(&self, symbol: &str, dims: [u64; 4], buffers: &mut [&mut [u32]], tasks: (i64, i64)) {
         let at = self.symbols.iter().find(|s| s.0 == symbol).expect("the symbol exists").1;
-        let args: Vec<u64> = dims.into_iter().chain(buffers.iter_mut().map(|b| b.as_mut_ptr() as u64)).collect();
+        let args: Vec<u64> =
+            dims.into_iter().chain([1]).chain(buffers.iter_mut().map(|b| b.as_mut_ptr() as u64)).collect();
         let mut scratch = vec![[0xa5_u8; 64]; 65];
         let aligned = scratch.as_mut_ptr().cast::<u8>();
         let aligned = aligned.wrapping_add(aligned.align_offset(64));

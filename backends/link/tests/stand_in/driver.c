@@ -85,8 +85,11 @@ static void run(const op *o) {
         if (fault && !strcmp(fault, o->f->name)) { broken = ILLEGAL_ADDRESS; return; }
         uint64_t tasks = o->args[4 + o->f->params + 1];
         void *scratch = (void *)o->args[4 + o->f->params];
-        if (!strncmp(o->f->name, "nextc_tail", 10)) o->f->run(o->args, scratch, 0, 0);
-        else for (uint64_t t = 0; t < tasks; t++) o->f->run(o->args, scratch, t, t + 1);
+        uint64_t args[MAX_ARGS + 1]; // as a CPU's code has them: behind the dimensions the threads of a team
+        memcpy(args, o->args, 4 * sizeof *args);
+        args[4] = 1;
+        memcpy(args + 5, o->args + 4, o->f->params * sizeof *args);
+        for (uint64_t t = 0; t < tasks; t++) o->f->run(args, scratch, t, t + 1);
         break;
     }
 }

@@ -66,9 +66,9 @@ pub enum EmitError {
     /// Scratch in a block of threads.
     #[error("alloc: a block of threads has no scratch")]
     NoScratch,
-    /// Partials of single threads on a GPU.
-    #[error("partials: on a GPU tasks of one thread hand nothing to a tail")]
-    NoPartials,
+    /// What a thread of a CPU's team has, on a GPU.
+    #[error("{0}: a GPU has none for tasks of one thread")]
+    NoTeam(&'static str),
     /// An intrinsic that this LLVM does not have.
     #[error("this LLVM has no `{0}`")]
     Intrinsic(&'static str),
@@ -153,8 +153,9 @@ impl<'a, 'c> Emitter<'a, 'c> {
             this.define(Val(slot), value);
         }
         for i in 0..kernel.params.len() {
-            let value = this.load_arg(u64::from(Kernel::TASK.0) + i as u64, this.pointer_type(Space::Global))?;
-            this.define(kernel.param(i), value);
+            let param = kernel.param(i);
+            let value = this.load_arg(param.0.into(), this.pointer_type(Space::Global))?;
+            this.define(param, value);
         }
         this.mark_constant(constant_params);
         Ok(this)

@@ -17,6 +17,7 @@ impl<'c> Emitter<'_, 'c> {
         use InstructionOpcode as I;
         let result = match stmt.op {
             KOp::Const { dtype, bits } => self.constant_value(dtype, bits)?,
+            KOp::Team => self.team()?,
             KOp::Alloc { dtype, elems } => self.alloc(dtype, elems)?,
             KOp::Splat { lanes } => self.splat(self.arg(stmt, 0)?, lanes)?,
             KOp::Extract { lane } => {
@@ -132,11 +133,19 @@ impl<'c> Emitter<'_, 'c> {
     fn partials(&self) -> Result<BasicValueEnum<'c>> {
         match self.spaces {
             true if self.kernel.is_block() => Ok(self.grid_param(0)),
-            true => Err(EmitError::NoPartials),
-            false => self.load_arg(
-                u64::from(Kernel::TASK.0) + self.kernel.params.len() as u64,
-                self.pointer_type(Space::Scratch),
-            ),
+            true => Err(EmitError::NoTeam("partials")),
+            false => {
+                let behind = self.kernel.param(self.kernel.params.len());
+                self.load_arg(behind.0.into(), self.pointer_type(Space::Scratch))
+            }
+        }
+    }
+
+    /// How many threads share the tasks: in the place of the task's number among the arguments.
+    fn team(&self) -> Result<BasicValueEnum<'c>> {
+        match self.spaces {
+            true => Err(EmitError::NoTeam("team")),
+            false => self.load_arg(Kernel::TASK.0.into(), self.context.i64_type().into()),
         }
     }
 

@@ -152,6 +152,6 @@ fn parameters_may_be_the_same_memory() {
     let objects = nextc_llvm::compile(&super::module(vec![kernel]), &native()).expect("the kernel compiles");
     let mut words = bits((0..8u8).map(|i| f32::from(i) + 5.0));
     let at = words.as_mut_ptr() as u64;
-    super::Code::load(&objects[0]).call("nextc_kernel_0", &[0, 0, 0, 0, at, at], &mut [], (0, 1));
+    super::Code::load(&objects[0]).call("nextc_kernel_0", &[0, 0, 0, 0, 1, at, at], &mut [], (0, 1));
     assert_eq!(words, bits([5.0; 8]));
 }

@@ -66,6 +66,7 @@ fn run_on(target: &Target, kernel: &Kernel, dims: [u64; 4], tasks: (i64, i64), b
     let code = Code::load(&objects[0]);
     let mut buffers = buffers.to_vec();
     let mut args = dims.to_vec();
+    args.push(1);
     args.extend(buffers.iter_mut().map(|b| b.as_mut_ptr() as u64));
     let [all, tail] = [&kernel.grid, &kernel.tail_grid].map(|grid| grid.eval(&dims));
     let mut partials = vec![Line([0xa5; 64]); (kernel.partial_bytes() * all).div_ceil(64) as usize];

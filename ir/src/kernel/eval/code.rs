@@ -121,6 +121,10 @@ pub(super) enum Inst {
         d: Reg,
         piece: usize,
     },
+    /// Threads that share the tasks.
+    Team {
+        d: Reg,
+    },
     /// A pointer to what the body hands to the tail.
     Partials {
         d: Reg,

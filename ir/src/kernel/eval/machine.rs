@@ -24,9 +24,9 @@ impl Code {
         self.check_args(slots, args)?;
         let grids = [self.grid(&self.kernel.grid, &syms)?, self.grid(&self.kernel.tail_grid, &syms)?];
         if self.kernel.is_block() {
-            Machine::<false>::new(self, syms, slots, args, options.races).launch(grids, options.seed)?;
+            Machine::<false>::new(self, syms, slots, args, options).launch(grids, options.seed)?;
         } else {
-            Machine::<true>::new(self, syms, slots, args, options.races).launch(grids, options.seed)?;
+            Machine::<true>::new(self, syms, slots, args, options).launch(grids, options.seed)?;
         }
         Ok(())
     }
@@ -92,6 +92,7 @@ struct Machine<'r, 's, const SINGLE: bool> {
     /// The sums of tiles of a single thread.
     sums: Sums,
     memory: Memory<'r, 's>,
+    team: u32,
     masks: Masks,
     /// `None` in a tail of one task of one thread.
     task: Option<u32>,
@@ -100,7 +101,7 @@ struct Machine<'r, 's, const SINGLE: bool> {
 }
 
 impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
-    fn new(code: &'r Code, syms: [u64; 4], slots: &'r mut [Slot<'s>], args: &[Place], races: bool) -> Self {
+    fn new(code: &'r Code, syms: [u64; 4], slots: &'r mut [Slot<'s>], args: &[Place], options: Options) -> Self {
         let depth = code.tail.as_ref().map_or(0, |t| t.depth).max(code.body.depth);
         let threads = code.kernel.threads as usize;
         let mut machine = Self {
@@ -109,7 +110,8 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
             wide: vec![0; code.wide],
             pointers: vec![Pointer::default(); code.pointers],
             sums: Sums::default(),
-            memory: Memory::new(&code.kernel, slots, args, races),
+            memory: Memory::new(&code.kernel, slots, args, options.races),
+            team: options.team,
             masks: Masks::new(threads, depth),
             task: None,
             thread: None,
@@ -287,6 +289,7 @@ impl<'r, 's, const SINGLE: bool> Machine<'r, 's, SINGLE> {
                     self.masks.close();
                 }
             }
+            Inst::Team { d } => self.wide[d..d + threads].fill(self.team.into()),
             Inst::Thread { d } => (0..threads).for_each(|t| self.wide[d + t] = t as i64),
             Inst::Barrier => {
                 self.masks.whole_block()?;

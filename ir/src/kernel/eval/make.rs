@@ -279,6 +279,7 @@ impl<'k> Maker<'k> {
             KOp::Offset => Inst::Offset { d, p: a, bytes: b },
             KOp::For | KOp::If => unreachable!("control is made in `statement`"),
             KOp::Partials { .. } => Inst::Partials { d },
+            KOp::Team => Inst::Team { d },
             KOp::Thread => Inst::Thread { d },
             KOp::Barrier => Inst::Barrier,
             KOp::ShuffleXor { mask } => Inst::Shuffle { d, a, mask: mask as usize },

@@ -103,7 +103,7 @@ pub fn infer(op: KOp, args: &[KType]) -> Result<Option<KType>, Broken> {
             exact(args, 1, i64_scalar)?;
             Some(args[0])
         }
-        KOp::Thread => Some(i64_scalar),
+        KOp::Team | KOp::Thread => Some(i64_scalar),
         KOp::Shared { dtype, elems } => {
             in_memory(dtype)?;
             range("elements", elems, (1..=1 << 18).contains(&elems), "1 to 2^18")?;
