@@ -4,7 +4,8 @@
 //! and which experts anybody chose. So a step of any size reads the weights of each chosen expert once, and the same code
 //! serves one token and a thousand. Every output has one writer, and a token's experts are summed in ascending order.
 //!
-//! norm_router      tasks over tiles of router logits; tail: top-k, weights and dispatch of all tokens
+//! norm_router      tasks over blocks of tokens and tiles of router logits; tail: top-k and weights of some tokens, and the dispatch of few
+//! .dispatch        that of many, once all have chosen
 //! experts_gate_up  tiles of the shared expert, whose tasks take longest where there are many tokens, then tasks (chosen expert, tiles of its width)
 //! experts_down     tasks over tiles of the residual stream: all experts of all tokens for these rows
 
@@ -18,7 +19,7 @@ use super::LowerError;
 use super::bulk::{Asking, Class, Classes, Mix, Panel};
 use super::matmul::{
     GROUP_TILES, Multiplier, Normed, Residual, Rows, Scratch, Weight, dot, emit_swiglu, for_rows, for_tiles,
-    group_tiles, in_range, row_ptr, store_tile, swiglu_rows, tile_range,
+    group_tiles, number_in_range, row_ptr, store_tile, swiglu_rows, tile_range,
 };
 use super::packed::{Matrix, Tile};
 use super::ports::{Lowered, Port, Ports, Site};
@@ -63,11 +64,15 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
     let outs: Vec<Port> = (0..6).map(|i| ports.write(names[i as usize], site.result(i))).collect();
     let sym = site.rows(site.result(0))?;
     let router_tasks = router_matrix.tiles().div_ceil(group_tiles(site.target));
-    let mut k = ports.builder(site, (router_tasks + 1).into());
+    let groups = router_tasks + 1;
+    let mut k = ports.builder(site, Extent::from(sym).ceil_div(ROUTED_TOKENS) * groups.into());
     let tile = site.target.matmul_tile();
     let scratch = rows.scratch(&mut k, tile.tokens, &[router_matrix, gate_matrix]);
-    let (first, last) = (k.const_i64(0), k.dim(sym));
-    in_range(&mut k, 0, router_tasks, |k, group| {
+    let (block, group) = (k.div_const(k.task(), groups), k.rem_const(k.task(), groups));
+    let (first, all) = (k.mul_const(block, ROUTED_TOKENS), k.dim(sym));
+    let last = k.add_const(first, ROUTED_TOKENS);
+    let last = k.min_i64(last, all);
+    number_in_range(&mut k, group, (0, router_tasks), |k, group| {
         let range = tile_range(k, group, group_tiles(site.target), router_matrix.tiles());
         let (weight, logits) = (k.param(router), k.param(outs[5]));
         for_rows(k, (first, last), tile.tokens, |k, block| {
@@ -81,7 +86,7 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
             });
         });
     });
-    in_range(&mut k, router_tasks, router_tasks + 1, |k, _| {
+    number_in_range(&mut k, group, (router_tasks, groups), |k, _| {
         let (weight, shared) = (k.param(gate), k.param(outs[4]));
         for_rows(k, (first, last), 1, |k, block| {
             let x = rows.load(k, scratch, block);
@@ -93,17 +98,30 @@ pub fn lower_norm_router(site: &Site<'_>) -> Result<Lowered, LowerError> {
         });
     });
     let choice = Choice { experts, k: site.int("k"), renormalise: site.int("renormalise") != 0, sym };
-    let kernel = k.finish_with_tail(|k| {
+    let kernel = k.finish_with_tail_grid(Extent::from(sym).ceil_div(TOP_K_TOKENS), |k| {
         let [weights, ids, order, table, _, logits] = [0, 1, 2, 3, 4, 5].map(|i: usize| k.param(outs[i]));
         let (work, numbers) = (k.alloc(DType::F32, pad(experts)), k.alloc(DType::F32, pad(experts)));
         choice.count(k, numbers);
         let cursor = k.alloc(DType::I32, experts + 1);
-        let (first, last) = (k.const_i64(0), k.dim(sym));
+        let (first, all) = (k.mul_const(k.task(), TOP_K_TOKENS), k.dim(sym));
+        let last = k.add_const(first, TOP_K_TOKENS);
+        let last = k.min_i64(last, all);
         k.for_each((first, last, 1), |k, t| choice.top_k(k, t, logits, (work, numbers), weights, ids));
-        choice.dispatch(k, ids, order, table, cursor);
+        let most = k.index(TOP_K_TOKENS);
+        let alone = k.cmp(Pred::Le, all, most);
+        k.if_then(alone, |k| choice.dispatch(k, ids, order, table, cursor));
     });
-    Ok(ports.finish(kernel))
+    let mut k = ports.builder_of(site, ".dispatch", Extent::from(1).if_above(sym, TOP_K_TOKENS, 0.into()));
+    let cursor = k.alloc(DType::I32, experts + 1);
+    let [ids, order, table] = [1, 2, 3].map(|i: usize| k.param(outs[i]));
+    choice.dispatch(&mut k, ids, order, table, cursor);
+    Ok(ports.clone().finish(kernel).then(ports.finish(k.finish())))
 }
+
+/// Tokens of a task that makes router logits.
+const ROUTED_TOKENS: u64 = 64;
+/// Tokens of a task that chooses experts.
+const TOP_K_TOKENS: u64 = 16;
 
 /// The choice of experts for one token after the other.
 struct Choice {

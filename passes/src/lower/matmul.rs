@@ -583,12 +583,6 @@ pub fn lower_linear_wanted(site: &Site<'_>) -> Result<Lowered, LowerError> {
     Ok(ports.finish(k.finish()))
 }
 
-/// Runs `body` with `task - begin` if the task is in `begin..end`.
-pub fn in_range(k: &mut KernelBuilder, begin: u64, end: u64, body: impl FnOnce(&mut KernelBuilder, Val)) {
-    let task = k.task();
-    number_in_range(k, task, (begin, end), body);
-}
-
 /// Of parts with so many numbers each, one after the other: runs `body(part, number within it)` for the one that has `number`.
 pub fn for_parts(
     k: &mut KernelBuilder,
