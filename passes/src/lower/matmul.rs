@@ -597,7 +597,7 @@ pub fn for_parts(
     }
 }
 
-/// As [`in_range`], of another number than the task.
+/// Runs `body` with `number - begin` if the number is in `begin..end`.
 pub fn number_in_range(
     k: &mut KernelBuilder,
     number: Val,
