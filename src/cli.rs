@@ -55,6 +55,7 @@ Examples:
   nextc build demo-model --cpu x86-64-v3,sapphirerapids      the best of both, wherever it runs
   nextc build Qwen3-Next-80B-A3B-Instruct-Q4_K_M.gguf        one file with everything in it
   nextc build qwen --quant q4,head=q8                        four bits, but eight for the head
+  nextc build demo-model --quant q4 --quality ids.json       what four bits cost
   nextc build qwen --rope-scaling yarn,factor=4              four times the context
   nextc build config.json                                    no weights: `info`, and `bench --random-weights`";
 
@@ -187,6 +188,12 @@ pub struct BuildArgs {
     /// The executable [default: the model's name, in this folder].
     #[arg(short, long, value_name = "EXE")]
     pub output: Option<PathBuf>,
+    /// Say what the build costs with these token ids: nats a token, and divergence from float32.
+    ///
+    /// The file holds a JSON array of token ids, or an array of such arrays, in any length. The executable is run, and one of the same checkpoint with nothing rounded,
+    /// which is built for this and thrown away: it needs the checkpoint's size on the disk once more.
+    #[arg(long, value_name = "IDS.json")]
+    pub quality: Option<PathBuf>,
 }
 
 /// Arguments of `run`.

@@ -11,6 +11,7 @@ mod diff;
 mod interrupt;
 mod measure;
 mod ptxas;
+mod quality;
 mod show;
 
 use std::process::ExitCode;

@@ -190,6 +190,42 @@ fn building_twice_gives_the_same_bytes() {
 }
 
 #[test]
+fn a_build_says_what_it_costs() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (ids, exe) = (dir.path().join("ids.json"), dir.path().join("demo"));
+    let golden: Json = serde_json::from_slice(&std::fs::read(format!("{DEMO}/golden_nll.json")).expect("it is there"))
+        .expect("it is JSON");
+    let tokens = &golden["tokens"].as_array().expect("token ids")[..300];
+    std::fs::write(&ids, Json::from(vec![Json::from(&tokens[..200]), Json::from(&tokens[200..])]).to_string())
+        .expect("it can be written");
+    let build = |options: &[&str]| {
+        let args = ["build", DEMO, "--quality", path(&ids), "-o", path(&exe)];
+        let text = stdout(NEXTC, &[&args, options].concat());
+        text.lines().find(|line| line.starts_with("quality of ")).expect("a line about quality").to_owned()
+    };
+    let same = build(&["--activations", "f32"]);
+    assert!(same.starts_with("quality of 298 tokens in windows of 1024: "), "{same}");
+    assert!(same.contains(" +0.00000 more") && same.contains("KL 0.00e0, 1.000 with"), "{same}");
+    assert!(same.contains(" of first drafts are its next"), "{same}");
+    let number = |line: &str, before: &str| -> f64 {
+        let rest = line.split(before).nth(1).expect("it is in the line");
+        rest.split([' ', ',']).next().and_then(|x| x.parse().ok()).expect("a number")
+    };
+    let four = build(&["--quant", "q4"]);
+    let kl = number(&four, "KL ");
+    assert!((0.01..0.2).contains(&kl), "{four}");
+    // the same tokens by the executable itself
+    let eval: Json = serde_json::from_str(&stdout(&exe, &["eval", "--tokens", path(&ids)])).expect("a line of JSON");
+    let nats = eval["nats_per_token"].as_f64().expect("a number");
+    assert!((number(&four, "1024: ") - nats).abs() < 1e-4, "{four}; eval: {nats}");
+    std::fs::write(&ids, "[[1, 2], 3]").expect("it can be written");
+    fails(NEXTC, &["build", DEMO, "--quality", path(&ids), "-o", path(&exe)], 1, "expected a JSON array of token ids");
+    std::fs::write(&ids, "[1, 2]").expect("it can be written");
+    let config = format!("{DEMO}/config.json");
+    fails(NEXTC, &["build", &config, "--quality", path(&ids), "-o", path(&exe)], 1, "needs weights");
+}
+
+#[test]
 fn run_builds_once_and_hands_arguments_on() {
     let cache = tempfile::tempdir().expect("a folder");
     let run = |more: &[&str]| {

@@ -3,10 +3,12 @@
 use std::time::Instant;
 
 use crate::cli::BuildArgs;
+use crate::quality::{self, Quality};
 use crate::{compile, show};
 
 /// Builds, and says what was written.
 pub fn run(args: &BuildArgs) -> anyhow::Result<()> {
+    let sequences = args.quality.as_deref().map(quality::read).transpose()?;
     let begun = Instant::now();
     let (report, fused) = compile::build(&args.model, args.output.as_deref())?;
     let mut text = format!(
@@ -24,5 +26,8 @@ pub fn run(args: &BuildArgs) -> anyhow::Result<()> {
         None => text.push_str("without weights: it can `info` and `bench --random-weights`\n"),
     }
     text.push_str(&format!("built in {:.1} s\n", begun.elapsed().as_secs_f64()));
-    show::print(&text)
+    show::print(&text)?;
+    let Some(sequences) = sequences else { return Ok(()) };
+    let quality = Quality::measure(&args.model, &fused.info, &report.executable, &sequences)?;
+    show::print(&quality.table())
 }
