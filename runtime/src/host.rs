@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use nextc_abi::{KernelFn, Launch, Metadata, Program, Span};
+use nextc_abi::{KernelFn, Metadata, Program, Span};
 
 use crate::artifact::Artifact;
 use crate::cpu;
@@ -119,11 +119,9 @@ fn reserve_states(states: &States) -> Result<Vec<Region>, Error> {
 
 /// Bytes that the tasks of a launch of a program hand to its tail, at most.
 fn partial_bytes(metadata: &Metadata, program: &Program, dims: &[u64; 4]) -> u64 {
-    let of = |launch: &Launch| {
-        let kernel = &metadata.kernels[launch.kernel as usize];
-        kernel.partial_bytes.saturating_mul(kernel.grid.eval(dims))
-    };
-    program.launches.iter().map(of).max().unwrap_or(0)
+    let kernels = program.launches.iter().map(|launch| &metadata.kernels[launch.kernel as usize]);
+    let hand_over = kernels.filter(|kernel| kernel.partial_bytes > 0);
+    hand_over.map(|kernel| kernel.partial_bytes.saturating_mul(kernel.grid.eval(dims))).max().unwrap_or(0)
 }
 
 /// What runs the launches of a step.

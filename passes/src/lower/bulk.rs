@@ -61,13 +61,13 @@ impl Classes {
     }
 
     /// Runs `body(b, begin, end, is bulk)` for each sequence; `body` gives the next of what is carried.
-    fn for_sequences(
-        self,
+    pub fn for_sequences(
         k: &mut KernelBuilder,
+        cu_seqlens: Port,
         init: &[Val],
         body: impl FnOnce(&mut KernelBuilder, [Val; 4], &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        let (cu_seqlens, zero, count) = (k.param(self.cu_seqlens), k.const_i64(0), k.dim(Sym::B));
+        let (cu_seqlens, zero, count) = (k.param(cu_seqlens), k.const_i64(0), k.dim(Sym::B));
         k.for_carry((zero, count, 1), init, |k, b, carried| {
             let next = k.add_const(b, 1);
             let (begin, end) = (k.load_index(cu_seqlens, b), k.load_index(cu_seqlens, next));
@@ -79,7 +79,7 @@ impl Classes {
     /// Runs `body(first, last)` for the tokens of a class: neighbouring sequences of one class together.
     pub fn for_runs(self, k: &mut KernelBuilder, class: Class, body: impl FnOnce(&mut KernelBuilder, Val, Val)) {
         let zero = k.const_i64(0);
-        self.for_sequences(k, &[zero], |k, [b, _, end, bulk], begun| {
+        Self::for_sequences(k, self.cu_seqlens, &[zero], |k, [b, _, end, bulk], begun| {
             let (cu_seqlens, count) = (k.param(self.cu_seqlens), k.dim(Sym::B));
             let (next, after) = (k.add_const(b, 1), k.add_const(b, 2));
             let after = k.min_i64(after, count);
@@ -98,7 +98,7 @@ impl Classes {
     pub fn mix(self, k: &mut KernelBuilder) -> Mix {
         let zero = k.const_i64(0);
         let none = k.cmp(Pred::Ne, zero, zero);
-        let found = self.for_sequences(k, &[none, none], |k, [_, _, _, bulk], found| {
+        let found = Self::for_sequences(k, self.cu_seqlens, &[none, none], |k, [_, _, _, bulk], found| {
             let decode = k.not(bulk);
             vec![k.or(found[0], decode), k.or(found[1], bulk)]
         });
@@ -178,7 +178,7 @@ impl Mix {
         let search = |k: &mut KernelBuilder| {
             let zero = k.const_i64(0);
             let none = k.cmp(Pred::Ne, zero, zero);
-            self.classes.for_sequences(k, &[none], |k, [_, begin, end, bulk], found| {
+            Classes::for_sequences(k, self.classes.cu_seqlens, &[none], |k, [_, begin, end, bulk], found| {
                 let (after, before) = (k.cmp(Pred::Le, begin, t), k.cmp(Pred::Lt, t, end));
                 let here = k.and(after, before);
                 let here = k.and(here, bulk);

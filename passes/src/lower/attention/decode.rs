@@ -62,12 +62,9 @@ impl Decode {
     /// Runs `body` for token `number` of those in runs that are decoded, if there is one.
     fn for_token(&self, k: &mut KernelBuilder, number: Val, body: impl FnOnce(&mut KernelBuilder, &Token)) {
         let pages = self.bound.pages;
-        let (cu_seqlens, zero, count) = (k.param(pages.cu_seqlens), k.const_i64(0), k.dim(Sym::B));
-        let none = k.const_i64(-1);
-        let found = k.for_carry((zero, count, 1), &[number, zero, none], |k, b, carried| {
-            let next = k.add_const(b, 1);
-            let (begin, end) = (k.load_index(cu_seqlens, b), k.load_index(cu_seqlens, next));
-            let is_long = Classes::is_bulk_run(k, begin, end);
+        let (zero, none) = (k.const_i64(0), k.const_i64(-1));
+        let init = [number, zero, none];
+        let found = Classes::for_sequences(k, pages.cu_seqlens, &init, |k, [b, begin, end, is_long], carried| {
             let tokens = k.sub(end, begin);
             let tokens = k.select(is_long, zero, tokens);
             let left = carried[0];
@@ -91,13 +88,8 @@ impl Decode {
         (Extent::from(Sym::P) * self.bound.pages.page_tokens.into()).ceil_div(self.split())
     }
 
-    /// Where the sums of a split lie: those of a task.
-    fn sums(&self, k: &mut KernelBuilder, partials: Val, (kv_head, split, number): (Val, Val, Val)) -> Sums {
-        let (splits, tokens) = (k.extent(&self.splits()), k.extent(&Self::tokens()));
-        let row = k.mul(kv_head, splits);
-        let row = k.add(row, split);
-        let row = k.mul(row, tokens);
-        let task = k.add(row, number);
+    /// Where the sums of a task of the body lie.
+    fn sums(&self, k: &mut KernelBuilder, partials: Val, task: Val) -> Sums {
         let base = row_ptr(k, partials, task, Sums::elems(&self.bound));
         Sums::at(k, &self.bound, base)
     }
@@ -116,7 +108,7 @@ impl Decode {
                 k.if_then(sees, |k| {
                     let end = k.add_const(first, self.split());
                     let end = k.min_i64(end, token.length);
-                    let sums = self.sums(k, partials, (kv_head, split, number));
+                    let sums = self.sums(k, partials, task);
                     let q = bound.rows(k, bound.q, token.t, kv_head);
                     let group = Group { bound, q, scores, sums, most_sums: self.most_sums };
                     group.attend(k, (token.b, kv_head), (first, end), token.length);
@@ -146,6 +138,8 @@ impl Decode {
         let task = k.task();
         let (number, head) = (k.div_const(task, bound.heads), k.rem_const(task, bound.heads));
         let (kv_head, within) = (k.div_const(head, bound.shared), k.rem_const(head, bound.shared));
+        let (splits, tokens) = (k.extent(&self.splits()), k.extent(&Self::tokens()));
+        let first_row = k.mul(kv_head, splits);
         self.for_token(k, number, |k, token| {
             let one = k.index(self.split());
             let is_split = k.cmp(Pred::Gt, token.length, one);
@@ -153,7 +147,13 @@ impl Decode {
             k.if_then(works, |k| {
                 let up = k.add_const(token.length, self.split() - 1);
                 let (zero, count) = (k.const_i64(0), k.div_const(up, self.split()));
-                let sums = |k: &mut KernelBuilder, split| self.sums(k, partials, (kv_head, split, number));
+                // the task of the body that had this token, kv head and split
+                let sums = |k: &mut KernelBuilder, split| {
+                    let row = k.add(first_row, split);
+                    let row = k.mul(row, tokens);
+                    let task = k.add(row, number);
+                    self.sums(k, partials, task)
+                };
                 let lowest = k.const_f32(f32::NEG_INFINITY);
                 let max = k.for_carry((zero, count, 1), &[lowest], |k, split, max| {
                     let sums = sums(k, split);
